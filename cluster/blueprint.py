@@ -1,0 +1,80 @@
+"""What to start: configuration, model and machine turned into the specs of fronts and expert replicas. Pure."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import ClusterConfig, ConfigError
+from cluster.expert_map import ExpertMap, contiguous_homes
+from cluster.messages import EngineOptions, FrontSpec, ReplicaSpec
+from cluster.model_config import GraniteMoeConfig
+from cluster.resources import Machine, ResourcePlan, plan_resources
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """`expert_map` is version 0: homes without replicas."""
+
+    resources: ResourcePlan
+    fronts: tuple[FrontSpec, ...]
+    replicas: tuple[ReplicaSpec, ...]
+    expert_map: ExpertMap
+    max_model_len: int
+    lane: str
+
+
+def check_config(config: ClusterConfig, model: GraniteMoeConfig) -> ExpertMap:
+    """The initial map. Raises ConfigError where settings and model don't fit."""
+    max_model_len(config, model)
+    homes = contiguous_homes(model.num_hidden_layers, model.num_local_experts, config.groups)
+    return ExpertMap(0, config.groups, homes)
+
+
+def max_model_len(config: ClusterConfig, model: GraniteMoeConfig) -> int:
+    longest = model.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings={longest}: "
+            f"choose {longest} or less"
+        )
+    return config.max_model_len or longest
+
+
+def draw_blueprint(
+    config: ClusterConfig, model_dir: Path, model: GraniteMoeConfig, machine: Machine
+) -> Blueprint:
+    """Raises ConfigError."""
+    expert_map = check_config(config, model)
+    resources = plan_resources(config, machine)
+    lane = "object_ref" if config.lane == "auto" else config.lane
+    dtype = model.served_dtype if config.dtype == "auto" else config.dtype
+    engine = EngineOptions(
+        model_path=str(model_dir),
+        device=resources.device,
+        dtype=dtype,
+        max_model_len=max_model_len(config, model),
+        block_size=config.block_size,
+        kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * GIB),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_num_waiting=config.max_num_waiting,
+        enable_prefix_caching=config.enable_prefix_caching,
+        num_threads=resources.threads_per_front,
+    )
+    fronts = tuple(FrontSpec(f"front-{i}", engine, lane) for i in range(config.fronts))
+    replicas = tuple(
+        ReplicaSpec(
+            f"expert-g{group}-r{index}",
+            group,
+            str(model_dir),
+            resources.device,
+            dtype,
+            expert_map.experts_of(group),
+            resources.threads_per_replica,
+        )
+        for group in range(0 if lane == "local" else config.groups)
+        for index in range(config.replicas)
+    )
+    return Blueprint(resources, fronts, replicas, expert_map, engine.max_model_len, lane)

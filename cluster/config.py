@@ -1,0 +1,119 @@
+"""ClusterConfig: the one configuration. The command line, OUTCROP_* variables, a YAML file and Serve's `args` are views of it."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from cluster.model_config import describe
+
+ENV_PREFIX = "OUTCROP_"
+Lane = Literal["auto", "object_ref", "zmq", "local"]
+
+logger = logging.getLogger(__name__)
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used; the message names the field, the value and the way out."""
+
+
+class ClusterConfig(BaseModel):
+    """Everything an operator can set. `None` means: Outcrop decides from the model and the machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="Directory in Hugging Face layout, Hub id, or `demo`.", min_length=1)
+    served_model_name: str | None = Field(None, description="Name in the API; default: MODEL as given.")
+    host: str = Field("127.0.0.1", description="Address the HTTP server listens on.")
+    port: int = Field(8000, description="Port the HTTP server listens on.", ge=1, le=65535)
+    api_key: SecretStr | None = Field(None, description="Key that clients of /v1 must send as `Authorization: Bearer`.")
+    chat_template: str | None = Field(
+        None, description="Jinja file that replaces the checkpoint's chat template; `none` serves completions only."
+    )
+
+    fronts: int = Field(1, description="Front actors (attention, router, KV cache).", ge=1, le=256)
+    groups: int = Field(2, description="Expert groups; must divide the number of experts.", ge=1)
+    replicas: int = Field(1, description="Expert replicas per group.", ge=1, le=256)
+    ingress_replicas: int = Field(1, description="HTTP ingress replicas.", ge=1, le=64)
+    lane: Lane = Field("auto", description="How tokens travel to experts.")
+
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Type of weights and activations.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where fronts and experts compute.")
+    max_model_len: int | None = Field(None, description="Longest prompt + output, in tokens.", ge=1)
+    kv_cache_gib: float | None = Field(None, description="KV cache of each front, in GiB.", gt=0)
+    gpu_memory_utilization: float = Field(0.9, description="Share of a GPU that a front may use.", gt=0, le=1)
+    block_size: int = Field(16, description="Tokens per KV cache block (cuda: a multiple of 256).", ge=1, le=1024)
+    max_num_batched_tokens: int = Field(512, description="Token budget of one engine step.", ge=1)
+    max_num_seqs: int = Field(64, description="Sequences that run at once in a front.", ge=1)
+    max_num_waiting: int = Field(256, description="Sequences that may wait in a front; beyond it 429.", ge=1)
+    enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prompt prefixes.")
+
+    cpus_per_front: float | None = Field(None, description="CPUs Ray reserves for a front.", ge=0)
+    cpus_per_replica: float | None = Field(None, description="CPUs Ray reserves for an expert replica.", ge=0)
+    gpus_per_front: float | None = Field(None, description="GPUs of a front; default 1 on cuda, else 0.", ge=0)
+    gpus_per_replica: float | None = Field(None, description="GPUs of a replica; default 1 on cuda, else 0.", ge=0)
+    threads_per_front: int | None = Field(None, description="CPU threads of a front.", ge=1)
+    threads_per_replica: int | None = Field(None, description="CPU threads of an expert replica.", ge=1)
+    load_timeout_s: float = Field(1800.0, description="Time an actor may take to load.", gt=0)
+
+    max_body_mib: float = Field(8.0, description="Largest request body, in MiB.", gt=0)
+    max_choices: int = Field(16, description="Largest `n` times number of prompts.", ge=1)
+    max_stop: int = Field(16, description="Most stop strings in a request.", ge=0)
+    max_logprobs: int = Field(20, description="Most alternatives reported per token.", ge=0)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "ClusterConfig":
+        if self.lane == "local" and (self.groups != 1 or self.replicas != 1):
+            # One process holds everything: groups and replicas have no meaning there.
+            object.__setattr__(self, "groups", 1)
+            object.__setattr__(self, "replicas", 1)
+        return self
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model
+
+
+def load_config(
+    explicit: Mapping[str, Any], config_file: Path | None = None, environ: Mapping[str, str] = os.environ
+) -> ClusterConfig:
+    """Merge the views: explicit values (flags, Serve args) win over the environment, that over the YAML file.
+
+    Raises ConfigError.
+    """
+    merged = _from_yaml(config_file) if config_file else {}
+    merged |= _from_environ(environ)
+    merged |= {key: value for key, value in explicit.items() if value is not None}
+    try:
+        return ClusterConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    found = {}
+    for name, value in environ.items():
+        key = name.removeprefix(ENV_PREFIX).lower()
+        if not name.startswith(ENV_PREFIX) or key == "config":
+            continue
+        if key == "port" and "://" in value:
+            continue  # Kubernetes sets OUTCROP_PORT=tcp://... for a Service that is named "outcrop"
+        if key in ClusterConfig.model_fields:
+            found[key] = value
+        else:
+            logger.debug("%s is no setting of Outcrop and is ignored", name)
+    return found
+
+
+def _from_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config={str(path)!r} can't be read: {error}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"config={str(path)!r} must hold a mapping of settings, got {type(content).__name__}")
+    return content or {}

@@ -1,0 +1,207 @@
+"""Everything that crosses a process boundary, as frozen dataclasses.
+
+Knows no Ray, no torch and no HTTP. Token ids are plain ints, times are seconds, sizes are bytes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+ActorKind = Literal["front", "expert"]
+ActorState = Literal["starting", "loading", "ready", "draining", "dead"]
+
+# One published sample of a metric: (name, sorted label pairs, value).
+Sample = tuple[str, tuple[tuple[str, str], ...], float]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence is continued. Every field has been validated at the ingress.
+
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and penalties 0 (repetition: 1) switch a rule off.
+    `stop_token_ids` ends the sequence; it already holds the model's end-of-sequence ids unless the request
+    said ignore_eos. They can't be sampled before `min_tokens` tokens. `logprobs` is the number of
+    alternatives reported per token (0: the token itself only); None reports nothing.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    return_routed_experts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to continue. `output_token_ids` are tokens that an earlier front has already emitted."""
+
+    request_id: str
+    ingress_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    output_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of a token under the model's own distribution, before penalties and temperature.
+
+    `rank` counts from 1 (the most likely token). `top` lists the most likely (token id, logprob), best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """Which experts computed a sequence: uint8 or int16 numbers in C order, shape (tokens, layers, top_k)."""
+
+    shape: tuple[int, int, int]
+    dtype: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What a step added to one sequence. Prompt log-probabilities come with the first output of a request."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    routed_experts: RoutedExperts | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A front's answer to a request: accepted, or why not ("full": ask again later)."""
+
+    accepted: bool
+    reason: Literal["", "full", "draining"] = ""
+    num_waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a front needs to run the engine, resolved from ClusterConfig."""
+
+    model_path: str
+    device: str
+    dtype: str
+    max_model_len: int
+    block_size: int
+    kv_cache_bytes: int | None
+    gpu_memory_utilization: float
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_num_waiting: int
+    enable_prefix_caching: bool
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrontSpec:
+    actor_id: str
+    engine: EngineOptions
+    lane: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """An expert replica to start. `experts[layer]` are the global ids of the experts that it holds, ascending."""
+
+    actor_id: str
+    group: int
+    model_path: str
+    device: str
+    dtype: str
+    experts: tuple[tuple[int, ...], ...]
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far an actor is with its weights, in bytes."""
+
+    loaded: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyReport:
+    """What an actor says once it can serve. KV fields are zero for expert replicas."""
+
+    actor_id: str
+    node: str
+    pid: int
+    gpu: str
+    weight_bytes: int
+    load_seconds: float
+    kv_cache_tokens: int = 0
+    kv_cache_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ActorInfo:
+    """One row of GET /v1/cluster. `since` is the Unix time at which the actor entered `state`."""
+
+    id: str
+    kind: ActorKind
+    group: int | None
+    node: str
+    pid: int
+    gpu: str
+    state: ActorState
+    lane: str
+    map_version: int
+    tokens: int
+    since: float
+    detail: str = ""
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ActorReport:
+    """What the supervisor reads from a live actor: counters only grow while the actor lives.
+
+    `expert_counts[layer][expert]` are routed (token, choice) pairs; empty for expert replicas.
+    """
+
+    actor_id: str
+    map_version: int
+    tokens: int
+    samples: tuple[Sample, ...] = ()
+    expert_counts: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """What an ingress needs to know of the cluster, published by the supervisor."""
+
+    state: Literal["starting", "ready", "degraded", "failed", "stopping"]
+    phase: str
+    namespace: str
+    map_version: int = 0
+    fronts: tuple[str, ...] = ()
+    actors: tuple[ActorInfo, ...] = ()
+    progress: LoadProgress = field(default_factory=LoadProgress)
+    error: str | None = None
+    started: float = 0.0
+    kv_cache_tokens: int = 0
+    max_model_len: int = 0
