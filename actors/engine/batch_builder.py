@@ -1,0 +1,34 @@
+"""Turns scheduled chunks into the tensors of one forward pass."""
+
+import torch
+
+from actors.engine.scheduler import Chunk
+from actors.model.batch import Span, StepBatch
+
+
+def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> StepBatch:
+    """Pack chunks in their order (single tokens first); built on the CPU, moved in one go."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    rows: list[int] = []
+    spans: list[Span] = []
+    for chunk in chunks:
+        sequence, start = chunk.sequence, len(tokens)
+        first, last = sequence.num_computed, sequence.num_computed + chunk.length
+        tokens += sequence.token_ids[first:last]
+        positions += range(first, last)
+        slots += [sequence.blocks[p // block_size] * block_size + p % block_size for p in range(first, last)]
+        rows += range(start + sequence.first_scored_row(chunk.length), start + chunk.length)
+        spans.append(Span(start, chunk.length, last))
+    width = max(len(chunk.sequence.blocks) for chunk in chunks)
+    blocks = [chunk.sequence.blocks + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
+    batch = StepBatch(
+        torch.tensor(tokens),
+        torch.tensor(positions),
+        torch.tensor(slots),
+        torch.tensor(blocks, dtype=torch.int32),
+        torch.tensor(rows, dtype=torch.int64),
+        tuple(spans),
+    )
+    return batch.to(device)

@@ -1,0 +1,200 @@
+"""The engine of a front: schedule -> step -> postprocess, over and over.
+
+Single-threaded: whoever owns an Engine calls it from one thread. It knows no Ray; the dispatcher reaches the experts.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from actors.engine.batch_builder import build_batch
+from actors.engine.sampler import sample, token_logprob
+from actors.engine.scheduler import Chunk, Scheduler
+from actors.engine.sequence import Sequence
+from actors.lanes.dispatcher import Dispatcher
+from actors.model.front_half import FrontHalf
+from actors.model.paged_kv import PagedKV
+from cluster.messages import FinishReason, GenerationRequest, RequestOutput, RoutedExperts, TokenLogprob
+from cluster.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# Rows whose logits exist at once: 64 rows of a 49k vocabulary in float32 are 12 MiB.
+LOGIT_ROWS = 64
+
+
+class Engine:
+    def __init__(
+        self, model: FrontHalf, kv: PagedKV, dispatcher: Dispatcher, scheduler: Scheduler, metrics: Metrics
+    ) -> None:
+        self.model = model
+        self.kv = kv
+        self.dispatcher = dispatcher
+        self.scheduler = scheduler
+        self.metrics = metrics
+        self.sequences: dict[str, Sequence] = {}
+        config = model.config
+        self.expert_counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.int64)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: GenerationRequest) -> None:
+        sequence = Sequence.of(request)
+        self.sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+        self.metrics.inc("prompt_tokens_total", len(request.prompt_token_ids))
+
+    def abort(self, request_id: str) -> None:
+        """Take a request out between steps; unknown and finished ones are none of our business."""
+        if sequence := self.sequences.get(request_id):
+            self._finish(sequence, "abort")
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step. If it fails, its sequences end with an error and the engine goes on."""
+        started = time.monotonic()
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        try:
+            outputs = self._compute(chunks)
+        except Exception as error:
+            logger.exception("step of %d sequences failed", len(chunks))
+            outputs = [self._fail(chunk.sequence, error) for chunk in chunks]
+        self.metrics.observe("step_tokens", sum(chunk.length for chunk in chunks))
+        self.metrics.observe("step_seconds", time.monotonic() - started)
+        return outputs
+
+    @torch.inference_mode()
+    def _compute(self, chunks: list[Chunk]) -> list[RequestOutput]:
+        batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.device)
+        hidden_RD, ids_TLK = self.model.forward(batch, self.kv, self.dispatcher)
+        self._count_experts(ids_TLK)
+        return self._postprocess(chunks, hidden_RD)
+
+    def _postprocess(self, chunks: list[Chunk], hidden_RD: Tensor) -> list[RequestOutput]:
+        last_rows = self._score_prompts(chunks, hidden_RD)
+        sampling = [c for c in chunks if c.completes and c.sequence.request.params.max_tokens]
+        tokens = self._sample(sampling, hidden_RD[[last_rows[id(c)] for c in sampling]]) if sampling else {}
+        outputs = []
+        for chunk in chunks:
+            completes = chunk.completes
+            self.scheduler.commit(chunk)
+            if completes:
+                outputs.append(self._output(chunk.sequence, tokens.get(chunk.sequence.request.request_id)))
+        return outputs
+
+    def _score_prompts(self, chunks: list[Chunk], hidden_RD: Tensor) -> dict[int, int]:
+        """Fill in prompt log-probabilities; returns the last row of each chunk, by id(chunk)."""
+        last_rows, row = {}, 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            first = sequence.first_scored_row(chunk.length)
+            rows = hidden_RD[row : row + chunk.length - first]
+            if sequence.wants_prompt_logprobs:
+                self._score_prompt(sequence, rows, sequence.num_computed + first)
+            row += len(rows)
+            last_rows[id(chunk)] = row - 1
+        return last_rows
+
+    def _score_prompt(self, sequence: Sequence, rows_RD: Tensor, position: int) -> None:
+        """`rows_RD[i]` is the hidden state at `position + i`, which tells the token after it."""
+        scores = sequence.prompt_logprobs
+        assert scores is not None
+        targets = sequence.request.prompt_token_ids[position + 1 : position + 1 + len(rows_RD)]
+        num_top = sequence.request.params.prompt_logprobs or 0
+        for start in range(0, len(targets), LOGIT_ROWS):
+            some = targets[start : start + LOGIT_ROWS]
+            logprobs_RV = self.model.logits(rows_RD[start : start + len(some)]).log_softmax(dim=-1)
+            scores.extend(token_logprob(row, token, num_top) for row, token in zip(logprobs_RV, some, strict=True))
+
+    def _sample(self, chunks: list[Chunk], hidden_RD: Tensor) -> dict[str, tuple[int, TokenLogprob | None]]:
+        """The next token of each sequence, with its log-probability where the request wants it."""
+        sampled: dict[str, tuple[int, TokenLogprob | None]] = {}
+        for start in range(0, len(chunks), LOGIT_ROWS):
+            sequences = [chunk.sequence for chunk in chunks[start : start + LOGIT_ROWS]]
+            logits_RV = self.model.logits(hidden_RD[start : start + len(sequences)])
+            for row, sequence, token in zip(logits_RV, sequences, sample(logits_RV, sequences), strict=True):
+                wanted = sequence.request.params.logprobs
+                scored = None if wanted is None else token_logprob(row.log_softmax(dim=-1), token, wanted)
+                sampled[sequence.request.request_id] = (token, scored)
+        return sampled
+
+    def _output(self, sequence: Sequence, sampled: tuple[int, TokenLogprob | None] | None) -> RequestOutput:
+        """Add the sampled token to the sequence, and say what is new."""
+        is_first = sequence.num_output == len(sequence.request.output_token_ids)
+        token_ids: tuple[int, ...] = ()
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if sampled is not None:
+            token, scored = sampled
+            token_ids, logprobs = (token,), () if scored is None else (scored,)
+            self.metrics.inc("generation_tokens_total")
+        routed = sequence.blocks  # finishing gives the blocks back
+        sequence.token_ids.extend(token_ids)
+        reason = self._finish_reason(sequence)
+        if reason:
+            self._finish(sequence, reason)
+        scores = sequence.prompt_logprobs if is_first else None
+        return RequestOutput(
+            sequence.request.request_id,
+            token_ids,
+            logprobs,
+            None if scores is None else tuple(scores),
+            reason,
+            sequence.num_cached,
+            self._routed(sequence, routed) if reason and sequence.request.params.return_routed_experts else None,
+        )
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        params = sequence.request.params
+        if sequence.num_output and sequence.token_ids[-1] in params.stop_token_ids:
+            return "stop"
+        if sequence.num_output >= params.max_tokens or len(sequence.token_ids) >= self.scheduler.max_model_len:
+            return "length"
+        return None
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        del self.sequences[sequence.request.request_id]
+        self.scheduler.finish(sequence, reason)
+        if sequence.started is not None:
+            self.metrics.observe("request_queue_time_seconds", sequence.started - sequence.arrived)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> RequestOutput:
+        if sequence.finish_reason is None:
+            self._finish(sequence, "error")
+        return RequestOutput(
+            sequence.request.request_id, finish_reason="error", error=f"{type(error).__name__}: {error}"
+        )
+
+    def _routed(self, sequence: Sequence, blocks: list[int]) -> RoutedExperts:
+        """The experts of every computed token: all but the last, whose hidden state was never needed."""
+        size = self.scheduler.allocator.block_size
+        slots = (torch.tensor(blocks)[:, None] * size + torch.arange(size)).flatten()[: sequence.num_computed]
+        ids_TLK = self.kv.read_routed(slots.to(self.model.device)).cpu().contiguous()
+        shape = (ids_TLK.shape[0], ids_TLK.shape[1], ids_TLK.shape[2])
+        return RoutedExperts(shape, str(ids_TLK.dtype).removeprefix("torch."), ids_TLK.numpy().tobytes())
+
+    def _count_experts(self, ids_TLK: Tensor) -> None:
+        num_layers, num_experts = self.expert_counts.shape
+        flat = ids_TLK.cpu().long() + torch.arange(num_layers)[:, None] * num_experts
+        self.expert_counts += flat.flatten().bincount(minlength=num_layers * num_experts).view(num_layers, -1)
+
+    def publish_gauges(self) -> None:
+        """Bring gauges and counters of the scheduler up to date; called when metrics are read."""
+        scheduler = self.scheduler
+        self.metrics.set("num_requests_running", len(scheduler.running))
+        self.metrics.set("num_requests_waiting", len(scheduler.waiting))
+        self.metrics.set("kv_cache_usage_ratio", scheduler.allocator.num_used / scheduler.allocator.num_blocks)
+        self.metrics.raise_to("prefix_cache_queries_total", scheduler.num_prefix_queries)
+        self.metrics.raise_to("prefix_cache_hits_total", scheduler.num_prefix_hits)
+        self.metrics.raise_to("num_preemptions_total", scheduler.num_preemptions)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless engine, scheduler and allocator agree."""
+        scheduled: Iterable[Sequence] = (*self.scheduler.running, *self.scheduler.waiting)
+        assert {id(s) for s in scheduled} == {id(s) for s in self.sequences.values()}, "a sequence leaked"
+        self.scheduler.check_integrity()

@@ -1,0 +1,75 @@
+"""One sequence in a front: its tokens, its KV blocks, and what has been computed. Knows no tensors."""
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+from actors.engine.kv_cache import block_hash
+from cluster.messages import FinishReason, GenerationRequest, TokenLogprob
+
+
+@dataclass(slots=True)
+class Sequence:
+    """`num_computed` tokens have their K and V in `blocks`. The rest of `token_ids` is still to be computed."""
+
+    request: GenerationRequest
+    token_ids: list[int]
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    num_published: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None
+
+    @classmethod
+    def of(cls, request: GenerationRequest) -> "Sequence":
+        scores = None if request.params.prompt_logprobs is None else [None]
+        tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        return cls(request, tokens, prompt_logprobs=scores)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def output_ids(self) -> Items[int]:
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """True while log-probabilities of prompt tokens are missing."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+
+    def full_hashes(self, block_size: int, upto: int) -> list[bytes]:
+        """Hashes of the full blocks within the first `upto` tokens; computed once and kept."""
+        for index in range(len(self.hashes), upto // block_size):
+            previous = self.hashes[-1] if self.hashes else b""
+            self.hashes.append(block_hash(previous, self.token_ids[index * block_size : (index + 1) * block_size]))
+        return self.hashes[: upto // block_size]
+
+    def first_scored_row(self, length: int) -> int:
+        """First of the next `length` tokens whose logits are wanted; `length` if none is.
+
+        The logits of position p tell the token at p + 1: prompt scores need every position before the last prompt
+        token, sampling needs the last token.
+        """
+        if self.wants_prompt_logprobs:
+            assert self.prompt_logprobs is not None
+            return min(length, max(0, len(self.prompt_logprobs) - 1 - self.num_computed))
+        return length - 1 if self.num_computed + length == len(self.token_ids) else length
+
+    def reset(self) -> None:
+        """Forget what was computed, after the blocks were given back (preemption by recompute)."""
+        self.blocks = []
+        self.num_computed = self.num_cached = self.num_published = 0

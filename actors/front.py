@@ -1,0 +1,73 @@
+"""FrontActor: a thin Ray class around Engine.
+
+The engine runs in a thread of its own; the actor's event loop takes requests in and hands outputs out. Outputs wait
+in one mailbox per ingress, so a step sends at most one message to each ingress.
+torch is imported when an actor starts, so that the supervisor can name this class without loading it.
+"""
+
+import asyncio
+import time
+
+from actors.expert import where_am_i
+from actors.front_loop import FrontLoop, Mailbox
+from actors.threads import limit_threads
+from cluster.expert_map import ExpertMap
+from cluster.messages import (
+    ActorReport,
+    FrontSpec,
+    GenerationRequest,
+    LoadProgress,
+    ReadyReport,
+    RequestOutput,
+    Submitted,
+)
+
+POLL_S = 10.0
+
+
+class FrontActor:
+    def __init__(self, spec: FrontSpec, namespace: str) -> None:
+        limit_threads(spec.engine.num_threads)
+        self.spec = spec
+        self.loop = FrontLoop(spec, namespace)
+        self.mailboxes: dict[str, Mailbox] = {}
+
+    async def load(self) -> ReadyReport:
+        """Read the front's weights and size its KV cache. Serving starts with start()."""
+        started = time.monotonic()
+        weight_bytes, kv_tokens, kv_bytes = await asyncio.to_thread(self.loop.load)
+        seconds = time.monotonic() - started
+        return ReadyReport(self.spec.actor_id, *where_am_i(), weight_bytes, seconds, kv_tokens, kv_bytes)
+
+    async def start(self, expert_map: ExpertMap) -> None:
+        """Take the first map, compute one token through all layers to see that it works, and serve."""
+        await self.set_expert_map(expert_map)
+        await asyncio.to_thread(self.loop.warm_up)
+        self.loop.start(asyncio.get_running_loop(), self.mailboxes)
+
+    async def set_expert_map(self, expert_map: ExpertMap) -> None:
+        await asyncio.to_thread(self.loop.set_expert_map, expert_map)
+
+    async def submit(self, request: GenerationRequest) -> Submitted:
+        self._mailbox(request.ingress_id)
+        return self.loop.submit(request)
+
+    async def abort(self, request_ids: tuple[str, ...]) -> None:
+        self.loop.abort(request_ids)
+
+    async def poll(self, ingress_id: str) -> tuple[RequestOutput, ...]:
+        """What steps have added for this ingress since it last asked; waits until there is something."""
+        return await self._mailbox(ingress_id).take(POLL_S)
+
+    def _mailbox(self, ingress_id: str) -> Mailbox:
+        return self.mailboxes.setdefault(ingress_id, Mailbox())
+
+    async def progress(self) -> LoadProgress:
+        return self.loop.progress
+
+    async def report(self) -> ActorReport:
+        return self.loop.report()
+
+    async def check_integrity(self) -> None:
+        """Raise AssertionError if the engine has leaked a sequence or a KV block."""
+        await asyncio.to_thread(self.loop.check_integrity)

@@ -1,0 +1,71 @@
+"""Puts a front's parts together: weights, KV cache, scheduler, dispatcher and its lane."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.engine.engine import Engine
+from actors.engine.kv_cache import BlockAllocator
+from actors.engine.memory import num_kv_blocks
+from actors.engine.scheduler import Scheduler
+from actors.lanes.dispatcher import Dispatcher
+from actors.lanes.local import LocalDispatcher
+from actors.lanes.object_ref import ObjectRefLane
+from actors.lanes.remote import RemoteDispatcher
+from actors.model import loader
+from actors.model.device import torch_device, torch_dtype
+from actors.model.paged_kv import PagedKV
+from cluster.checkpoint import check_checkpoint
+from cluster.messages import EngineOptions, FrontSpec, LoadProgress
+from cluster.metrics import Metrics
+from cluster.model_config import read_model_config
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltFront:
+    engine: Engine
+    remote: RemoteDispatcher | None
+    weight_bytes: int
+
+
+class _Loading:
+    """Adds up the bytes of front and, on the local lane, experts."""
+
+    def __init__(self, total: int, report: Callable[[LoadProgress], None]) -> None:
+        self.total, self.loaded, self.report = total, 0, report
+
+    def __call__(self, num_bytes: int) -> None:
+        self.loaded += num_bytes
+        self.report(LoadProgress(self.loaded, self.total))
+
+
+def build_engine(
+    spec: FrontSpec, namespace: str, metrics: Metrics, report: Callable[[LoadProgress], None]
+) -> BuiltFront:
+    """Raises ModelError if the KV cache can't hold one sequence of full length."""
+    options, model_dir = spec.engine, Path(spec.engine.model_path)
+    config = read_model_config(model_dir)
+    device, dtype = torch_device(options.device), torch_dtype(options.dtype)
+    everything = (tuple(range(config.num_local_experts)),) * config.num_hidden_layers
+    info = check_checkpoint(model_dir, config)
+    loading = _Loading(info.total_bytes if spec.lane == "local" else info.front_bytes, report)
+    model = loader.load_front(model_dir, config, device, dtype, loading)
+    remote = None
+    dispatcher: Dispatcher
+    if spec.lane == "local":
+        dispatcher = LocalDispatcher(loader.load_experts(model_dir, config, everything, device, dtype, loading))
+    else:
+        dispatcher = remote = RemoteDispatcher(ObjectRefLane(namespace), metrics)
+    num_blocks = num_kv_blocks(options, config, dtype, device)
+    kv = PagedKV(config, num_blocks, options.block_size, device, dtype)
+    scheduler = make_scheduler(options, num_blocks)
+    return BuiltFront(Engine(model, kv, dispatcher, scheduler, metrics), remote, loading.total)
+
+
+def make_scheduler(options: EngineOptions, num_blocks: int) -> Scheduler:
+    return Scheduler(
+        BlockAllocator(num_blocks, options.block_size, options.enable_prefix_caching),
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.max_model_len,
+    )

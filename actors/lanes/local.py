@@ -1,0 +1,19 @@
+"""The lane without a way to go: all experts in the front's own process."""
+
+from torch import Tensor
+
+from actors.lanes.dispatcher import Dispatcher
+from actors.model.expert_half import ExpertStore
+
+
+class LocalDispatcher(Dispatcher):
+    """All experts in this process: the oracle of every lane, and the `local` lane itself."""
+
+    def __init__(self, store: ExpertStore) -> None:
+        self.store = store
+
+    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        return self.store.run(layer, x_TD, ids_TK, gates_TK)
+
+    def combine(self, pending: Tensor) -> Tensor:
+        return pending
