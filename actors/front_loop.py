@@ -78,14 +78,9 @@ class FrontLoop:
             self.remote.set_map(expert_map)
 
     def warm_up(self) -> None:
-        """Generate one token. Raises RuntimeError if that fails. Called before the thread starts."""
-        from cluster.messages import SamplingParams
-
+        """See Engine.warm_up. Called before the thread starts."""
         assert self.engine is not None
-        self.engine.add(GenerationRequest("warm-up", "", (0,), SamplingParams(max_tokens=1, temperature=0)))
-        outputs = self.engine.step()
-        if error := outputs[0].error:
-            raise RuntimeError(f"{self.spec.actor_id} can't generate: {error}")
+        self.engine.warm_up()
 
     def start(self, event_loop: asyncio.AbstractEventLoop, mailboxes: dict[str, Mailbox]) -> None:
         self._event_loop = event_loop

@@ -41,9 +41,7 @@ def max_model_len(config: ClusterConfig, model: GraniteMoeConfig) -> int:
     return config.max_model_len or longest
 
 
-def draw_blueprint(
-    config: ClusterConfig, model_dir: Path, model: GraniteMoeConfig, machine: Machine
-) -> Blueprint:
+def draw_blueprint(config: ClusterConfig, model_dir: Path, model: GraniteMoeConfig, machine: Machine) -> Blueprint:
     """Raises ConfigError."""
     expert_map = check_config(config, model)
     resources = plan_resources(config, machine)

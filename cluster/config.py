@@ -1,4 +1,7 @@
-"""ClusterConfig: the one configuration. The command line, OUTCROP_* variables, a YAML file and Serve's `args` are views of it."""
+"""ClusterConfig: the one configuration.
+
+The command line, OUTCROP_* variables, a YAML file and Serve's `args` are views of it.
+"""
 
 import logging
 import os
@@ -67,6 +70,11 @@ class ClusterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "ClusterConfig":
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs={self.max_num_seqs} is more than max_num_batched_tokens={self.max_num_batched_tokens}: "
+                "a step computes at least one token of each running sequence"
+            )
         if self.lane == "local" and (self.groups != 1 or self.replicas != 1):
             # One process holds everything: groups and replicas have no meaning there.
             object.__setattr__(self, "groups", 1)

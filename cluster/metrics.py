@@ -68,7 +68,6 @@ TABLE: tuple[Definition, ...] = (
     Definition("front_replays_total", "counter", "Requests resumed on another front."),
 )
 BY_NAME = {definition.name: definition for definition in TABLE}
-_CLASSES: dict[Kind, type[MetricWrapperBase]] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 
 
 class Metrics:
@@ -106,10 +105,12 @@ class Metrics:
 
 
 def _create(definition: Definition, registry: CollectorRegistry) -> MetricWrapperBase:
-    options = {"buckets": definition.buckets} if definition.buckets else {}
-    return _CLASSES[definition.kind](
-        PREFIX + definition.name, definition.help, definition.labels, registry=registry, **options
-    )
+    name, labels = PREFIX + definition.name, definition.labels
+    if definition.kind == "histogram":
+        return Histogram(name, definition.help, labels, buckets=definition.buckets, registry=registry)
+    if definition.kind == "gauge":
+        return Gauge(name, definition.help, labels, registry=registry)
+    return Counter(name, definition.help, labels, registry=registry)
 
 
 def merge(sources: Iterable[Iterable[Sample]]) -> tuple[Sample, ...]:
@@ -134,7 +135,7 @@ def cumulative(samples: Iterable[Sample]) -> tuple[Sample, ...]:
 
 def exposition(samples: Iterable[Sample]) -> bytes:
     """Prometheus' text format, in the order of the table."""
-    return generate_latest(_Merged(tuple(samples)))  # type: ignore[arg-type]
+    return generate_latest(_Merged(tuple(samples)))
 
 
 class _Merged(Collector):

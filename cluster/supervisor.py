@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -34,7 +33,7 @@ from cluster.messages import (
     Sample,
 )
 from cluster.metrics import Metrics, cumulative, exposition, merge
-from cluster.model_config import GraniteMoeConfig, ModelError, read_model_config
+from cluster.model_config import ModelError, read_model_config
 from cluster.resources import Machine
 
 logger = logging.getLogger(__name__)
@@ -169,10 +168,10 @@ class Supervisor:
 
     async def _load_members(self) -> None:
         self._phase = "loading weights"
-        async with asyncio.TaskGroup() as group:
-            loads = [group.create_task(self._load_member(m)) for m in self._members.values()]
-            progress = group.create_task(self._follow_progress())
-            await asyncio.wait(loads)
+        progress = asyncio.create_task(self._follow_progress())
+        try:
+            await asyncio.gather(*(self._load_member(m) for m in self._members.values()))
+        finally:
             progress.cancel()
 
     async def _load_member(self, member: _Member) -> None:
@@ -183,22 +182,27 @@ class Supervisor:
             member.enter("dead", str(error).splitlines()[-1])
             raise _cause(error) from None
         assert member.ready is not None
-        self.metrics.observe("replica_start_seconds", time.time() - self.started)
+        member.progress = LoadProgress(member.ready.weight_bytes, member.ready.weight_bytes)
         if member.kind == "expert":
+            self.metrics.observe("replica_start_seconds", time.time() - self.started)
             member.enter("ready")
-        logger.info("%s loaded %d bytes in %.1f s", member.spec.actor_id, member.ready.weight_bytes, member.ready.load_seconds)
+        logger.info(
+            "%s loaded %d bytes in %.1f s", member.spec.actor_id, member.ready.weight_bytes, member.ready.load_seconds
+        )
 
     async def _follow_progress(self) -> None:
         while True:
-            for member in self._members.values():
-                if member.ready is None:
-                    try:
-                        member.progress = await asyncio.wait_for(_await(member.handle.progress.remote()), 1.0)
-                    except (TimeoutError, RayError):
-                        continue  # still starting; a real failure surfaces in load()
-                else:
-                    member.progress = LoadProgress(member.progress.total, member.progress.total)
+            loading = [m for m in self._members.values() if m.ready is None]
+            await asyncio.gather(*(self._ask_progress(m) for m in loading))
             await asyncio.sleep(PROGRESS_PERIOD_S)
+
+    async def _ask_progress(self, member: _Member) -> None:
+        try:
+            progress = await asyncio.wait_for(_await(member.handle.progress.remote()), 1.0)
+        except (TimeoutError, RayError):
+            return  # still starting; a real failure surfaces in load()
+        if member.ready is None:
+            member.progress = progress
 
     async def _start_fronts(self) -> None:
         self._phase = "warming up"
@@ -223,7 +227,9 @@ class Supervisor:
         self._map.check_integrity()
         logger.info("expert map version %d: %d replicas", self._map.version, len(replicas))
         serving = [m for m in self._of_kind("front") if m.state == "ready"]
-        await asyncio.gather(*(_await(m.handle.set_expert_map.remote(self._map)) for m in serving), return_exceptions=True)
+        await asyncio.gather(
+            *(_await(m.handle.set_expert_map.remote(self._map)) for m in serving), return_exceptions=True
+        )
 
     # -- watching ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from actors.engine.sampler import sample, token_logprob
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
 from actors.lanes.dispatcher import Dispatcher
+from actors.model.batch import Span, StepBatch
 from actors.model.front_half import FrontHalf
 from actors.model.paged_kv import PagedKV
 from cluster.messages import FinishReason, GenerationRequest, RequestOutput, RoutedExperts, TokenLogprob
@@ -48,6 +49,14 @@ class Engine:
         self.sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
         self.metrics.inc("prompt_tokens_total", len(request.prompt_token_ids))
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compute one token through every layer, for nobody: raises what a first request would run into."""
+        token, slot = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        batch = StepBatch(token, token, slot, slot[None].int(), slot, (Span(0, 1, 1),)).to(self.model.device)
+        hidden_RD, _ = self.model.forward(batch, self.kv, self.dispatcher)
+        self.model.logits(hidden_RD)
 
     def abort(self, request_id: str) -> None:
         """Take a request out between steps; unknown and finished ones are none of our business."""

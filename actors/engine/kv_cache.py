@@ -98,7 +98,9 @@ class BlockAllocator:
             assert (count == 0) == (block in free or block in cached), f"block {block} is lost"
             assert not (block in free and block in self._hash_of), f"free block {block} is still findable"
         assert cached <= set(self._hash_of), "a cached block can't be found"
-        assert self._block_of == {key: block for block, key in self._hash_of.items()}, "the prefix index is inconsistent"
+        assert self._block_of == {key: block for block, key in self._hash_of.items()}, (
+            "the prefix index is inconsistent"
+        )
 
 
 def block_hash(previous: bytes, tokens: Sequence[int]) -> bytes:

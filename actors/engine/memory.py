@@ -8,12 +8,10 @@ from cluster.model_config import GraniteMoeConfig, ModelError
 
 GIB = 2**30
 # Without a setting, a CPU front takes at most this: weights and other processes share the memory.
-CPU_DEFAULT = 1 * GIB
+CPU_DEFAULT = GIB // 2
 
 
-def num_kv_blocks(
-    options: EngineOptions, config: GraniteMoeConfig, dtype: torch.dtype, device: torch.device
-) -> int:
+def num_kv_blocks(options: EngineOptions, config: GraniteMoeConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Blocks that fit the budget; never more than max_num_seqs sequences of full length could use.
 
     Raises ModelError if not even one sequence of max_model_len tokens fits.

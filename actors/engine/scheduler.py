@@ -130,9 +130,7 @@ class Scheduler:
         if not self.allocator.enable_prefix_caching or sequence.wants_prompt_logprobs:
             return []  # prompt scores need the hidden state of every prompt position
         # At least one token is always computed: the next one is sampled from its logits.
-        return self.allocator.match_prefix(
-            sequence.full_hashes(self.allocator.block_size, len(sequence.token_ids) - 1)
-        )
+        return self.allocator.match_prefix(sequence.full_hashes(self.allocator.block_size, len(sequence.token_ids) - 1))
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.allocator.block_size)

@@ -26,7 +26,7 @@ class Sequence:
 
     @classmethod
     def of(cls, request: GenerationRequest) -> "Sequence":
-        scores = None if request.params.prompt_logprobs is None else [None]
+        scores: list[TokenLogprob | None] | None = None if request.params.prompt_logprobs is None else [None]
         tokens = [*request.prompt_token_ids, *request.output_token_ids]
         return cls(request, tokens, prompt_logprobs=scores)
 

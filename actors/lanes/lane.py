@@ -30,4 +30,4 @@ class Lane(ABC):
 
     def close(self) -> None:
         """Give back sockets and handles; nothing may be sent afterwards."""
-        return None
+        return

@@ -54,9 +54,7 @@ class Partial:
 def pack_dispatch(layer: int, x_TD: Tensor, gates_TK: Tensor, ids_TK: Tensor) -> bytes:
     """x and gates share a dtype of _DTYPES; ids are any integers that fit int16."""
     num_tokens, hidden = x_TD.shape
-    header = _DISPATCH.pack(
-        _DISPATCH_MAGIC, _CODES[x_TD.dtype], 0, layer, num_tokens, hidden, ids_TK.shape[1]
-    )
+    header = _DISPATCH.pack(_DISPATCH_MAGIC, _CODES[x_TD.dtype], 0, layer, num_tokens, hidden, ids_TK.shape[1])
     return b"".join((header, _bytes(x_TD), _bytes(gates_TK), _bytes(ids_TK.to(torch.int16))))
 
 
@@ -130,4 +128,4 @@ def _tensor(frame: Buffer, dtype: torch.dtype, offset: int, shape: tuple[int, in
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")

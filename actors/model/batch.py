@@ -1,0 +1,53 @@
+"""One step's tokens, packed without padding. The scheduler decides them, the front half computes them.
+
+Shape legend of the model code: T tokens of the step, S sequences, R rows that need logits, D hidden, F expert
+hidden, E experts, K top-k, L layers, H query heads, G key/value heads, C head dimension, V vocabulary, B KV blocks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The new tokens of one sequence: rows [start, start + length) of the step; `context` counts all its tokens
+    that are in the KV cache once these are written (earlier ones and the new ones)."""
+
+    start: int
+    length: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Input of one forward pass. Sequences with a single new token come first.
+
+    token_ids_T, positions_T, slots_T: int64; a slot is block * block_size + offset, where the token's K and V go.
+    blocks_SB: int32, the KV blocks of each sequence in order, padded with 0.
+    rows_R: int64, the rows of the step whose logits are wanted, ascending.
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    blocks_SB: Tensor
+    rows_R: Tensor
+    spans: tuple[Span, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.shape[0]
+
+    @property
+    def num_single(self) -> int:
+        """Sequences with one new token; they are the first rows of the step."""
+        return sum(span.length == 1 for span in self.spans)
+
+    def to(self, device: torch.device) -> "StepBatch":
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        tensors = move(self.token_ids_T), move(self.positions_T), move(self.slots_T)
+        return StepBatch(*tensors, move(self.blocks_SB), move(self.rows_R), self.spans)

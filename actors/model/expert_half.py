@@ -1,0 +1,116 @@
+"""The experts' half of GraniteMoE: stateless, same inputs, same outputs.
+
+Knows the weights it holds and which global experts they are; knows nothing of routing, requests or other replicas.
+
+Shapes: T tokens, D hidden, F expert hidden, K top-k, E experts held of a layer, P (token, choice) pairs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.model_config import GraniteMoeConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+SKIP = -1
+
+
+class NotHeld(LookupError):  # noqa: N818 - an answer, not a failure
+    """An expert was asked for that is not here: the sender's expert map is out of date."""
+
+    def __init__(self, layer: int, expert: int) -> None:
+        super().__init__(f"expert {expert} of layer {layer} is not held here")
+        self.layer = layer
+        self.expert = expert
+
+
+@dataclass(frozen=True, slots=True)
+class LayerExperts:
+    """One layer's experts. Row i of the weights is global expert `ids[i]`; gate rows come before up rows."""
+
+    ids: tuple[int, ...]
+    gate_up_EFD: Tensor
+    down_EDF: Tensor
+
+
+class ExpertStore:
+    def __init__(self, config: GraniteMoeConfig, layers: tuple[LayerExperts, ...]) -> None:
+        self.layers = layers
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.held = tuple({expert: row for row, expert in enumerate(layer.ids)} for layer in layers)
+        self.device = layers[0].down_EDF.device
+        self.num_experts = config.num_local_experts
+        self._rows = tuple(self._row_table(layer.ids) for layer in layers)
+        row_bytes = [n * layers[0].down_EDF.dtype.itemsize for n in (config.hidden_size, config.intermediate_size)]
+        # grouped_mm wants rows that start at multiples of 16 bytes.
+        self._run: RunExperts = run_experts_loop if any(n % 16 for n in row_bytes) else run_experts_grouped
+
+    def run(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Sum of gate * expert(x) over those of each token's choices that are not -1, [T, D] in the type of x.
+
+        ids are global expert ids, int64. Sums are kept in float32. Raises NotHeld.
+        """
+        rows_TK = self._local_rows(layer, ids_TK)
+        num_tokens, top_k = ids_TK.shape
+        # One stable sort brings the pairs of an expert together, skipped ones (row E) last.
+        rows_P, order_P = rows_TK.flatten().sort(stable=True)
+        counts_E = torch.bincount(rows_P, minlength=len(self.layers[layer].ids) + 1)[:-1]
+        order_P = order_P[: int(counts_E.sum())]
+        y_PD = self._run(self.layers[layer], x_TD[order_P // top_k], counts_E, self.activation)
+        weighted_PD = y_PD.float().mul_(gates_TK.flatten()[order_P, None])
+        # Each pair has a place of its own and K places are summed in order: same bits every time, on GPUs as well.
+        out_XD = torch.zeros(num_tokens * top_k, x_TD.shape[1], device=x_TD.device)
+        out_XD[order_P] = weighted_PD
+        return out_XD.view(num_tokens, top_k, x_TD.shape[1]).sum(1).to(x_TD.dtype)
+
+    def _row_table(self, ids: tuple[int, ...]) -> Tensor:
+        """Global id -> row. Entry -1 (the last, as an index) stands for skipped choices and maps past the last row;
+        ids that are not held map to -1, and so does every number past the last expert."""
+        table = torch.full((self.num_experts + 2,), -1)
+        table[list(ids)] = torch.arange(len(ids))
+        table[SKIP] = len(ids)
+        return table.to(self.device)
+
+    def _local_rows(self, layer: int, ids_TK: Tensor) -> Tensor:
+        rows_TK = self._rows[layer][ids_TK.clamp(SKIP, self.num_experts)]
+        if rows_TK.numel() and int(rows_TK.min()) < 0:
+            raise NotHeld(layer, int(ids_TK[rows_TK < 0][0]))
+        return rows_TK
+
+
+# (weights, x sorted by expert, pairs of each expert, activation) -> expert(x), [P, D]
+RunExperts = Callable[[LayerExperts, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
+def run_experts_grouped(
+    experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """All experts in two grouped matrix products."""
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    gate_PF, up_PF = F.grouped_mm(x_PD, experts.gate_up_EFD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    h_PF = activation(gate_PF) * up_PF
+    return F.grouped_mm(h_PF, experts.down_EDF.transpose(1, 2), offs=ends_E)
+
+
+def run_experts_loop(
+    experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """One expert after the other: for widths that grouped_mm refuses, and the oracle of the faster ways."""
+    y_PD = torch.empty_like(x_PD)
+    start = 0
+    for row, count in enumerate(counts_E.tolist()):
+        here = slice(start, start + count)
+        gate_F, up_F = F.linear(x_PD[here], experts.gate_up_EFD[row]).chunk(2, dim=-1)
+        y_PD[here] = F.linear(activation(gate_F) * up_F, experts.down_EDF[row])
+        start += count
+    return y_PD

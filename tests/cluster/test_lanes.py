@@ -1,0 +1,86 @@
+"""Tokens through real expert processes are the tokens of transformers, however many groups and replicas there are."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.expert_map import ExpertMap
+from cluster.messages import SamplingParams
+from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
+from tests.cluster.hosts import ExpertHost, connect, place
+from tests.engines import make_engine, run
+
+PROMPTS = [[(11 * i + 5 * j) % 250 for i in range(length)] for j, length in enumerate((6, 19, 1))]
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0)
+REQUESTS = {str(i): (prompt, GREEDY) for i, prompt in enumerate(PROMPTS)}
+
+
+def num_groups_of(name: str) -> list[int]:
+    num_experts = MODELS[name].config.get("num_local_experts", 8)
+    return [n for n in (1, 2, 4) if num_experts % n == 0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_equal_transformers_with_any_number_of_groups(
+    hosts: list[ExpertHost], tmp_path: Path, name: str
+) -> None:
+    model_dir = write_checkpoint(MODELS[name], tmp_path)
+    reference = load_reference(model_dir)
+    expected = [generate(reference, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+    assert len({token for tokens in expected for token in tokens}) > 8, "the reference must vary"
+    for num_groups in num_groups_of(name):
+        dispatcher = connect(place(hosts, model_dir, num_groups))
+        results = run(make_engine(model_dir, dispatcher=dispatcher, budget=16), REQUESTS)
+        assert [results[str(i)].token_ids for i in range(len(PROMPTS))] == expected, f"{num_groups} groups"
+
+
+def test_every_replica_of_a_group_takes_part_and_none_changes_the_tokens(
+    hosts: list[ExpertHost], granite_dir: Path
+) -> None:
+    both = place(hosts, granite_dir, 2)
+    first = both.with_replicas(both.replicas[:2])
+    second = both.with_replicas(both.replicas[2:])
+    results = []
+    for expert_map in (both, first, second):
+        results.append(run(make_engine(granite_dir, dispatcher=connect(expert_map)), REQUESTS))
+    assert len({tuple(tuple(r.token_ids) for r in result.values()) for result in results}) == 1
+    place(hosts, granite_dir, 2)
+    run(make_engine(granite_dir, dispatcher=connect(both)), REQUESTS)
+    tokens = [ray.get(host.handle.report.remote()).tokens for host in hosts]
+    for a, b in ((tokens[0], tokens[2]), (tokens[1], tokens[3])):
+        assert 0.8 < a / b < 1.25, f"replicas of a group share the load, got {tokens}"
+
+
+def test_a_refused_dispatch_waits_for_the_next_map(hosts: list[ExpertHost], granite_dir: Path) -> None:
+    """The experts have moved: the replica says so, and the part follows the newer map."""
+    old = place(hosts, granite_dir, 4)
+    dispatcher = connect(old)
+    expected = run(make_engine(granite_dir, dispatcher=dispatcher), REQUESTS)
+    moved = place(list(reversed(hosts)), granite_dir, 4)
+    newer = ExpertMap(old.version + 1, 4, moved.homes, moved.replicas)
+    engine = make_engine(granite_dir, dispatcher=dispatcher)
+    threading.Timer(0.3, lambda: dispatcher.set_map(newer)).start()
+    results = run(engine, REQUESTS)
+    assert {k: r.token_ids for k, r in results.items()} == {k: r.token_ids for k, r in expected.items()}
+    assert dispatcher.map_version == newer.version
+
+
+def test_a_lost_replica_s_part_goes_to_another(ray_session: None, hosts: list[ExpertHost], granite_dir: Path) -> None:
+    spare = ExpertHost("spare")
+    expert_map = place([*hosts[:2], spare], granite_dir, 2)  # hosts 0 and spare serve group 0
+    dispatcher = connect(expert_map)
+    expected = run(make_engine(granite_dir, dispatcher=connect(expert_map)), REQUESTS)
+    engine = make_engine(granite_dir, dispatcher=dispatcher)
+    ray.kill(spare.handle)
+    results = run(engine, REQUESTS)
+    assert {k: r.token_ids for k, r in results.items()} == {k: r.token_ids for k, r in expected.items()}
+
+
+def test_without_a_replica_the_step_fails_with_a_reason(hosts: list[ExpertHost], granite_dir: Path) -> None:
+    expert_map = place(hosts, granite_dir, 2)
+    lonely = expert_map.with_replicas(expert_map.replicas_of(0))
+    dispatcher = connect(lonely)
+    with pytest.raises(AssertionError, match="no replica of expert group 1 answers"):
+        run(make_engine(granite_dir, dispatcher=dispatcher), REQUESTS)

@@ -1,0 +1,76 @@
+"""Engines in this process, for tests: a checkpoint in, outputs out, integrity checked after every step."""
+
+from pathlib import Path
+
+import torch
+
+from actors.engine.engine import Engine
+from actors.engine.kv_cache import BlockAllocator
+from actors.engine.scheduler import Scheduler
+from actors.lanes.dispatcher import Dispatcher
+from actors.lanes.local import LocalDispatcher
+from actors.model.loader import load_experts, load_front
+from actors.model.paged_kv import PagedKV
+from cluster.messages import GenerationRequest, RequestOutput, SamplingParams
+from cluster.metrics import Metrics
+from cluster.model_config import read_model_config
+
+CPU = torch.device("cpu")
+
+
+def make_engine(
+    model_dir: Path,
+    *,
+    dispatcher: Dispatcher | None = None,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    budget: int = 64,
+    max_num_seqs: int = 8,
+    prefix_caching: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Engine:
+    config = read_model_config(model_dir)
+    if dispatcher is None:
+        everything = [tuple(range(config.num_local_experts))] * config.num_hidden_layers
+        dispatcher = LocalDispatcher(load_experts(model_dir, config, everything, CPU, dtype, lambda _: None))
+    scheduler = Scheduler(
+        BlockAllocator(num_blocks, block_size, prefix_caching),
+        max_num_batched_tokens=budget,
+        max_num_seqs=max_num_seqs,
+        max_model_len=config.max_position_embeddings,
+    )
+    front = load_front(model_dir, config, CPU, dtype, lambda _: None)
+    kv = PagedKV(config, num_blocks, block_size, CPU, dtype)
+    return Engine(front, kv, dispatcher, scheduler, Metrics())
+
+
+class Result:
+    """What a client sees of one request."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.outputs: list[RequestOutput] = []
+
+    @property
+    def last(self) -> RequestOutput:
+        return self.outputs[-1]
+
+
+def run(engine: Engine, requests: dict[str, tuple[list[int], SamplingParams]], stagger: int = 0) -> dict[str, Result]:
+    """Run requests to their end. With `stagger`, one more request arrives every so many steps."""
+    arriving = list(requests.items())
+    results = {name: Result() for name in requests}
+    step = 0
+    while arriving or engine.has_work:
+        while arriving and (not stagger or step % stagger == 0):
+            name, (prompt, params) = arriving.pop(0)
+            engine.add(GenerationRequest(name, "test", tuple(prompt), params))
+            if stagger:
+                break
+        for output in engine.step():
+            assert output.error is None, output.error
+            results[output.request_id].token_ids += output.token_ids
+            results[output.request_id].outputs.append(output)
+        engine.check_integrity()
+        step += 1
+    return results

@@ -1,0 +1,200 @@
+"""The deciding parts of `cluster`: plain data in, plain data out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.blueprint import draw_blueprint
+from cluster.config import ClusterConfig, ConfigError, load_config
+from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
+from cluster.load import ExpertLoad
+from cluster.metrics import PREFIX, TABLE, Metrics, cumulative, exposition, merge
+from cluster.model_config import GraniteMoeConfig
+from cluster.resources import Machine, plan_resources
+
+# -- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_explicit_wins_over_environment_over_yaml_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "outcrop.yaml"
+    file.write_text("model: from-yaml\nfronts: 3\ngroups: 4\nreplicas: 5\n")
+    environ = {"OUTCROP_GROUPS": "8", "OUTCROP_REPLICAS": "6", "PATH": "/bin"}
+    config = load_config({"replicas": 7, "port": None}, file, environ)
+    assert (config.model, config.fronts, config.groups, config.replicas, config.port) == ("from-yaml", 3, 8, 7, 8000)
+
+
+def test_every_setting_has_an_environment_twin() -> None:
+    values = {
+        "api_key": "k",
+        "max_num_batched_tokens": "512",
+        "lane": "local",
+        "dtype": "float32",
+        "device": "cpu",
+        "enable_prefix_caching": "false",
+    }
+    for name in ClusterConfig.model_fields:
+        environ = {f"OUTCROP_{name.upper()}": values.get(name, "1"), "OUTCROP_MODEL": "1"}
+        assert name in load_config({}, None, environ).model_fields_set
+
+
+def test_a_kubernetes_service_named_outcrop_does_not_set_the_port() -> None:
+    assert load_config({"model": "m"}, None, {"OUTCROP_PORT": "tcp://10.0.0.1:8000"}).port == 8000
+
+
+@pytest.mark.parametrize(
+    ("explicit", "message"),
+    [
+        ({}, "model: Field required"),
+        ({"model": "m", "groops": 2}, "groops=2: Extra inputs are not permitted"),
+        ({"model": "m", "groups": 0}, "groups=0: Input should be greater than or equal to 1"),
+        ({"model": "m", "lane": "smoke"}, "lane='smoke': Input should be 'auto', 'object_ref', 'zmq' or 'local'"),
+        ({"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 8}, "max_num_seqs=64 is more than"),
+    ],
+)
+def test_bad_settings_are_named(explicit: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(explicit, None, {})
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [", "\x00"])
+def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_config({"model": "m"}, file, {})
+
+
+def test_the_key_does_not_show() -> None:
+    config = load_config({"model": "m", "api_key": "s3cret"}, None, {})
+    assert "s3cret" not in repr(config) + str(config.model_dump())
+
+
+# -- expert map ------------------------------------------------------------------------------------------------------
+
+
+def test_groups_get_equal_runs_of_experts() -> None:
+    expert_map = ExpertMap(0, 4, contiguous_homes(2, 8, 4))
+    expert_map.check_integrity()
+    assert expert_map.experts_of(2) == ((4, 5), (4, 5))
+
+
+def test_groups_that_do_not_divide_are_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match="groups=7 does not divide 40 experts: choose 1, 2, 4, 5, 8, 10, 20 or 40"):
+        contiguous_homes(1, 40, 7)
+
+
+def test_a_map_is_complete_when_every_group_has_a_replica() -> None:
+    a, b = (ReplicaAddress(f"r{group}", group, (("object_ref", "x"),)) for group in (0, 1))
+    half = ExpertMap(0, 2, contiguous_homes(1, 4, 2)).with_replicas((a,))
+    assert not half.is_complete()
+    whole = half.with_replicas((a, b))
+    assert whole.is_complete()
+    assert whole.version == 2
+    assert whole.replicas_of(1) == (b,)
+
+
+def test_integrity_notices_a_replica_twice() -> None:
+    a = ReplicaAddress("r", 0, ())
+    with pytest.raises(AssertionError, match="twice"):
+        ExpertMap(1, 1, contiguous_homes(1, 2, 1), (a, a)).check_integrity()
+
+
+# -- load ------------------------------------------------------------------------------------------------------------
+
+
+def test_load_adds_up_over_fronts_and_restarts() -> None:
+    load = ExpertLoad(1, 4)
+    load.update({"f0": ((1, 0, 0, 3),), "f1": ((1, 1, 0, 0),)})
+    load.update({"f0": ((2, 0, 0, 4),)})
+    load.update({"f0": ((0, 1, 0, 0),), "f1": ()})  # f0 was restarted, f1 has not counted yet
+    assert load.counts == [[3, 2, 0, 4]]
+
+
+def test_balancedness_is_mean_over_max_of_group_loads() -> None:
+    expert_map = ExpertMap(0, 2, contiguous_homes(2, 4, 2))
+    load = ExpertLoad(2, 4)
+    assert load.balancedness(expert_map) == 1.0
+    load.update({"f": ((3, 3, 1, 1), (2, 2, 2, 2))})
+    assert load.balancedness(expert_map) == pytest.approx((4 / 6 + 1) / 2)
+
+
+# -- resources -------------------------------------------------------------------------------------------------------
+
+LAPTOP = Machine(cluster_cpus=2, cluster_gpus=0, largest_node_cpus=2)
+GPU_BOX = Machine(cluster_cpus=64, cluster_gpus=8, largest_node_cpus=64)
+
+
+@pytest.mark.parametrize(("groups", "replicas", "fronts"), [(2, 1, 1), (4, 2, 1), (8, 4, 3)])
+def test_actors_always_fit_a_small_machine(groups: int, replicas: int, fronts: int) -> None:
+    plan = plan_resources(ClusterConfig(model="m", groups=groups, replicas=replicas, fronts=fronts), LAPTOP)
+    assert fronts * plan.cpus_per_front + groups * replicas * plan.cpus_per_replica <= 2
+    assert plan.threads_per_replica * groups * replicas <= max(2, groups * replicas)
+    assert plan.device == "cpu"
+
+
+def test_a_front_uses_all_cores_while_replicas_wait() -> None:
+    plan = plan_resources(ClusterConfig(model="m"), LAPTOP)
+    assert (plan.threads_per_front, plan.threads_per_replica) == (2, 1)
+
+
+def test_gpus_are_taken_when_there_are_enough() -> None:
+    assert plan_resources(ClusterConfig(model="m"), GPU_BOX).gpus_per_replica == 1
+    assert plan_resources(ClusterConfig(model="m", groups=8), GPU_BOX).device == "cpu"
+    assert plan_resources(ClusterConfig(model="m", device="cpu"), GPU_BOX).gpus_per_front == 0
+
+
+def test_cuda_without_enough_gpus_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"device='cuda' needs 9 GPUs for 1 fronts and 8 expert replicas"):
+        plan_resources(ClusterConfig(model="m", device="cuda", groups=8), GPU_BOX)
+
+
+def test_the_blueprint_names_every_actor_and_its_experts() -> None:
+    model = GraniteMoeConfig.model_validate(
+        {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2}
+    )
+    config = ClusterConfig(model="m", groups=2, replicas=2, fronts=2)
+    blueprint = draw_blueprint(config, Path("/m"), model, LAPTOP)
+    assert [f.actor_id for f in blueprint.fronts] == ["front-0", "front-1"]
+    assert [r.actor_id for r in blueprint.replicas] == ["expert-g0-r0", "expert-g0-r1", "expert-g1-r0", "expert-g1-r1"]
+    assert blueprint.replicas[2].experts == ((4, 5, 6, 7), (4, 5, 6, 7))
+    assert draw_blueprint(ClusterConfig(model="m", lane="local"), Path("/m"), model, LAPTOP).replicas == ()
+
+
+# -- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_of_processes_merge_as_the_table_says() -> None:
+    a, b = Metrics(), Metrics()
+    for metrics, usage in ((a, 0.2), (b, 0.7)):
+        metrics.inc("prompt_tokens_total", 3)
+        metrics.observe("step_seconds", 0.03)
+        metrics.set("kv_cache_usage_ratio", usage)
+        metrics.set("num_requests_running", 2)
+    text = exposition(merge([a.samples(), b.samples()])).decode()
+    assert "outcrop_prompt_tokens_total 6.0" in text
+    assert "outcrop_step_seconds_count 2.0" in text
+    assert 'outcrop_step_seconds_bucket{le="0.05"} 2.0' in text
+    assert "outcrop_kv_cache_usage_ratio 0.7" in text
+    assert "outcrop_num_requests_running 4.0" in text
+
+
+def test_every_metric_of_the_table_is_exposed_with_its_type() -> None:
+    families = {f.name: f for f in text_string_to_metric_families(exposition(Metrics().samples()).decode())}
+    for definition in TABLE:
+        assert families[PREFIX + definition.name.removesuffix("_total")].type == definition.kind
+        assert definition.name.endswith("_total") == (definition.kind == "counter")
+
+
+def test_a_process_that_is_gone_leaves_its_counters_but_not_its_gauges() -> None:
+    metrics = Metrics()
+    metrics.inc("prompt_tokens_total", 3)
+    metrics.set("num_requests_running", 2)
+    left = {name for name, _, value in cumulative(metrics.samples()) if value}
+    assert left == {"outcrop_prompt_tokens_total"}
+
+
+def test_settings_are_plain_json() -> None:
+    assert json.loads(ClusterConfig(model="m").model_dump_json())["model"] == "m"

@@ -1,0 +1,190 @@
+"""The engine against transformers: whatever the schedule, the tokens stay the same."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.messages import GenerationRequest, SamplingParams
+from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
+from tests.engines import make_engine, run
+
+PROMPTS = [[(7 * i + 13 * j) % 250 for i in range(length)] for j, length in enumerate((5, 23, 1, 40, 17, 9))]
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(MODELS["granite"], tmp_path_factory.mktemp("granite"))
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path) -> list[list[int]]:
+    reference = load_reference(model_dir)
+    return [generate(reference, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+
+
+def greedy(prompts: list[list[int]]) -> dict[str, tuple[list[int], SamplingParams]]:
+    return {str(i): (prompt, GREEDY) for i, prompt in enumerate(prompts)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"budget": 7},
+        {"budget": 8, "max_num_seqs": 2},
+        {"num_blocks": 24},
+        {"num_blocks": 24, "budget": 9},
+        {"block_size": 1, "num_blocks": 300},
+        {"prefix_caching": False},
+    ],
+    ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "plain",
+)
+@pytest.mark.parametrize("stagger", [0, 2])
+def test_schedule_never_changes_greedy_tokens(
+    model_dir: Path, expected: list[list[int]], options: dict[str, int], stagger: int
+) -> None:
+    engine = make_engine(model_dir, **options)
+    results = run(engine, greedy(PROMPTS), stagger)
+    assert [results[str(i)].token_ids for i in range(len(PROMPTS))] == expected
+    assert engine.scheduler.allocator.num_used == 0
+    if options.get("num_blocks") == 24:
+        assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
+
+
+def test_prefix_cache_hit_gives_the_same_tokens(model_dir: Path, expected: list[list[int]]) -> None:
+    engine = make_engine(model_dir)
+    cold = run(engine, greedy([PROMPTS[3]]))["0"]
+    warm = run(engine, greedy([PROMPTS[3]]))["0"]
+    assert cold.token_ids == warm.token_ids == expected[3]
+    assert cold.last.num_cached_tokens == 0
+    assert warm.last.num_cached_tokens == 36  # 40 tokens are 10 blocks of 4; the last token is always computed
+
+
+def test_seeded_sampling_does_not_depend_on_the_schedule(model_dir: Path) -> None:
+    params = [
+        SamplingParams(max_tokens=20, seed=i, temperature=0.9, top_p=[1.0, 0.8][i % 2], top_k=[0, 20, 0][i % 3])
+        for i in range(len(PROMPTS))
+    ]
+    requests = {str(i): (prompt, params[i]) for i, prompt in enumerate(PROMPTS)}
+    alone = {name: run(make_engine(model_dir), {name: request})[name].token_ids for name, request in requests.items()}
+    together = run(make_engine(model_dir, budget=9, num_blocks=24), requests, stagger=1)
+    assert {name: result.token_ids for name, result in together.items()} == alone
+    assert len({tuple(tokens) for tokens in alone.values()}) == len(alone)
+
+
+def test_replay_from_emitted_tokens_continues_identically(model_dir: Path) -> None:
+    params = SamplingParams(max_tokens=20, seed=3, temperature=1.0)
+    whole = run(make_engine(model_dir), {"a": (PROMPTS[1], params)})["a"].token_ids
+    engine = make_engine(model_dir)
+    engine.add(GenerationRequest("b", "test", tuple(PROMPTS[1]), params, tuple(whole[:11])))
+    rest: list[int] = []
+    while engine.has_work:
+        rest += [token for output in engine.step() for token in output.token_ids]
+    assert whole[:11] + rest == whole
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 7}, {"num_blocks": 24, "budget": 16}])
+def test_prompt_logprobs_match_transformers(model_dir: Path, options: dict[str, int]) -> None:
+    reference = load_reference(model_dir)
+    params = SamplingParams(max_tokens=8, temperature=0.0, prompt_logprobs=2, logprobs=3)
+    engine = make_engine(model_dir, **options)
+    run(engine, greedy([PROMPTS[3]]))  # fills the prefix cache, which a scored prompt must not use
+    results = run(engine, {str(i): (prompt, params) for i, prompt in enumerate(PROMPTS)})
+    for name, result in results.items():
+        prompt = PROMPTS[int(name)]
+        tokens = prompt + result.token_ids
+        with torch.no_grad():
+            wanted = reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        scores = result.outputs[0].prompt_logprobs
+        assert scores is not None
+        assert scores[0] is None
+        given = [*scores[1:], *(score for output in result.outputs for score in output.logprobs)]
+        assert len(given) == len(tokens) - 1
+        for position, score in enumerate(given):
+            assert score is not None
+            assert score.token_id == tokens[position + 1]
+            assert score.logprob == pytest.approx(float(wanted[position, score.token_id]), abs=1e-4)
+            assert score.top[0][1] == pytest.approx(float(wanted[position].max()), abs=1e-4)
+            assert (score.rank == 1) == (score.top[0][0] == score.token_id)
+
+
+def test_scoring_without_generation(model_dir: Path) -> None:
+    engine = make_engine(model_dir)
+    result = run(engine, {"a": (PROMPTS[1], SamplingParams(max_tokens=0, prompt_logprobs=0))})["a"]
+    assert result.token_ids == []
+    assert result.last.finish_reason == "length"
+    assert result.last.prompt_logprobs is not None
+    assert len(result.last.prompt_logprobs) == len(PROMPTS[1])
+
+
+def test_routed_experts_are_the_router_s_choice(model_dir: Path) -> None:
+    reference = load_reference(model_dir)
+    params = SamplingParams(max_tokens=4, temperature=0.0, return_routed_experts=True)
+    engine = make_engine(model_dir, budget=9)
+    for _ in range(2):  # the second time most of the prompt comes from the prefix cache
+        result = run(engine, {"a": (PROMPTS[3], params)})["a"]
+        tokens = PROMPTS[3] + result.token_ids[:-1]
+        with torch.no_grad():
+            logits = reference(torch.tensor([tokens]), output_router_logits=True).router_logits
+        wanted = torch.stack([layer.topk(2, dim=-1).indices for layer in logits], dim=1)
+        routed = result.last.routed_experts
+        assert routed is not None
+        assert routed.shape == (len(tokens), 6, 2)
+        given = torch.frombuffer(bytearray(routed.data), dtype=torch.uint8).view(routed.shape)
+        assert torch.equal(given.long().sort(-1).values, wanted.sort(-1).values)
+
+
+def test_expert_counts_add_up(model_dir: Path) -> None:
+    engine = make_engine(model_dir, prefix_caching=False)
+    results = run(engine, greedy(PROMPTS[:2]))
+    computed = sum(len(PROMPTS[i]) + len(results[str(i)].token_ids) - 1 for i in range(2))
+    assert engine.expert_counts.sum(dim=1).tolist() == [2 * computed] * 6
+
+
+def test_abort_at_random_times_leaks_nothing(model_dir: Path, expected: list[list[int]]) -> None:
+    rng = random.Random(1)
+    engine = make_engine(model_dir, num_blocks=24, budget=9)
+    for round_number in range(5):
+        names = {str(i): f"{round_number}-{i}" for i in range(len(PROMPTS))}
+        for i, prompt in enumerate(PROMPTS):
+            engine.add(GenerationRequest(names[str(i)], "test", tuple(prompt), GREEDY))
+        survivor: list[int] = []
+        while engine.has_work:
+            for output in engine.step():
+                if output.request_id == names["1"]:
+                    survivor += output.token_ids
+            victim = names[str(rng.choice([0, 2, 3, 4, 5]))]
+            if rng.random() < 0.3:
+                engine.abort(victim)
+            engine.check_integrity()
+        assert survivor == expected[1]
+    assert engine.scheduler.allocator.num_used == 0
+
+
+def test_a_failing_step_ends_its_sequences_and_nothing_else(model_dir: Path, expected: list[list[int]]) -> None:
+    engine = make_engine(model_dir)
+    engine.add(GenerationRequest("a", "test", tuple(PROMPTS[0]), GREEDY))
+    working = engine.dispatcher
+    engine.dispatcher = None  # type: ignore[assignment]
+    (output,) = engine.step()
+    assert output.finish_reason == "error"
+    assert output.error is not None
+    engine.check_integrity()
+    engine.dispatcher = working
+    assert run(engine, greedy([PROMPTS[0]]))["0"].token_ids == expected[0]
+
+
+def test_stop_tokens_end_a_sequence_and_min_tokens_delays_them(model_dir: Path, expected: list[list[int]]) -> None:
+    stop = expected[1][5]
+    first = expected[1].index(stop)
+    params = SamplingParams(max_tokens=24, temperature=0.0, stop_token_ids=(stop,))
+    result = run(make_engine(model_dir), {"a": (PROMPTS[1], params)})["a"]
+    assert result.token_ids == expected[1][: first + 1]
+    assert result.last.finish_reason == "stop"
+    params = SamplingParams(max_tokens=24, temperature=0.0, stop_token_ids=(stop,), min_tokens=24)
+    result = run(make_engine(model_dir), {"a": (PROMPTS[1], params)})["a"]
+    assert stop not in result.token_ids
+    assert result.last.finish_reason == "length"

@@ -1,0 +1,111 @@
+"""Each sampling rule against its definition."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.engine.sampler import draw, sample, sample_one, token_logprob, uniform
+from actors.engine.sequence import Sequence
+from cluster.messages import GenerationRequest, SamplingParams
+
+PROBS = torch.tensor([0.4, 0.05, 0.3, 0.15, 0.1])
+LOGITS = PROBS.log()
+
+
+def sequence(prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), **params: Any) -> Sequence:
+    return Sequence.of(GenerationRequest("a", "test", prompt, SamplingParams(**params), output))
+
+
+def support(**params: Any) -> set[int]:
+    """Tokens that can be drawn."""
+    return {draw(LOGITS, SamplingParams(**params), u / 1000) for u in range(1000)}
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, {0, 1, 2, 3, 4}),
+        ({"top_k": 2}, {0, 2}),
+        ({"top_p": 0.4}, {0}),
+        ({"top_p": 0.41}, {0, 2}),
+        ({"top_p": 0.9}, {0, 2, 3, 4}),
+        ({"top_p": 1e-9}, {0}),
+        ({"min_p": 0.3}, {0, 2, 3}),
+        ({"min_p": 1.0}, {0}),
+        ({"top_k": 3, "top_p": 0.8}, {0, 2}),  # 0.4 and 0.3 are 82 % of the three that top-k leaves
+        ({"min_p": 0.3, "top_p": 0.8}, {0, 2}),
+        ({"temperature": 0.01}, {0}),
+    ],
+)
+def test_filters_leave_exactly_these_tokens(params: dict[str, Any], expected: set[int]) -> None:
+    assert support(**params) == expected
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 3}, {"temperature": 2.0}, {"min_p": 0.2}])
+def test_frequencies_follow_the_distribution(params: dict[str, Any]) -> None:
+    settings_ = SamplingParams(**params)
+    drawn = torch.tensor([draw(LOGITS, settings_, (i + 0.5) / 4000) for i in range(4000)])
+    frequencies = drawn.bincount(minlength=5) / 4000
+    allowed = torch.tensor([i in support(**params) for i in range(5)])
+    wanted = (LOGITS / settings_.temperature).softmax(-1) * allowed
+    assert torch.allclose(frequencies, (wanted / wanted.sum()).float(), atol=1e-3)
+
+
+def test_a_nucleus_larger_than_the_first_guess_is_found() -> None:
+    logits = torch.zeros(5000)
+    drawn = {draw(logits, SamplingParams(top_p=0.999), u / 997) for u in range(997)}
+    assert len(drawn) > 900
+
+
+def test_randomness_depends_on_seed_and_position_only() -> None:
+    assert uniform(1, 5) == uniform(1, 5)
+    values = [uniform(seed, position) for seed in range(40) for position in range(40)]
+    assert len(set(values)) == 1600
+    assert all(0 <= v < 1 for v in values)
+    assert math.isclose(sum(values) / 1600, 0.5, abs_tol=0.03)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.floats(0.01, 1), st.integers(0, 6), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_a_drawn_token_is_always_allowed(u: float, top_p: float, top_k: int, min_p: float) -> None:
+    logits = torch.tensor([-math.inf, 2.0, 1.0, -math.inf, 0.5])
+    params = SamplingParams(top_p=top_p, top_k=top_k, min_p=min_p)
+    assert draw(logits, params, u) in {1, 2, 4}
+    assert draw(logits, params, 1 - 2**-53) in {1, 2, 4}
+
+
+def test_logit_bias_moves_the_choice() -> None:
+    biased = sequence(temperature=0.0, logit_bias=((1, 100.0),))
+    banned = sequence(temperature=0.0, logit_bias=((0, -100.0),))
+    assert sample(torch.stack([LOGITS, LOGITS]), [biased, banned]) == [1, 2]
+
+
+def test_repetition_penalty_counts_prompt_and_output() -> None:
+    logits = torch.tensor([2.0, 1.9, 1.8, -1.0])
+    assert sample_one(logits, sequence((0,), (), temperature=0.0, repetition_penalty=2.0)) == 1
+    assert sample_one(logits, sequence((0,), (1,), temperature=0.0, repetition_penalty=2.0)) == 2
+
+
+def test_frequency_and_presence_penalties_count_the_output_only() -> None:
+    logits = torch.tensor([2.0, 1.5, 1.0])
+    assert sample_one(logits, sequence((0, 0, 0), (), temperature=0.0, presence_penalty=2.0)) == 0
+    assert sample_one(logits, sequence((2,), (0,), temperature=0.0, presence_penalty=1.0)) == 1
+    assert sample_one(logits, sequence((2,), (0, 0), temperature=0.0, frequency_penalty=0.2)) == 0
+    assert sample_one(logits, sequence((2,), (0, 0, 0), temperature=0.0, frequency_penalty=0.2)) == 1
+
+
+def test_adjusting_leaves_the_model_s_logits_alone() -> None:
+    logits = LOGITS.clone()
+    sample_one(logits, sequence(temperature=0.0, logit_bias=((1, 100.0),), repetition_penalty=2.0))
+    assert torch.equal(logits, LOGITS)
+
+
+def test_token_logprob_reports_rank_and_alternatives() -> None:
+    scored = token_logprob(LOGITS, 3, 2)
+    assert scored.rank == 3
+    assert scored.logprob == pytest.approx(math.log(0.15))
+    assert [token for token, _ in scored.top] == [0, 2]

@@ -1,0 +1,137 @@
+"""What the scheduler promises, on block numbers alone."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.engine.kv_cache import BlockAllocator
+from actors.engine.scheduler import Chunk, Scheduler
+from actors.engine.sequence import Sequence
+from cluster.messages import GenerationRequest, SamplingParams
+
+
+def make(num_blocks: int = 16, block_size: int = 4, budget: int = 16, max_num_seqs: int = 4) -> Scheduler:
+    allocator = BlockAllocator(num_blocks, block_size)
+    return Scheduler(allocator, max_num_batched_tokens=budget, max_num_seqs=max_num_seqs, max_model_len=64)
+
+
+def sequence(name: str, length: int, max_tokens: int = 8, first: int = 0) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens)
+    return Sequence.of(GenerationRequest(name, "test", tuple(range(first, first + length)), params))
+
+
+def step(scheduler: Scheduler) -> list[tuple[str, int]]:
+    """Schedule, pretend to compute (the next token is always 7), finish what is done."""
+    chunks = scheduler.schedule()
+    for chunk in chunks:
+        completes = chunk.completes
+        scheduler.commit(chunk)
+        if completes:
+            chunk.sequence.token_ids.append(7)
+            if chunk.sequence.num_output == chunk.sequence.request.params.max_tokens:
+                scheduler.finish(chunk.sequence, "length")
+    scheduler.check_integrity()
+    return [(chunk.sequence.request.request_id, chunk.length) for chunk in chunks]
+
+
+def test_decodes_come_first_and_prompts_fill_the_budget_in_chunks() -> None:
+    scheduler = make(budget=10)
+    scheduler.add(sequence("a", 3))
+    assert step(scheduler) == [("a", 3)]
+    scheduler.add(sequence("b", 25, first=100))
+    assert step(scheduler) == [("a", 1), ("b", 9)]
+    assert step(scheduler) == [("a", 1), ("b", 9)]
+    assert step(scheduler) == [("a", 1), ("b", 7)]
+    assert step(scheduler) == [("a", 1), ("b", 1)]
+
+
+def test_sequences_start_in_order_and_never_more_than_allowed() -> None:
+    scheduler = make(max_num_seqs=2)
+    for name in "abc":
+        scheduler.add(sequence(name, 4, first=ord(name) * 10))
+    assert step(scheduler) == [("a", 4), ("b", 4)]
+    assert [s.request.request_id for s in scheduler.waiting] == ["c"]
+
+
+def test_the_youngest_is_preempted_and_computed_again_later() -> None:
+    scheduler = make(num_blocks=4, max_num_seqs=2)
+    scheduler.add(sequence("old", 7, max_tokens=9))
+    scheduler.add(sequence("young", 7, max_tokens=9, first=100))
+    order = []
+    while scheduler.has_work:
+        order.append(step(scheduler))
+    assert scheduler.num_preemptions >= 1
+    names = [name for one in order for name, _ in one]
+    assert names.index("young") < len(names) - names[::-1].index("old"), "both ran at first"
+    assert names[-1] == "young"
+    assert scheduler.allocator.num_used == 0
+
+
+def test_a_prompt_that_does_not_fit_waits_for_blocks_and_takes_none() -> None:
+    scheduler = make(num_blocks=5)
+    scheduler.add(sequence("a", 14))
+    scheduler.add(sequence("b", 14, first=100))
+    assert step(scheduler) == [("a", 14)]
+    assert scheduler.allocator.num_used == 4
+
+
+def test_equal_prompts_share_blocks_but_the_last_token_is_computed() -> None:
+    scheduler = make(num_blocks=32)
+    scheduler.add(sequence("a", 16))
+    step(scheduler)
+    scheduler.add(sequence("b", 16))
+    assert step(scheduler)[1] == ("b", 4)
+    assert scheduler.running[1].blocks[:3] == scheduler.running[0].blocks[:3]
+    assert scheduler.running[1].num_cached == 12
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 5), st.integers(1, 30), st.integers(1, 20), st.integers(0, 1)), min_size=1, max_size=14
+    ),
+    aborts=st.sets(st.integers(0, 13)),
+    budget=st.integers(3, 20),
+    max_num_seqs=st.integers(1, 3),
+)
+@settings(max_examples=120, deadline=None)
+def test_everything_finishes_whatever_comes(
+    arrivals: list[tuple[int, int, int, int]], aborts: set[int], budget: int, max_num_seqs: int
+) -> None:
+    """Invariants hold after each step, the budget is kept, every sequence gets all its tokens, nothing leaks."""
+    scheduler = make(num_blocks=14, budget=budget, max_num_seqs=max_num_seqs)
+    sequences = [sequence(str(i), length, tokens, 100 * kind) for i, (_, length, tokens, kind) in enumerate(arrivals)]
+    time = 0
+    pending = sorted(enumerate(arrivals), key=lambda item: item[1][0])
+    while pending or scheduler.has_work:
+        while pending and pending[0][1][0] <= time:
+            scheduler.add(sequences[pending.pop(0)[0]])
+        chunks = step(scheduler)
+        assert sum(length for _, length in chunks) <= budget
+        assert chunks or not scheduler.has_work, "work, but nothing scheduled"
+        for i in aborts & {time}:
+            if i < len(sequences) and sequences[i] in (*scheduler.running, *scheduler.waiting):
+                scheduler.finish(sequences[i], "abort")
+                scheduler.check_integrity()
+        time += 1
+        assert time < 2000, "no progress"
+    for seq in sequences:
+        assert seq.finish_reason == "abort" or seq.num_output == seq.request.params.max_tokens
+    assert scheduler.allocator.num_used == 0
+
+
+def test_scored_rows_cover_the_prompt_exactly_once() -> None:
+    params = SamplingParams(prompt_logprobs=0)
+    seq = Sequence.of(GenerationRequest("a", "test", tuple(range(10)), params))
+    assert seq.prompt_logprobs == [None]
+    assert seq.first_scored_row(4) == 0
+    seq.prompt_logprobs += [None] * 4
+    seq.num_computed = 4
+    assert seq.first_scored_row(6) == 0
+    seq.reset()  # preempted: positions 0 to 3 are computed again, but their scores are known
+    assert seq.first_scored_row(3) == 3
+    assert seq.first_scored_row(8) == 4
+
+
+def test_chunk_completes_only_with_the_last_token() -> None:
+    seq = sequence("a", 5)
+    assert not Chunk(seq, 4).completes
+    assert Chunk(seq, 5).completes
