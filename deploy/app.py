@@ -1,0 +1,108 @@
+"""The Ray Serve application: `deploy.app:build`.
+
+Two deployments: the supervisor, one replica, that owns fronts and expert replicas as Ray actors, and the ingress, any
+number of replicas, that speaks HTTP. Deleting the application stops what the supervisor started.
+"""
+
+import logging
+from typing import Any, cast
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from cluster.checkpoint import resolve_model
+from cluster.config import ClusterConfig, load_config
+from cluster.messages import ClusterState, Sample
+from cluster.supervisor import Supervisor
+from deploy.api import create_api
+from deploy.demo import expand_demo
+from deploy.service import Service
+
+Handle = DeploymentHandle[Any]
+
+# Requests are admitted by the engine's own queues, which answer 429; Serve's limits must not come first.
+UNLIMITED = 1_000_000
+
+
+@serve.deployment(
+    name="supervisor",
+    num_replicas=1,
+    max_ongoing_requests=1000,
+    ray_actor_options={"num_cpus": 0},
+    graceful_shutdown_timeout_s=30,
+    logging_config={"enable_access_log": False},
+)
+class SupervisorDeployment:
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        logging.getLogger("cluster").setLevel(logging.INFO)
+        namespace = f"outcrop-{serve.get_replica_context().app_name}"
+        self.supervisor = Supervisor(ClusterConfig(**config), namespace)
+        self.supervisor.start()
+
+    async def push_samples(self, ingress_id: str, samples: tuple[Sample, ...]) -> ClusterState:
+        return self.supervisor.push_samples(ingress_id, samples)
+
+    async def exposition(self, ingress_id: str, samples: tuple[Sample, ...]) -> bytes:
+        return await self.supervisor.exposition(ingress_id, samples)
+
+    async def experts(self) -> dict[str, Any]:
+        return await self.supervisor.experts()
+
+    async def state(self) -> ClusterState:
+        return self.supervisor.state()
+
+    async def __del__(self) -> None:
+        # Serve calls this when the replica is stopped on purpose, not when it crashes.
+        await self.supervisor.stop()
+
+
+class _Link:
+    """SupervisorLink over a Serve handle."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    async def push_samples(self, ingress_id: str, samples: tuple[Sample, ...]) -> ClusterState:
+        return await self.handle.push_samples.remote(ingress_id, samples)  # type: ignore[no-any-return]
+
+    async def exposition(self, ingress_id: str, samples: tuple[Sample, ...]) -> bytes:
+        return await self.handle.exposition.remote(ingress_id, samples)  # type: ignore[no-any-return]
+
+    async def experts(self) -> dict[str, Any]:
+        return await self.handle.experts.remote()  # type: ignore[no-any-return]
+
+
+@serve.deployment(
+    name="ingress",
+    max_ongoing_requests=UNLIMITED,
+    ray_actor_options={"num_cpus": 0},
+    graceful_shutdown_timeout_s=60,
+    logging_config={"enable_access_log": False},
+)
+@serve.ingress()
+class IngressDeployment:
+    async def __init__(self, config: dict[str, Any], supervisor: Handle) -> None:  # type: ignore[misc]
+        settings = ClusterConfig(**config)
+        self.service = Service(settings, resolve_model(settings.model), _Link(supervisor))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_api(self.service)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Builder for Serve: `import_path: deploy.app:build`, `args:` any settings of ClusterConfig.
+
+    OUTCROP_* variables of the process that builds count as well. Raises ConfigError.
+    """
+    config = expand_demo(load_config(args))
+    # The secret key travels to the ingress as text; a SecretStr would arrive as asterisks.
+    settings = config.model_dump(exclude_unset=True)
+    if config.api_key is not None:
+        settings["api_key"] = config.api_key.get_secret_value()
+    supervisor = SupervisorDeployment.bind(  # type: ignore[attr-defined]
+        {k: v for k, v in settings.items() if k != "api_key"}
+    )
+    ingress = IngressDeployment.options(num_replicas=config.ingress_replicas)  # type: ignore[attr-defined]
+    return cast("Application", ingress.bind(settings, supervisor))

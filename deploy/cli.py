@@ -1,0 +1,158 @@
+"""`outcrop serve | chat | status | check`."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import ClusterConfig, ConfigError, load_config
+from cluster.model_config import ModelError
+from deploy.demo import expand_demo
+from deploy.flags import with_config_flags
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Url = Annotated[str, typer.Option(help="Address of the server.", envvar="OUTCROP_URL")]
+Key = Annotated[str | None, typer.Option(help="API key.", envvar="OUTCROP_API_KEY")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def _fail(message: str) -> typer.Exit:
+    errors.print("error:", style="bold red", end=" ")
+    errors.print(message, soft_wrap=True, markup=False)
+    return typer.Exit(1)
+
+
+def _load(config_file: Path | None, settings: dict[str, Any]) -> ClusterConfig:
+    if settings.get("model") is None and not config_file and "OUTCROP_MODEL" not in os.environ:
+        raise ConfigError("model is missing: name a directory in Hugging Face layout, a Hub id, or `demo`")
+    return expand_demo(load_config(settings, config_file))
+
+
+@app.command()
+@with_config_flags
+def serve(config_file: Path | None, **settings: Any) -> None:
+    """Serve MODEL over HTTP. Starts a local Ray if none is reachable, and stops on Ctrl-C what it has started."""
+    from deploy.server import StartError, serve_model
+
+    try:
+        serve_model(_load(config_file, settings))
+    except (ConfigError, ModelError, StartError) as error:
+        raise _fail(str(error)) from None
+
+
+@app.command()
+@with_config_flags
+def check(config_file: Path | None, **settings: Any) -> None:
+    """Check MODEL and settings as `serve` does, without starting anything."""
+    from deploy.server import check_everything, map_line
+
+    try:
+        config = _load(config_file, settings)
+        found = check_everything(config)
+    except (ConfigError, ModelError) as error:
+        raise _fail(str(error)) from None
+    console.print(
+        f"{config.model_name}: {found.info.total_bytes / 2**20:,.1f} MiB, {found.info.dtype}; {map_line(config, found)}"
+    )
+
+
+@app.command()
+def chat(
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    quick: Annotated[str | None, typer.Option(help="Ask one question and exit.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+) -> None:
+    """Chat with a running server. An empty line or Ctrl-D ends it."""
+    messages = [{"role": "system", "content": system}] if system else []
+    with _client(url, api_key) as client:
+        while question := quick or _ask():
+            messages.append({"role": "user", "content": question})
+            answer = ""
+            for text in _stream_chat(client, messages):
+                answer += text
+                console.out(text, end="")
+            console.print()
+            messages.append({"role": "assistant", "content": answer})
+            if quick:
+                break
+
+
+def _ask() -> str:
+    try:
+        return console.input("[bold]> [/]").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _stream_chat(client: httpx.Client, messages: list[dict[str, str]]) -> Iterator[str]:
+    body = {"messages": messages, "stream": True, "temperature": 0}
+    try:
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                raise _fail(_message(response.read()))
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise _fail(event["error"]["message"])
+                    yield from (choice["delta"].get("content") or "" for choice in event["choices"])
+    except httpx.HTTPError as error:
+        raise _fail(f"{client.base_url} does not answer: {error}") from None
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")
+
+
+@app.command()
+def status(url: Url = DEFAULT_URL, api_key: Key = None) -> None:
+    """Show fronts, expert replicas and the load of experts."""
+    with _client(url, api_key) as client:
+        cluster = _get(client, "/v1/cluster")
+        console.print(
+            f"{cluster['model']}: {cluster['state']} ({cluster['phase']}), map version {cluster['map_version']}"
+        )
+        table = Table("id", "group", "state", "node", "pid", "gpu", "lane", "tokens")
+        for row in cluster["fronts"] + cluster["replicas"]:
+            group = "-" if row["group"] is None else str(row["group"])
+            cells = (row["id"], group, row["state"], row["node"], str(row["pid"]), row["gpu"], row["lane"])
+            table.add_row(*cells, f"{row['tokens']:,}")
+        console.print(table)
+        if cluster["map_version"]:
+            console.print(f"balancedness {_get(client, '/v1/experts')['balancedness']:.3f} (mean/max load over groups)")
+
+
+def _get(client: httpx.Client, path: str) -> Any:
+    try:
+        response = client.get(path)
+    except httpx.HTTPError as error:
+        raise _fail(f"{client.base_url} does not answer: {error}") from None
+    if response.status_code != 200:
+        raise _fail(_message(response.content))
+    return response.json()
+
+
+def _client(url: str, api_key: str | None) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10.0, read=600.0), trust_env=False)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""One generation request: its prompts and choices, handed to fronts, their deltas merged as they come."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from cluster.messages import SamplingParams
+from cluster.metrics import Metrics
+from deploy.front_client import FrontClient, OutputStream
+from deploy.openai.choices import Choice, ChoiceDelta
+
+
+class GenerationFailed(RuntimeError):  # noqa: N818
+    """A front could not finish a sequence; the message is the front's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One choice to generate."""
+
+    choice: Choice
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+class Generation:
+    """Start with submit(); then read deltas(); always close()."""
+
+    def __init__(self, plans: list[Plan], client: FrontClient, metrics: Metrics) -> None:
+        self.id = uuid.uuid4().hex
+        self.choices = [plan.choice for plan in plans]
+        self._plans = plans
+        self._client = client
+        self._metrics = metrics
+        self._started = time.monotonic()
+        self._streams: list[OutputStream] = []
+
+    async def submit(self) -> None:
+        """Hand every choice to a front, or none. Raises Overloaded or Unavailable."""
+        try:
+            for index, plan in enumerate(self._plans):
+                stream = await self._client.submit(f"{self.id}-{index}", plan.prompt_token_ids, plan.params)
+                self._streams.append(stream)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Abort what has not finished."""
+        for stream, choice in zip(self._streams, self.choices, strict=False):
+            if not stream.is_finished and not choice.must_abort and stream.on_close:
+                self._metrics.inc("request_success_total", finished_reason="abort")
+            stream.close()
+
+    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
+        """Deltas of all choices in the order in which they arrive. Raises GenerationFailed."""
+        arrived: asyncio.Queue[ChoiceDelta | Exception] = asyncio.Queue()
+        pumps = [
+            asyncio.create_task(self._pump(choice, stream, arrived))
+            for choice, stream in zip(self.choices, self._streams, strict=True)
+        ]
+        try:
+            unfinished = len(pumps)
+            while unfinished:
+                delta = await arrived.get()
+                if isinstance(delta, Exception):
+                    raise delta
+                unfinished -= delta.finish_reason is not None
+                yield delta
+        finally:
+            for pump in pumps:
+                pump.cancel()
+
+    async def _pump(
+        self, choice: Choice, stream: OutputStream, arrived: "asyncio.Queue[ChoiceDelta | Exception]"
+    ) -> None:
+        last = None
+        async for output in stream:
+            if output.error is not None:
+                self._metrics.inc("requests_failed_total", reason="engine")
+                arrived.put_nowait(GenerationFailed(output.error))
+                return
+            last = self._observe(last, bool(output.token_ids))
+            delta = choice.feed(output)
+            if not delta.is_empty:
+                arrived.put_nowait(delta)
+            if choice.finish_reason is not None:
+                self._metrics.observe("e2e_request_latency_seconds", time.monotonic() - self._started)
+                self._metrics.inc("request_success_total", finished_reason=choice.finish_reason)
+                break
+        stream.close()
+
+    def _observe(self, last: float | None, has_token: bool) -> float | None:
+        """Record the time since the last token; returns the time of this one."""
+        now = time.monotonic()
+        if not has_token:
+            return last
+        if last is None:
+            self._metrics.observe("time_to_first_token_seconds", now - self._started)
+        else:
+            self._metrics.observe("inter_token_latency_seconds", now - last)
+        return now

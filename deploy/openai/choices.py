@@ -1,0 +1,165 @@
+"""One choice of an answer: what the engine reports goes in, what the client may see comes out.
+
+Joins the detokeniser, the stop strings and the bookkeeping of log-probabilities. Knows no JSON and no transport.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cluster.messages import FinishReason, RequestOutput, RoutedExperts, SamplingParams, TokenLogprob
+from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.text import IncrementalDetokenizer, StopChecker, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A token with its log-probability (None for the first of a prompt) and where its text begins in the choice."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+    text_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What is new in a choice. The first one has the prompt; `token_ids` and `rows` (echoed prompt first) are there
+    only if the request asks for them.
+
+    `stop_reason` is the stop string or the stop token id of the request that ended it, None for end-of-sequence.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    rows: tuple[TokenRow, ...] = ()
+    is_first: bool = False
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    routed_experts: RoutedExperts | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to tell a client, such as text that may still become a stop string."""
+        return not (self.text or self.token_ids or self.rows or self.is_first or self.finish_reason)
+
+
+class Choice:
+    """Feed it every RequestOutput of its sequence, in order. `must_abort`: it ended here, but not at the front yet."""
+
+    def __init__(
+        self,
+        index: int,
+        request: CompletionRequest | ChatCompletionRequest,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        tokenizer: Tokenizer,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.index = index
+        self.prompt_token_ids = tuple(prompt_token_ids)
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.must_abort = False
+        self._request = request
+        self._params = params
+        self._eos = frozenset() if request.ignore_eos else frozenset(eos_token_ids)
+        self._tokenizer = tokenizer
+        self._stop = StopChecker(request.stop, request.include_stop_str_in_output)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=request.skip_special_tokens, prompt_ids=self.prompt_token_ids
+        )
+        self._is_started = False
+        self._offset = 0
+
+    def feed(self, output: RequestOutput) -> ChoiceDelta:
+        """What the client may see of it. Outputs after the end are ignored: an abort takes a moment to arrive."""
+        if self.finish_reason is not None:
+            return ChoiceDelta(self.index)
+        is_first, self._is_started = not self._is_started, True
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        text, rows = self._echo(output) if is_first and self._request.is_echo else ("", [])
+        shown, new_rows = self._take(output)
+        rest = self._rest() if output.finish_reason else ""
+        self._finish(output)
+        return ChoiceDelta(
+            index=self.index,
+            text=text + shown + rest,
+            token_ids=output.token_ids[: len(new_rows)] if self._request.return_token_ids else (),
+            rows=tuple(rows + new_rows) if self._params.logprobs is not None else (),
+            is_first=is_first,
+            prompt_token_ids=self.prompt_token_ids if is_first else (),
+            prompt_logprobs=output.prompt_logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            routed_experts=output.routed_experts,
+        )
+
+    def _echo(self, output: RequestOutput) -> tuple[str, list[TokenRow]]:
+        """The prompt as text (special tokens too: the client sent them) and its rows."""
+        # Not flushed: the detokeniser of the output completes a character that the prompt begins.
+        detokenizer = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=False)
+        text, rows = "", []
+        known = output.prompt_logprobs or (None,) * len(self.prompt_token_ids)
+        for token_id, logprob in zip(self.prompt_token_ids, known, strict=True):
+            rows.append(TokenRow(token_id, logprob, self._offset))
+            piece = detokenizer.feed(token_id)
+            text += piece
+            self._offset += len(piece)
+        return text, rows
+
+    def _take(self, output: RequestOutput) -> tuple[str, list[TokenRow]]:
+        """The tokens up to a stop string: text that may be shown, one row per token."""
+        shown, rows = "", []
+        logprobs = output.logprobs or (None,) * len(output.token_ids)
+        for token_id, logprob in zip(output.token_ids, logprobs, strict=True):
+            rows.append(TokenRow(token_id, logprob, self._offset))
+            self.num_tokens += 1
+            is_last = len(rows) == len(output.token_ids)
+            piece = "" if is_last and self._is_hidden(token_id, output) else self._detokenizer.feed(token_id)
+            self._offset += len(piece)
+            # As vLLM: a stop string counts only in text behind min_tokens.
+            shown += piece if self.num_tokens <= self._params.min_tokens else self._stop.feed(piece)
+            if self._stop.matched is not None:
+                break
+        return shown, rows
+
+    def _is_hidden(self, token_id: int, output: RequestOutput) -> bool:
+        """The token that ended the sequence is no part of the text, unless the request wants it."""
+        is_stop = output.finish_reason == "stop" and token_id in self._params.stop_token_ids
+        return is_stop and not self._request.include_stop_str_in_output
+
+    def _rest(self) -> str:
+        """What is still held when the sequence ends; nothing behind a stop string."""
+        if self._stop.matched is not None:
+            return ""
+        return self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
+
+    def _finish(self, output: RequestOutput) -> None:
+        if self._stop.matched is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stop.matched
+            self.must_abort = output.finish_reason is None
+            return
+        self.finish_reason = output.finish_reason
+        last = output.token_ids[-1] if output.token_ids else None
+        if self.finish_reason == "stop" and last in self._params.stop_token_ids and last not in self._eos:
+            self.stop_reason = last
+
+
+def merge(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
+    """The deltas of one choice (at least one) as one: the whole answer."""
+    first = deltas[0]
+    last = next((delta for delta in deltas if delta.finish_reason is not None), deltas[-1])
+    routed = [delta.routed_experts for delta in deltas if delta.routed_experts is not None]
+    return replace(
+        first,
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        rows=tuple(row for delta in deltas for row in delta.rows),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        routed_experts=routed[-1] if routed else None,
+    )

@@ -1,0 +1,98 @@
+"""The one error of the HTTP API and its OpenAI shape. Every refusal names the field, the value and the way out."""
+
+from collections.abc import Iterable
+from typing import Any
+
+INVALID_REQUEST = "invalid_request_error"
+
+
+class APIError(Exception):
+    """Ends a request with an HTTP status. `code` is for programs, `message` for people."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = INVALID_REQUEST,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def invalid_request(message: str, param: str | None = None, code: str | None = "invalid_value") -> APIError:
+    return APIError(400, message, param=param, code=code)
+
+
+def context_length_exceeded(max_model_len: int, prompt_len: int, max_tokens: int, param: str) -> APIError:
+    """Words as OpenAI's: evaluation harnesses read the numbers from them."""
+    where = "messages" if param == "messages" else "prompt"
+    way_out = f"shorten the {where}" if param == where else f"shorten the {where} or lower {param}"
+    return invalid_request(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+        f"{prompt_len + max_tokens} tokens ({prompt_len} in the {where}, {max_tokens} in the completion). "
+        f"Please {way_out}.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def model_not_found(model: str, served: str) -> APIError:
+    message = f"model={model!r} is not served here: use {served!r}"
+    return APIError(404, message, param="model", code="model_not_found")
+
+
+def route_not_found(method: str, path: str) -> APIError:
+    return APIError(404, f"Unknown request URL: {method} {path}", code="unknown_url")
+
+
+def method_not_allowed(method: str, path: str, allowed: Iterable[str]) -> APIError:
+    methods = ", ".join(sorted(allowed))
+    message = f"{method} is not allowed on {path}: use {methods}"
+    return APIError(405, message, code="method_not_allowed", headers={"Allow": methods})
+
+
+def unauthorized(is_missing: bool = False) -> APIError:
+    problem = "The API key is missing" if is_missing else "The API key is not valid"
+    return APIError(
+        401,
+        f"{problem}: send the header `Authorization: Bearer KEY` with the key that the server was started with",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def too_large(max_body_mib: float) -> APIError:
+    message = f"The request body is larger than {max_body_mib:g} MiB; the server's limit is max_body_mib"
+    return APIError(413, message, code="request_too_large")
+
+
+def overloaded(retry_after_s: int = 1) -> APIError:
+    return APIError(
+        429,
+        f"The server is overloaded: try again in {retry_after_s} s",
+        type="overloaded_error",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(retry_after_s)},
+    )
+
+
+def unavailable(reason: str, retry_after_s: int = 5) -> APIError:
+    return APIError(
+        503, reason, type="unavailable_error", code="unavailable", headers={"Retry-After": str(retry_after_s)}
+    )
+
+
+def internal(request_id: str) -> APIError:
+    message = f"The server failed on request {request_id}; its log says why"
+    return APIError(500, message, type="server_error", code="internal_error")

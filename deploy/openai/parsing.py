@@ -1,0 +1,107 @@
+"""Request bodies: bytes to a checked request model, or one APIError that names the first bad field."""
+
+import difflib
+import json
+import re
+import reprlib
+from collections.abc import Iterator
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from deploy.openai.errors import APIError, invalid_request
+
+T = TypeVar("T", bound=BaseModel)
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "unsupported": "unsupported_parameter",
+}
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+
+
+def parse_body(raw: bytes, model: type[T]) -> T:
+    """Check a body against a request model. Raises APIError (400)."""
+    content = _read_json(raw)
+    if not isinstance(content, dict):
+        raise invalid_request(f"The body is not a JSON object but {_short.repr(content)}", code="invalid_json")
+    if b"\\u" in raw:
+        _refuse_surrogates(content)
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise _first_error(error, model) from None
+
+
+def _read_json(raw: bytes) -> Any:
+    if not raw.strip():
+        raise invalid_request("The body is empty: send a JSON object", code="invalid_json")
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise invalid_request(
+            f"The body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
+        ) from None
+    except RecursionError:
+        raise invalid_request("The body nests too deeply", code="invalid_json") from None
+    except ValueError as error:  # also a number with thousands of digits
+        raise invalid_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _refuse_surrogates(content: dict[str, Any]) -> None:
+    """Half of a surrogate pair is legal JSON but no text: no tokenizer can take it."""
+    for path, text in _strings(content):
+        if SURROGATE.search(text):
+            shown = path.encode("utf-8", "backslashreplace").decode()
+            message = f"{shown} holds half of a surrogate pair (such as \\ud800), which is not text"
+            raise invalid_request(message, param=shown)
+
+
+def _strings(content: Any) -> Iterator[tuple[str, str]]:
+    """Every string in a JSON value (keys too) with its path. Without recursion: a body may nest deeply."""
+    todo: list[tuple[str, Any]] = [("", content)]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                below = f"{path}.{key}".lstrip(".")
+                yield below, key
+                todo.append((below, item))
+        elif isinstance(value, list):
+            todo += [(f"{path}.{n}", item) for n, item in enumerate(value) if isinstance(item, str | dict | list)]
+
+
+def _first_error(error: ValidationError, model: type[BaseModel]) -> APIError:
+    # An unknown field first: it is often the cause of the others ("promt" makes "prompt" missing).
+    details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")[0]
+    context = details.get("ctx", {})
+    param = ".".join(str(part)[:100] for part in (*details["loc"], *context.get("field", ())))
+    return invalid_request(_describe(details, param, model), param or None, CODES.get(details["type"], "invalid_value"))
+
+
+def _describe(details: ErrorDetails, param: str, model: type[BaseModel]) -> str:
+    if details["type"] == "missing":
+        return f"{param} is required"
+    if details["type"] == "extra_forbidden":
+        return f"unknown field {param!r}{_hint(details, model)}"
+    message = details["msg"].removeprefix("Value error, ")
+    if details["type"] in ("invalid", "unsupported"):
+        return message
+    return f"{param}={_short.repr(details['input'])}: {message}"
+
+
+def _hint(details: ErrorDetails, model: type[BaseModel]) -> str:
+    if len(details["loc"]) != 1:
+        return ""
+    close = difflib.get_close_matches(str(details["loc"][0]), model.model_fields, n=1)
+    return f": did you mean {close[0]!r}?" if close else ""

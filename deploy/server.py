@@ -1,0 +1,208 @@
+"""`outcrop serve`: check, start, show progress, wait, stop everything that was started."""
+
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.blueprint import check_config
+from cluster.checkpoint import CheckpointInfo, check_checkpoint, resolve_model
+from cluster.config import ClusterConfig, ConfigError
+from cluster.messages import ClusterState
+from cluster.model_config import GraniteMoeConfig, ModelError, read_model_config
+from deploy.text import Tokenizer
+
+APP_NAME = "outcrop"
+POLL_S = 0.2
+
+console = Console(stderr=True, highlight=False)
+
+
+class StartError(RuntimeError):
+    """The cluster could not be brought up; the message says why."""
+
+
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM."""
+
+
+def serve_model(config: ClusterConfig) -> None:
+    """Serve until a signal comes. Raises ConfigError, ModelError or StartError; nothing is left running then."""
+    with _signals():
+        check = check_everything(config)
+        _check_port(config)
+        try:
+            _run(config, check)
+        except _Stopped:
+            console.print("stopped")
+
+
+class Check:
+    """What is known of a model before anything is started."""
+
+    def __init__(self, model: GraniteMoeConfig, info: CheckpointInfo) -> None:
+        self.model = model
+        self.info = info
+
+
+def check_everything(config: ClusterConfig) -> Check:
+    """All errors that can be found without Ray. Raises ConfigError or ModelError."""
+    if config.lane == "zmq":
+        raise ConfigError("lane='zmq' is not available in this version: use auto, object_ref or local")
+    model_dir = resolve_model(config.model)
+    model = read_model_config(model_dir)
+    check_config(config, model)
+    info = check_checkpoint(model_dir, model)
+    tokenizer = Tokenizer.load(model_dir, config.chat_template)
+    if not tokenizer.has_chat_template and config.chat_template != "none":
+        raise ModelError(
+            f"{model_dir} has no chat template: give one with --chat-template FILE, or serve completions only with "
+            "--chat-template none (base models such as PowerMoE-3b have none)"
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ModelError(
+            f"{model_dir}/tokenizer.json has {tokenizer.vocab_size} tokens, config.json vocab_size={model.vocab_size}: "
+            "tokenizer and weights are of different models"
+        )
+    return Check(model, info)
+
+
+def _check_port(config: ClusterConfig) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigError(
+                f"host={config.host!r}, port={config.port}: {error.strerror}: choose another --port or --host"
+            ) from None
+
+
+def _run(config: ClusterConfig, check: Check) -> None:
+    # Imported late: errors in settings must show in a second, and Ray takes longer than that to import.
+    from deploy.local_ray import ray_cluster
+
+    console.print(f"starting [bold]{config.model_name}[/]: {map_line(config, check)}")
+    started = time.monotonic()
+    with ray_cluster() as is_own, _application(config, is_own) as supervisor:
+        _reinstall_signals()  # ray.init has put its own handlers in
+        state = _follow(supervisor)
+        _print_ready(config, state, time.monotonic() - started)
+        _watch(supervisor)
+
+
+@contextmanager
+def _application(config: ClusterConfig, is_own_ray: bool) -> Iterator[Any]:
+    """Deploy the application; yields a handle of the supervisor."""
+    from ray import serve
+
+    from deploy.app import build
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    settings = config.model_dump(exclude_unset=True)
+    if config.api_key is not None:
+        settings["api_key"] = config.api_key.get_secret_value()
+    location = "HeadOnly" if is_own_ray else "EveryNode"
+    try:
+        serve.start(
+            proxy_location=location,
+            http_options={"host": config.host, "port": config.port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        serve.run(build(settings), name=APP_NAME, route_prefix="/", blocking=False)
+        yield serve.get_deployment_handle("supervisor", APP_NAME)
+    finally:
+        console.print("stopping ...")
+        if not is_own_ray:  # our own Ray ends as a whole, with everything in it
+            serve.delete(APP_NAME)
+
+
+def _follow(supervisor: Any) -> ClusterState:
+    """One progress bar over all actors until the cluster is ready. Raises StartError."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("starting", total=None)
+        while True:
+            state: ClusterState = supervisor.state.remote().result(timeout_s=60)
+            if state.state == "ready":
+                return state
+            if state.state == "failed":
+                raise StartError(state.error or "the cluster could not be brought up")
+            total = state.progress.total or None
+            progress.update(bar, description=state.phase, completed=state.progress.loaded, total=total)
+            time.sleep(POLL_S)
+
+
+def _watch(supervisor: Any) -> NoReturn:
+    """Tell when the state of the cluster changes, until a signal comes."""
+    shown = "ready"
+    while True:
+        time.sleep(1.0)
+        try:
+            state: ClusterState = supervisor.state.remote().result(timeout_s=10)
+        except Exception as error:
+            console.print(f"[yellow]the supervisor does not answer: {type(error).__name__}[/]")
+            continue
+        if state.state != shown:
+            shown = state.state
+            console.print(f"cluster is {state.state}: {state.phase}")
+
+
+def map_line(config: ClusterConfig, check: Check) -> str:
+    model, info = check.model, check.info
+    experts = f"experts: {model.num_local_experts} x {model.num_hidden_layers} layers"
+    if config.lane == "local":
+        return f"{experts} in the front process"
+    size = info.expert_bytes / config.groups / 2**20
+    return (
+        f"{experts} over {config.groups} groups x {config.replicas} replicas, "
+        f"{model.num_local_experts // config.groups} per group, {size:,.1f} MiB per replica"
+    )
+
+
+def _print_ready(config: ClusterConfig, state: ClusterState, seconds: float) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{config.port}"
+    lanes = ", ".join(sorted({actor.lane for actor in state.actors}))
+    full = state.kv_cache_tokens / state.max_model_len
+    console.print(f"[bold green]ready[/] in {seconds:.1f} s: [bold]{config.model_name}[/] on [bold]{url}[/]")
+    console.print(f"  lane {lanes}, expert map version {state.map_version}, {len(state.actors)} actors")
+    console.print(f"  KV cache: {state.kv_cache_tokens:,} tokens, {full:.1f} sequences of {state.max_model_len:,}")
+    body = (
+        f'{{"model": "{config.model_name}", "messages": [{{"role": "user", "content": "What is an expert replica?"}}]}}'
+    )
+    key = " -H 'Authorization: Bearer KEY'" if config.api_key else ""
+    console.print(
+        f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'",
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _reinstall_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _reinstall_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_signal)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    # Once: a second signal must not break off the orderly end. Whoever is in a hurry has SIGKILL.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Stopped
