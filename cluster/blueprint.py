@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError
 from cluster.expert_map import ExpertMap, contiguous_homes
 from cluster.messages import EngineOptions, FrontSpec, ReplicaSpec
@@ -32,21 +33,30 @@ def check_config(config: ClusterConfig, model: GraniteMoeConfig) -> ExpertMap:
 
 
 def max_model_len(config: ClusterConfig, model: GraniteMoeConfig) -> int:
-    longest = model.max_position_embeddings
+    longest = model.max_context
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
-            f"max_model_len={config.max_model_len} is more than the model's max_position_embeddings={longest}: "
-            f"choose {longest} or less"
+            f"max_model_len={config.max_model_len} is more than the model's context of {longest} tokens "
+            f"(max_position_embeddings, rope scaling): choose {longest} or less"
         )
     return config.max_model_len or longest
 
 
-def draw_blueprint(config: ClusterConfig, model_dir: Path, model: GraniteMoeConfig, machine: Machine) -> Blueprint:
+def served_dtype(config: ClusterConfig, model: GraniteMoeConfig, stored: str) -> str:
+    """What the operator says, or config.json, or the files; float16 is served as bfloat16, which has its range."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if (model.dtype or stored) == "float32" else "bfloat16"
+
+
+def draw_blueprint(
+    config: ClusterConfig, checkpoint: CheckpointInfo, model_dir: Path, model: GraniteMoeConfig, machine: Machine
+) -> Blueprint:
     """Raises ConfigError."""
     expert_map = check_config(config, model)
     resources = plan_resources(config, machine)
     lane = "object_ref" if config.lane == "auto" else config.lane
-    dtype = model.served_dtype if config.dtype == "auto" else config.dtype
+    dtype = served_dtype(config, model, checkpoint.dtype)
     engine = EngineOptions(
         model_path=str(model_dir),
         device=resources.device,

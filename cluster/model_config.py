@@ -85,7 +85,7 @@ class GraniteMoeConfig(BaseModel):
     rope_parameters: RopeParameters
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @property
     def max_context(self) -> int:
@@ -104,11 +104,6 @@ class GraniteMoeConfig(BaseModel):
         """Context length before rope scaling; transformers falls back to max_position_embeddings."""
         return self.rope_parameters.original_max_position_embeddings or self.max_position_embeddings
 
-    @property
-    def served_dtype(self) -> str:
-        """The type weights are served in unless the operator says otherwise: float16 files are served as bfloat16."""
-        return "float32" if self.dtype == "float32" else "bfloat16"
-
     @model_validator(mode="before")
     @classmethod
     def _from_published_names(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +118,8 @@ class GraniteMoeConfig(BaseModel):
         if "eos_token_id" in raw and "eos_token_ids" not in raw:
             eos = raw["eos_token_id"]
             known["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        known["dtype"] = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+        dtype = raw.get("dtype") or raw.get("torch_dtype")
+        known["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
         return known
 
     @model_validator(mode="after")

@@ -136,8 +136,8 @@ class Supervisor:
     async def _draw_blueprint(self) -> Blueprint:
         model_dir = await asyncio.to_thread(resolve_model, self.config.model)
         model = read_model_config(model_dir)
-        await asyncio.to_thread(check_checkpoint, model_dir, model)
-        self._blueprint = draw_blueprint(self.config, model_dir, model, _machine())
+        info = await asyncio.to_thread(check_checkpoint, model_dir, model)
+        self._blueprint = draw_blueprint(self.config, info, model_dir, model, _machine())
         self._map = self._blueprint.expert_map
         self._load = ExpertLoad(model.num_hidden_layers, model.num_local_experts)
         return self._blueprint

@@ -145,9 +145,9 @@ async def test_local_lane_needs_no_replica(ray_session: None, granite_dir: Path)
     ("settings", "message"),
     [
         ({"groups": 3}, "groups=3 does not divide 8 experts: choose 1, 2, 4 or 8"),
-        ({"max_model_len": 1000}, "max_model_len=1000 is more than the model's max_position_embeddings=256"),
+        ({"max_model_len": 1000}, "max_model_len=1000 is more than the model's context of 256 tokens"),
         ({"kv_cache_gib": 0.00001}, "kv_cache_gib=1e-05 holds"),
-        ({"load_timeout_s": 20, "cpus_per_replica": 100}, "not ready after load_timeout_s=20"),
+        ({"load_timeout_s": 8, "cpus_per_replica": 100}, "not ready after load_timeout_s=8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.blueprint import draw_blueprint
+from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.load import ExpertLoad
@@ -156,11 +157,14 @@ def test_the_blueprint_names_every_actor_and_its_experts() -> None:
         {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2}
     )
     config = ClusterConfig(model="m", groups=2, replicas=2, fronts=2)
-    blueprint = draw_blueprint(config, Path("/m"), model, LAPTOP)
+    stored = CheckpointInfo({}, "bfloat16", 0, 0, 0)
+    blueprint = draw_blueprint(config, stored, Path("/m"), model, LAPTOP)
     assert [f.actor_id for f in blueprint.fronts] == ["front-0", "front-1"]
     assert [r.actor_id for r in blueprint.replicas] == ["expert-g0-r0", "expert-g0-r1", "expert-g1-r0", "expert-g1-r1"]
     assert blueprint.replicas[2].experts == ((4, 5, 6, 7), (4, 5, 6, 7))
-    assert draw_blueprint(ClusterConfig(model="m", lane="local"), Path("/m"), model, LAPTOP).replicas == ()
+    assert blueprint.fronts[0].engine.dtype == "bfloat16"
+    local = ClusterConfig(model="m", lane="local")
+    assert draw_blueprint(local, stored, Path("/m"), model, LAPTOP).replicas == ()
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,254 @@
+"""Finding a checkpoint and refusing a broken one before anything starts; loading only what was asked for."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors.model.loader import contiguous_runs, load_experts, load_front
+from benchmarks import make_checkpoint as maker
+from cluster import checkpoint
+from cluster.checkpoint import CheckpointInfo, check_checkpoint, read_headers, resolve_model
+from cluster.model_config import ModelError, read_model_config
+from tests.checkpoints import MODELS, load_reference, write_checkpoint
+
+CPU = torch.device("cpu")
+LAYER = "model.layers.1.block_sparse_moe."
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    return write_checkpoint(MODELS["granite"], tmp_path_factory.mktemp("single"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    return write_checkpoint(MODELS["bias-sharded"], tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.fixture
+def broken(single: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(single, tmp_path / "broken")
+
+
+@pytest.fixture
+def broken_shards(sharded: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sharded, tmp_path / "shards")
+
+
+def check(model_dir: Path) -> CheckpointInfo:
+    return check_checkpoint(model_dir, read_model_config(model_dir))
+
+
+def change_tensors(model_dir: Path, **changes: torch.Tensor | None) -> None:
+    """Replace tensors by name ("." is written "__"); None removes one."""
+    tensors = load_file(model_dir / "model.safetensors")
+    for name, tensor in changes.items():
+        tensors.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            tensors[name.replace("__", ".")] = tensor
+    save_file(tensors, model_dir / "model.safetensors")
+
+
+def change_header(model_dir: Path, change) -> None:
+    file = model_dir / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize("name", ["granite", "bias-sharded", "bf16-sharded-own-names", "odd-sizes"])
+def test_sizes_add_up(tmp_path: Path, name: str):
+    write_checkpoint(MODELS[name], tmp_path)
+    config, info = read_model_config(tmp_path), check(tmp_path)
+    stored = sum(tensor.num_bytes for tensor in read_headers(tmp_path).values())
+    assert info.total_bytes == info.front_bytes + info.expert_bytes == stored
+    assert info.bytes_per_expert * config.num_local_experts * config.num_hidden_layers == info.expert_bytes
+    assert info.dtype == str(MODELS[name].dtype).removeprefix("torch.") == config.dtype
+
+
+def test_a_tied_model_may_store_its_head_all_the_same(broken: Path):
+    total = check(broken).total_bytes
+    change_tensors(broken, lm_head__weight=torch.zeros(264, 32))
+    assert check(broken).total_bytes == total
+
+
+def test_headers_need_no_torch(single: Path):
+    assert "torch" not in vars(checkpoint)
+    assert {"torch"}.isdisjoint(vars(sys.modules["cluster.model_config"]))
+
+
+def test_missing_tensor_is_named_with_both_spellings(broken: Path):
+    change_tensors(broken, **{f"{LAYER}router.layer.weight": None})
+    with pytest.raises(
+        ModelError, match=rf"lacks tensor {LAYER}router\.layer\.weight \(or .*router\.weight\) \[8, 32\]"
+    ):
+        check(broken)
+
+
+def test_untied_model_without_head(broken: Path):
+    raw = json.loads((broken / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (broken / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=r"lacks tensor lm_head\.weight \[264, 32\]"):
+        check(broken)
+
+
+def test_attention_bias_without_biases(broken: Path):
+    raw = json.loads((broken / "config.json").read_text()) | {"attention_bias": True}
+    (broken / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=r"lacks tensor model\.layers\.0\.self_attn\.q_proj\.bias \[32\]"):
+        check(broken)
+
+
+def test_wrong_shape_shows_both(broken: Path):
+    change_tensors(broken, **{f"{LAYER}input_linear.weight": torch.zeros(8, 33, 32)})
+    with pytest.raises(ModelError, match=r"input_linear\.weight has shape \[8, 33, 32\].* asks for \[8, 32, 32\]"):
+        check(broken)
+
+
+def test_quantised_tensor(broken: Path):
+    change_tensors(broken, **{f"{LAYER}output_linear.weight": torch.zeros(8, 32, 16, dtype=torch.int8)})
+    with pytest.raises(ModelError, match=r"output_linear\.weight is stored as I8: only F32, BF16, F16"):
+        check(broken)
+
+
+def test_file_cut_off_in_the_data(broken: Path):
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors is cut off: .* ends at byte"):
+        check(broken)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10\x00", (1000).to_bytes(8, "little") + b"{}", b"\xff" * 32])
+def test_file_cut_off_in_the_header(broken: Path, content: bytes):
+    (broken / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.safetensors is cut off"):
+        check(broken)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff\xfe", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}'])
+def test_file_that_is_no_safetensors(broken: Path, text: bytes):
+    (broken / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ModelError, match=r"model\.safetensors.*(not a safetensors file|malformed)"):
+        check(broken)
+
+
+@pytest.mark.parametrize("offsets", [[0, 10**9], [-4, 124], [128, 0]])
+def test_offsets_outside_the_file(broken: Path, offsets: list[int]):
+    change_header(broken, lambda header: header["model.norm.weight"].update(data_offsets=offsets))
+    with pytest.raises(ModelError, match=r"cut off: model\.norm\.weight"):
+        check(broken)
+
+
+def test_offsets_that_do_not_fit_the_shape(broken: Path):
+    change_header(broken, lambda header: header["model.norm.weight"].update(data_offsets=[0, 64]))
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is F32 \[32\] but takes 64 bytes"):
+        check(broken)
+
+
+def test_missing_shard(broken_shards: Path):
+    shard = sorted(broken_shards.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"{shard.name} is missing"):
+        check(broken_shards)
+
+
+def test_index_that_promises_too_much(broken_shards: Path):
+    index = broken_shards / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["model.ghost"] = raw["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=r"says that model\.ghost is in model-"):
+        check(broken_shards)
+    index.write_text(json.dumps({"weight_map": ["model.norm.weight"]}))
+    with pytest.raises(ModelError, match="has no weight_map"):
+        check(broken_shards)
+
+
+def test_index_does_not_lead_out_of_its_directory(broken_shards: Path):
+    outside = broken_shards.parent / "secret.safetensors"
+    shutil.copy(next(broken_shards.glob("*.safetensors")), outside)
+    (broken_shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": f"../{outside.name}"}}))
+    with pytest.raises(ModelError, match=r"secret\.safetensors is missing"):
+        read_headers(broken_shards)
+
+
+def test_no_weights_at_all(broken: Path):
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"holds neither model\.safetensors nor"):
+        check(broken)
+
+
+def test_resolve_model(single: Path, tmp_path: Path, monkeypatch):
+    assert resolve_model(str(single)) == single
+    with pytest.raises(ModelError, match=r"is a file: give the directory"):
+        resolve_model(str(single / "config.json"))
+    for name in ("nowhere", "./no/such/dir", "a/b/c"):
+        with pytest.raises(ModelError, match=r"is no directory, and no Hub id"):
+            resolve_model(name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
+    assert resolve_model("ibm/PowerMoE-3b") == tmp_path / "ibm/PowerMoE-3b"
+
+
+def test_hub_errors_have_a_way_out(monkeypatch):
+    import httpx
+    from huggingface_hub import errors
+
+    response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+    for error, way_out in (
+        (errors.RepositoryNotFoundError("no", response=response), "check the spelling"),
+        (errors.GatedRepoError("no", response=response), "accept its terms"),
+        (ConnectionError("no route"), "check the network"),
+    ):
+
+        def fail(*_args, error=error, **_kwargs):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        with pytest.raises(ModelError, match=f"model='owner/name'.*{way_out}"):
+            resolve_model("owner/name")
+
+
+@pytest.mark.parametrize("name", ["granite", "bf16-sharded-own-names"])
+def test_experts_are_loaded_by_slices(tmp_path: Path, name: str):
+    config = read_model_config(write_checkpoint(MODELS[name], tmp_path))
+    info, told = check(tmp_path), []
+    ids = [(0, 1, 5), (2, 3, 4), (7,), (), (0, 2, 4, 6), tuple(range(8))][: config.num_hidden_layers]
+    store = load_experts(tmp_path, config, ids, CPU, torch.float32, told.append)
+    assert sum(told) == info.bytes_per_expert * sum(map(len, ids))
+    state = load_reference(tmp_path).state_dict()
+    for layer, (held, weights) in enumerate(zip(ids, store.layers, strict=True)):
+        experts = f"model.layers.{layer}.block_sparse_moe.experts."
+        assert torch.equal(weights.gate_up_EFD, state[f"{experts}gate_up_proj"][list(held)])
+        assert torch.equal(weights.down_EDF, state[f"{experts}down_proj"][list(held)])
+
+
+def test_front_is_loaded_without_experts(single: Path):
+    config, told = read_model_config(single), []
+    front = load_front(single, config, CPU, torch.bfloat16, told.append)
+    assert sum(told) == check(single).front_bytes
+    assert front.weights.head.weight_OD is front.weights.embed_VD, "a tied head takes no memory"
+    assert front.weights.embed_VD.dtype == torch.bfloat16
+
+
+def test_contiguous_runs():
+    assert list(contiguous_runs([3, 4, 5, 9])) == [(0, 3, 3), (3, 9, 1)]
+    assert list(contiguous_runs([])) == []
+
+
+def test_made_checkpoint_is_a_checkpoint(tmp_path: Path, monkeypatch):
+    small = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 8, "intermediate_size": 8}
+    monkeypatch.setitem(maker.SHAPES, "small", maker.SHAPES["1b-a400m"] | small)
+    monkeypatch.setattr(maker, "PIECE", 1000)
+    maker.make_checkpoint("small", tmp_path, layers=2)
+    assert check(tmp_path).dtype == "bfloat16"
+    logits = load_reference(tmp_path)(torch.tensor([[1, 2, 3, 1]])).logits[0]
+    assert len(set(logits.argmax(-1).tolist())) > 1
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["model.norm.weight"], torch.ones(32).bfloat16())
