@@ -1,9 +1,10 @@
-"""ExpertActor: a thin Ray class around ExpertStore. Stateless towards requests: same inputs, same outputs.
+"""ExpertActor: a thin Ray class around Replica and its lane servers. Stateless towards requests.
 
 torch is imported when an actor starts, so that the supervisor can name this class without loading it.
 """
 
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,11 @@ from cluster.messages import ActorReport, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
 
 if TYPE_CHECKING:
-    from actors.model.expert_half import ExpertStore
+    from actors.lanes.zmq_server import ZmqServer
+    from actors.replica import Replica
+
+# A socket's path may have 107 characters.
+MAX_DIRECTORY = 80
 
 
 class ExpertActor:
@@ -25,15 +30,16 @@ class ExpertActor:
         limit_threads(spec.num_threads)
         self.spec = spec
         self.metrics = Metrics()
-        self.store: ExpertStore | None = None
+        self.replica: Replica | None = None
+        self.server: ZmqServer | None = None
         self._loaded = 0
         self._total = 0
-        self._tokens = 0
 
     def load(self) -> ReadyReport:
-        """Read this replica's experts, and nothing else, from the checkpoint."""
+        """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lane."""
         from actors.model.device import torch_device, torch_dtype
         from actors.model.loader import load_experts
+        from actors.replica import Replica
         from cluster.checkpoint import check_checkpoint
         from cluster.model_config import read_model_config
 
@@ -43,40 +49,34 @@ class ExpertActor:
         per_expert = check_checkpoint(model_dir, config).bytes_per_expert
         self._total = per_expert * sum(len(layer) for layer in self.spec.experts)
         device, dtype = torch_device(self.spec.device), torch_dtype(self.spec.dtype)
-        self.store = load_experts(model_dir, config, self.spec.experts, device, dtype, self._advance)
+        store = load_experts(model_dir, config, self.spec.experts, device, dtype, self._advance)
+        self.replica = Replica(self.spec, store, self.metrics)
+        endpoints = self._listen(self.replica)
         seconds = time.monotonic() - started
-        return ReadyReport(self.spec.actor_id, *where_am_i(), weight_bytes=self._total, load_seconds=seconds)
+        return ReadyReport(self.spec.actor_id, *where_am_i(), self._total, seconds, endpoints=endpoints)
 
     def _advance(self, num_bytes: int) -> None:
         self._loaded += num_bytes
 
+    def _listen(self, replica: "Replica") -> tuple[tuple[str, str], ...]:
+        from actors.lanes.zmq_server import ZmqServer
+
+        if self.spec.lane_keys is None:
+            return ()
+        host = ray.util.get_node_ip_address()
+        directory = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
+        if len(directory) > MAX_DIRECTORY:
+            directory = tempfile.gettempdir()
+        self.server = ZmqServer(self.spec.actor_id, replica.answer_batch, self.spec.lane_keys, host, directory)
+        return self.server.start()
+
     def run_experts(self, frame: bytes) -> bytes:
-        """Answer a packed dispatch with a packed partial, or with the reason why not."""
-        import torch
+        """The object_ref lane: answer a packed dispatch with a packed partial, or with the reason why not."""
+        if self.replica is None:
+            from actors.lanes import wire
 
-        from actors.lanes import wire
-        from actors.model.expert_half import NotHeld
-
-        started = time.monotonic()
-        if self.store is None:
             return wire.pack_refusal(wire.FAILED, f"{self.spec.actor_id} has not loaded its experts yet")
-        try:
-            message = wire.unpack_dispatch(frame)
-            with torch.inference_mode():
-                partial = self.store.run(message.layer, message.x_TD, message.ids_TK.long(), message.gates_TK)
-        except NotHeld as error:
-            return wire.pack_refusal(wire.NOT_HELD, str(error), error.expert)
-        except Exception as error:
-            return wire.pack_refusal(wire.FAILED, f"{type(error).__name__}: {error}")
-        seconds = time.monotonic() - started
-        self._count(len(message.x_TD), seconds)
-        return wire.pack_partial(partial, seconds)
-
-    def _count(self, num_tokens: int, seconds: float) -> None:
-        group = str(self.spec.group)
-        self._tokens += num_tokens
-        self.metrics.inc("expert_tokens_total", num_tokens, group=group, replica=self.spec.actor_id)
-        self.metrics.observe("expert_compute_seconds", seconds, group=group)
+        return self.replica.answer(frame)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> LoadProgress:
@@ -84,7 +84,17 @@ class ExpertActor:
 
     @ray.method(concurrency_group="control")
     def report(self) -> ActorReport:
-        return ActorReport(self.spec.actor_id, 0, self._tokens, self.metrics.samples())
+        tokens = self.replica.num_tokens if self.replica else 0
+        if self.server:
+            self.metrics.raise_to("lane_dropped_messages_total", self.server.num_dropped)
+        return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.samples())
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Close sockets and remove their files; the supervisor kills the process afterwards."""
+        if self.server:
+            self.server.stop()
+            self.server = None
 
 
 def where_am_i() -> tuple[str, int, str]:

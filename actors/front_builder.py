@@ -8,10 +8,13 @@ from actors.engine.engine import Engine
 from actors.engine.kv_cache import BlockAllocator
 from actors.engine.memory import num_kv_blocks
 from actors.engine.scheduler import Scheduler
+from actors.lanes.auto import AutoLane
 from actors.lanes.dispatcher import Dispatcher
+from actors.lanes.lane import Lane
 from actors.lanes.local import LocalDispatcher
 from actors.lanes.object_ref import ObjectRefLane
 from actors.lanes.remote import RemoteDispatcher
+from actors.lanes.zmq_client import ZmqLane
 from actors.model import loader
 from actors.model.device import torch_device, torch_dtype
 from actors.model.paged_kv import PagedKV
@@ -55,11 +58,19 @@ def build_engine(
     if spec.lane == "local":
         dispatcher = LocalDispatcher(loader.load_experts(model_dir, config, everything, device, dtype, loading))
     else:
-        dispatcher = remote = RemoteDispatcher(ObjectRefLane(namespace), metrics)
+        dispatcher = remote = RemoteDispatcher(make_lane(spec, namespace), metrics)
     num_blocks = num_kv_blocks(options, config, dtype, device)
     kv = PagedKV(config, num_blocks, options.block_size, device, dtype)
     scheduler = make_scheduler(options, num_blocks)
     return BuiltFront(Engine(model, kv, dispatcher, scheduler, metrics), remote, loading.total)
+
+
+def make_lane(spec: FrontSpec, namespace: str) -> Lane:
+    if spec.lane == "object_ref":
+        return ObjectRefLane(namespace)
+    assert spec.lane_keys is not None, "the supervisor hands out keys for the zmq lane"
+    fast = ZmqLane(spec.lane_keys)
+    return fast if spec.lane == "zmq" else AutoLane(fast, ObjectRefLane(namespace))
 
 
 def make_scheduler(options: EngineOptions, num_blocks: int) -> Scheduler:

@@ -185,4 +185,5 @@ class FrontLoop:
             int(engine.expert_counts[0].sum()) // engine.model.config.num_experts_per_tok,
             self.metrics.samples(),
             tuple(tuple(layer) for layer in engine.expert_counts.tolist()),
+            self.remote.lane_names() if self.remote else "local",
         )

@@ -6,11 +6,13 @@ from pathlib import Path
 from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError
 from cluster.expert_map import ExpertMap, contiguous_homes
-from cluster.messages import EngineOptions, FrontSpec, ReplicaSpec
+from cluster.messages import EngineOptions, FrontSpec, LaneKeys, ReplicaSpec
 from cluster.model_config import GraniteMoeConfig
 from cluster.resources import Machine, ResourcePlan, plan_resources
 
 GIB = 2**30
+# Flash attention over block tables wants pages of 256 tokens; smaller blocks find more equal prefixes.
+CPU_BLOCK, GPU_BLOCK = 16, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,6 @@ class Blueprint:
     replicas: tuple[ReplicaSpec, ...]
     expert_map: ExpertMap
     max_model_len: int
-    lane: str
 
 
 def check_config(config: ClusterConfig, model: GraniteMoeConfig) -> ExpertMap:
@@ -50,19 +51,23 @@ def served_dtype(config: ClusterConfig, model: GraniteMoeConfig, stored: str) ->
 
 
 def draw_blueprint(
-    config: ClusterConfig, checkpoint: CheckpointInfo, model_dir: Path, model: GraniteMoeConfig, machine: Machine
+    config: ClusterConfig,
+    checkpoint: CheckpointInfo,
+    model_dir: Path,
+    model: GraniteMoeConfig,
+    machine: Machine,
+    lane_keys: LaneKeys | None = None,
 ) -> Blueprint:
-    """Raises ConfigError."""
+    """`lane_keys` open the zmq lane; the lanes local and object_ref need none. Raises ConfigError."""
     expert_map = check_config(config, model)
     resources = plan_resources(config, machine)
-    lane = "object_ref" if config.lane == "auto" else config.lane
     dtype = served_dtype(config, model, checkpoint.dtype)
     engine = EngineOptions(
         model_path=str(model_dir),
         device=resources.device,
         dtype=dtype,
         max_model_len=max_model_len(config, model),
-        block_size=config.block_size,
+        block_size=config.block_size or (CPU_BLOCK if resources.device == "cpu" else GPU_BLOCK),
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * GIB),
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -71,7 +76,7 @@ def draw_blueprint(
         enable_prefix_caching=config.enable_prefix_caching,
         num_threads=resources.threads_per_front,
     )
-    fronts = tuple(FrontSpec(f"front-{i}", engine, lane) for i in range(config.fronts))
+    fronts = tuple(FrontSpec(f"front-{i}", engine, config.lane, lane_keys) for i in range(config.fronts))
     replicas = tuple(
         ReplicaSpec(
             f"expert-g{group}-r{index}",
@@ -81,8 +86,9 @@ def draw_blueprint(
             dtype,
             expert_map.experts_of(group),
             resources.threads_per_replica,
+            lane_keys,
         )
-        for group in range(0 if lane == "local" else config.groups)
+        for group in range(0 if config.lane == "local" else config.groups)
         for index in range(config.replicas)
     )
-    return Blueprint(resources, fronts, replicas, expert_map, engine.max_model_len, lane)
+    return Blueprint(resources, fronts, replicas, expert_map, engine.max_model_len)

@@ -49,7 +49,7 @@ class ClusterConfig(BaseModel):
     max_model_len: int | None = Field(None, description="Longest prompt + output, in tokens.", ge=1)
     kv_cache_gib: float | None = Field(None, description="KV cache of each front, in GiB.", gt=0)
     gpu_memory_utilization: float = Field(0.9, description="Share of a GPU that a front may use.", gt=0, le=1)
-    block_size: int = Field(16, description="Tokens per KV cache block (cuda: a multiple of 256).", ge=1, le=1024)
+    block_size: int | None = Field(None, description="Tokens per KV block; default 16, on GPUs 256.", ge=1, le=4096)
     max_num_batched_tokens: int = Field(512, description="Token budget of one engine step.", ge=1)
     max_num_seqs: int = Field(64, description="Sequences that run at once in a front.", ge=1)
     max_num_waiting: int = Field(256, description="Sequences that may wait in a front; beyond it 429.", ge=1)

@@ -116,10 +116,21 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class LaneKeys:
+    """CURVE key pairs (Z85) of one application: replicas prove the server's, fronts the client's."""
+
+    server_public: bytes
+    server_secret: bytes = field(repr=False)
+    client_public: bytes
+    client_secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class FrontSpec:
     actor_id: str
     engine: EngineOptions
     lane: str
+    lane_keys: LaneKeys | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +144,7 @@ class ReplicaSpec:
     dtype: str
     experts: tuple[tuple[int, ...], ...]
     num_threads: int
+    lane_keys: LaneKeys | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +157,7 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class ReadyReport:
-    """What an actor says once it can serve. KV fields are zero for expert replicas."""
+    """What an actor says once it can serve. Fronts have a KV cache, expert replicas have lane endpoints."""
 
     actor_id: str
     node: str
@@ -155,6 +167,7 @@ class ReadyReport:
     load_seconds: float
     kv_cache_tokens: int = 0
     kv_cache_bytes: int = 0
+    endpoints: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +201,7 @@ class ActorReport:
     tokens: int
     samples: tuple[Sample, ...] = ()
     expert_counts: tuple[tuple[int, ...], ...] = ()
+    lane: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ TABLE: tuple[Definition, ...] = (
     Definition("expert_compute_seconds", "histogram", "Expert computation of one message.", ("group",), DISPATCH),
     Definition("expert_tokens_total", "counter", "Tokens computed by a replica, per layer.", ("group", "replica")),
     Definition("lane_bytes_total", "counter", "Bytes sent and received by fronts.", ("lane", "direction")),
+    Definition("lane_dropped_messages_total", "counter", "Messages that replicas dropped as garbage."),
     Definition("expert_balancedness", "gauge", "Mean/max load over groups, mean of layers.", merge="max"),
     Definition("expert_replicas", "gauge", "Expert replicas by state.", ("group", "state")),
     Definition("failovers_total", "counter", "Dispatches that moved to another replica.", ("reason",)),

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import ray
+import zmq
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cluster.blueprint import Blueprint, draw_blueprint
@@ -27,6 +28,7 @@ from cluster.messages import (
     ActorState,
     ClusterState,
     FrontSpec,
+    LaneKeys,
     LoadProgress,
     ReadyReport,
     ReplicaSpec,
@@ -47,6 +49,7 @@ CONCURRENCY: dict[ActorKind, dict[str, Any]] = {
 PROGRESS_PERIOD_S = 0.25
 WATCH_PERIOD_S = 1.0
 REPORT_TIMEOUT_S = 2.0
+STOP_S = 3.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -99,9 +102,19 @@ class Supervisor:
         self._state, self._phase = "stopping", "stopping"
         for task in self._tasks:
             task.cancel()
+        await self._close_lanes()
         for member in self._members.values():
             ray.kill(member.handle, no_restart=True)
             member.enter("dead", "stopped")
+
+    async def _close_lanes(self) -> None:
+        """Let replicas remove the files of their sockets; a killed process can't."""
+        closing = [_await(m.handle.stop.remote()) for m in self._of_kind("expert") if m.state == "ready"]
+        try:
+            async with asyncio.timeout(STOP_S):
+                await asyncio.gather(*closing, return_exceptions=True)
+        except TimeoutError:
+            logger.warning("replicas did not close their lanes in %g s", STOP_S)
 
     async def _bring_up(self) -> None:
         try:
@@ -111,6 +124,7 @@ class Supervisor:
                 await self._load_members()
                 await self._publish(self._live_replicas())
                 await self._start_fronts()
+                await self._collect()
         except Exception as error:
             await self._fail(error)
             return
@@ -137,7 +151,8 @@ class Supervisor:
         model_dir = await asyncio.to_thread(resolve_model, self.config.model)
         model = read_model_config(model_dir)
         info = await asyncio.to_thread(check_checkpoint, model_dir, model)
-        self._blueprint = draw_blueprint(self.config, info, model_dir, model, _machine())
+        keys = _new_keys() if self.config.lane in ("auto", "zmq") else None
+        self._blueprint = draw_blueprint(self.config, info, model_dir, model, _machine(), keys)
         self._map = self._blueprint.expert_map
         self._load = ExpertLoad(model.num_hidden_layers, model.num_local_experts)
         return self._blueprint
@@ -215,9 +230,9 @@ class Supervisor:
 
     def _live_replicas(self) -> tuple[ReplicaAddress, ...]:
         return tuple(
-            ReplicaAddress(m.spec.actor_id, m.group or 0, (("object_ref", m.spec.actor_id),))
+            ReplicaAddress(m.spec.actor_id, m.group or 0, (("object_ref", m.spec.actor_id), *m.ready.endpoints))
             for m in self._of_kind("expert")
-            if m.state == "ready"
+            if m.state == "ready" and m.ready
         )
 
     async def _publish(self, replicas: tuple[ReplicaAddress, ...]) -> None:
@@ -307,13 +322,17 @@ class Supervisor:
             pid=ready.pid if ready else 0,
             gpu=ready.gpu if ready else "",
             state=member.state,
-            lane=self._blueprint.lane if self._blueprint else "",
+            lane=self._lane(),
             map_version=report.map_version if report and member.kind == "front" else self._version(),
             tokens=report.tokens if report else 0,
             since=member.since,
             detail=member.detail,
             weight_bytes=ready.weight_bytes if ready else 0,
         )
+
+    def _lane(self) -> str:
+        """What fronts say they use; the configured lane before any has said so."""
+        return next((m.report.lane for m in self._of_kind("front") if m.report), self.config.lane)
 
     def _version(self) -> int:
         return self._map.version if self._map else 0
@@ -363,6 +382,10 @@ def _machine() -> Machine:
     total = ray.cluster_resources()
     largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=1.0)
     return Machine(total.get("CPU", 1.0), total.get("GPU", 0.0), max(1.0, largest))
+
+
+def _new_keys() -> LaneKeys:
+    return LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
 
 
 def _end_leftover(name: str, namespace: str) -> None:

@@ -54,8 +54,6 @@ class Check:
 
 def check_everything(config: ClusterConfig) -> Check:
     """All errors that can be found without Ray. Raises ConfigError or ModelError."""
-    if config.lane == "zmq":
-        raise ConfigError("lane='zmq' is not available in this version: use auto, object_ref or local")
     model_dir = resolve_model(config.model)
     model = read_model_config(model_dir)
     check_config(config, model)

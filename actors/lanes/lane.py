@@ -20,6 +20,10 @@ class Lane(ABC):
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         """Be ready to send to exactly these replicas. May be called from any thread, while others send."""
 
+    def name_for(self, replica: ReplicaAddress) -> str:
+        """The lane that a message to this replica takes."""
+        return self.name
+
     @abstractmethod
     def send(self, replica: ReplicaAddress, message: bytes) -> Any:
         """Start to deliver a packed dispatch; returns a ticket. Raises LaneError."""

@@ -82,6 +82,10 @@ class RemoteDispatcher(Dispatcher):
             self._map = expert_map
             self._map_changed.notify_all()
 
+    def lane_names(self) -> str:
+        """The lanes in use, such as "zmq" or, if some replicas could not be reached by it, "object_ref+zmq"."""
+        return "+".join(sorted({self.lane.name_for(r) for r in self._map.replicas})) if self._map else ""
+
     def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> _Pending:
         started = time.monotonic()
         parts = self._split(layer, x_TD, ids_TK, gates_TK)
@@ -97,7 +101,9 @@ class RemoteDispatcher(Dispatcher):
                 sum_TD += partial_PD
             else:
                 sum_TD[part.rows_P] += partial_PD
-        self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=self.lane.name)
+        if pending.parts and (replica := pending.parts[0].replica):
+            lane = self.lane.name_for(replica)
+            self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=lane)
         return sum_TD.to(pending.like_TD.dtype)
 
     def _split(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> list[_Part]:
@@ -134,7 +140,7 @@ class RemoteDispatcher(Dispatcher):
                 continue
             self._outstanding[part.replica.replica_id] += 1
             self._sent[part.replica.replica_id] += 1
-            self.metrics.inc("lane_bytes_total", len(message), lane=self.lane.name, direction="sent")
+            self.metrics.inc("lane_bytes_total", len(message), lane=self.lane.name_for(part.replica), direction="sent")
             return
 
     def _choose(self, part: _Part) -> ReplicaAddress:
@@ -165,7 +171,7 @@ class RemoteDispatcher(Dispatcher):
             frame = self.lane.receive(part.ticket)
         finally:
             self._outstanding[part.replica.replica_id] -= 1
-        self.metrics.inc("lane_bytes_total", len(frame), lane=self.lane.name, direction="received")
+        self.metrics.inc("lane_bytes_total", len(frame), lane=self.lane.name_for(part.replica), direction="received")
         answer = wire.unpack_partial(frame)
         if answer.status == wire.NOT_HELD:
             raise NotHeldError(answer.text)

@@ -4,28 +4,38 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import zmq
 
 from actors.expert import ExpertActor
+from actors.lanes.lane import Lane
 from actors.lanes.object_ref import ObjectRefLane
 from actors.lanes.remote import RemoteDispatcher
+from actors.lanes.zmq_client import ZmqLane
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
-from cluster.messages import ActorReport, ReplicaSpec
+from cluster.messages import ActorReport, LaneKeys, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
 from cluster.model_config import read_model_config
 
 NAMESPACE = "hosts"
+KEYS = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
 
 
 @ray.remote(num_cpus=0)
 class _Host:
-    def hold(self, spec: ReplicaSpec) -> None:
+    replica: ExpertActor | None = None
+
+    def hold(self, spec: ReplicaSpec) -> ReadyReport:
+        if self.replica:
+            self.replica.stop()
         self.replica = ExpertActor(spec)
-        self.replica.load()
+        return self.replica.load()
 
     def run_experts(self, frame: bytes) -> bytes:
+        assert self.replica
         return self.replica.run_experts(frame)
 
     def report(self) -> ActorReport:
+        assert self.replica
         return self.replica.report()
 
 
@@ -33,9 +43,6 @@ class ExpertHost:
     def __init__(self, name: str) -> None:
         self.name = name
         self.handle: Any = _Host.options(name=name, namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
-
-    def address(self, group: int) -> ReplicaAddress:
-        return ReplicaAddress(self.name, group, (("object_ref", self.name),))
 
 
 def place(hosts: list[ExpertHost], model_dir: Path, num_groups: int) -> ExpertMap:
@@ -46,13 +53,33 @@ def place(hosts: list[ExpertHost], model_dir: Path, num_groups: int) -> ExpertMa
     loads = []
     for i, host in enumerate(hosts):
         group = i % num_groups
-        spec = ReplicaSpec(host.name, group, str(model_dir), "cpu", "float32", expert_map.experts_of(group), 1)
+        spec = ReplicaSpec(host.name, group, str(model_dir), "cpu", "float32", expert_map.experts_of(group), 1, KEYS)
         loads.append(host.handle.hold.remote(spec))
-    ray.get(loads)
-    return expert_map.with_replicas(tuple(host.address(i % num_groups) for i, host in enumerate(hosts)))
+    reports: list[ReadyReport] = ray.get(loads)
+    return expert_map.with_replicas(
+        tuple(
+            ReplicaAddress(host.name, i % num_groups, (("object_ref", host.name), *report.endpoints))
+            for i, (host, report) in enumerate(zip(hosts, reports, strict=True))
+        )
+    )
 
 
-def connect(expert_map: ExpertMap) -> RemoteDispatcher:
-    dispatcher = RemoteDispatcher(ObjectRefLane(NAMESPACE), Metrics())
+def make_lane(name: str) -> Lane:
+    return ObjectRefLane(NAMESPACE) if name == "object_ref" else ZmqLane(KEYS)
+
+
+def connect(expert_map: ExpertMap, lane: str = "object_ref") -> RemoteDispatcher:
+    """A dispatcher over `object_ref`, `zmq` (ipc, since all is on one host) or `tcp`."""
+    if lane == "tcp":
+        expert_map = without(expert_map, "ipc")
+    dispatcher = RemoteDispatcher(make_lane(lane), Metrics())
     dispatcher.set_map(expert_map)
     return dispatcher
+
+
+def without(expert_map: ExpertMap, endpoint: str) -> ExpertMap:
+    kept = (
+        ReplicaAddress(r.replica_id, r.group, tuple(e for e in r.endpoints if e[0] != endpoint))
+        for r in expert_map.replicas
+    )
+    return expert_map.with_replicas(tuple(kept))

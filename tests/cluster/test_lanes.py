@@ -22,6 +22,9 @@ def num_groups_of(name: str) -> list[int]:
     return [n for n in (1, 2, 4) if num_experts % n == 0]
 
 
+LANES = ["object_ref", "zmq", "tcp"]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_equal_transformers_with_any_number_of_groups(
     hosts: list[ExpertHost], tmp_path: Path, name: str
@@ -31,23 +34,28 @@ def test_tokens_equal_transformers_with_any_number_of_groups(
     expected = [generate(reference, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
     assert len({token for tokens in expected for token in tokens}) > 8, "the reference must vary"
     for num_groups in num_groups_of(name):
-        dispatcher = connect(place(hosts, model_dir, num_groups))
-        results = run(make_engine(model_dir, dispatcher=dispatcher, budget=16), REQUESTS)
-        assert [results[str(i)].token_ids for i in range(len(PROMPTS))] == expected, f"{num_groups} groups"
+        expert_map = place(hosts, model_dir, num_groups)
+        for lane in ("object_ref", "zmq"):
+            dispatcher = connect(expert_map, lane)
+            results = run(make_engine(model_dir, dispatcher=dispatcher, budget=16), REQUESTS)
+            tokens = [results[str(i)].token_ids for i in range(len(PROMPTS))]
+            assert tokens == expected, f"{num_groups} groups over {lane}"
+            dispatcher.lane.close()
 
 
+@pytest.mark.parametrize("lane", LANES)
 def test_every_replica_of_a_group_takes_part_and_none_changes_the_tokens(
-    hosts: list[ExpertHost], granite_dir: Path
+    hosts: list[ExpertHost], granite_dir: Path, lane: str
 ) -> None:
     both = place(hosts, granite_dir, 2)
     first = both.with_replicas(both.replicas[:2])
     second = both.with_replicas(both.replicas[2:])
     results = []
     for expert_map in (both, first, second):
-        results.append(run(make_engine(granite_dir, dispatcher=connect(expert_map)), REQUESTS))
+        results.append(run(make_engine(granite_dir, dispatcher=connect(expert_map, lane)), REQUESTS))
     assert len({tuple(tuple(r.token_ids) for r in result.values()) for result in results}) == 1
-    place(hosts, granite_dir, 2)
-    run(make_engine(granite_dir, dispatcher=connect(both)), REQUESTS)
+    both = place(hosts, granite_dir, 2)
+    run(make_engine(granite_dir, dispatcher=connect(both, lane)), REQUESTS)
     tokens = [ray.get(host.handle.report.remote()).tokens for host in hosts]
     for a, b in ((tokens[0], tokens[2]), (tokens[1], tokens[3])):
         assert 0.8 < a / b < 1.25, f"replicas of a group share the load, got {tokens}"
@@ -59,7 +67,7 @@ def test_a_refused_dispatch_waits_for_the_next_map(hosts: list[ExpertHost], gran
     dispatcher = connect(old)
     expected = run(make_engine(granite_dir, dispatcher=dispatcher), REQUESTS)
     moved = place(list(reversed(hosts)), granite_dir, 4)
-    newer = ExpertMap(old.version + 1, 4, moved.homes, moved.replicas)
+    newer = ExpertMap(dispatcher.map_version + 1, 4, moved.homes, moved.replicas)
     engine = make_engine(granite_dir, dispatcher=dispatcher)
     threading.Timer(0.3, lambda: dispatcher.set_map(newer)).start()
     results = run(engine, REQUESTS)
@@ -67,11 +75,12 @@ def test_a_refused_dispatch_waits_for_the_next_map(hosts: list[ExpertHost], gran
     assert dispatcher.map_version == newer.version
 
 
-def test_a_lost_replica_s_part_goes_to_another(ray_session: None, hosts: list[ExpertHost], granite_dir: Path) -> None:
-    spare = ExpertHost("spare")
+@pytest.mark.parametrize("lane", LANES)
+def test_a_lost_replica_s_part_goes_to_another(hosts: list[ExpertHost], granite_dir: Path, lane: str) -> None:
+    spare = ExpertHost(f"spare-{lane}")
     expert_map = place([*hosts[:2], spare], granite_dir, 2)  # hosts 0 and spare serve group 0
-    dispatcher = connect(expert_map)
-    expected = run(make_engine(granite_dir, dispatcher=connect(expert_map)), REQUESTS)
+    dispatcher = connect(expert_map, lane)
+    expected = run(make_engine(granite_dir, dispatcher=connect(expert_map, lane)), REQUESTS)
     engine = make_engine(granite_dir, dispatcher=dispatcher)
     ray.kill(spare.handle)
     results = run(engine, REQUESTS)

@@ -88,7 +88,8 @@ async def test_two_groups_of_two_replicas_serve_and_report(ray_session: None, gr
         text = (await supervisor.exposition("in", ())).decode()
         assert f"outcrop_generation_tokens_total {2 * 12:.1f}" in text
         assert 'outcrop_expert_replicas{group="1",state="ready"} 2.0' in text
-        assert 'outcrop_lane_bytes_total{direction="sent",lane="object_ref"}' in text
+        assert 'outcrop_lane_bytes_total{direction="sent",lane="zmq"}' in text
+        assert {a.lane for a in supervisor.state().actors} == {"zmq"}, "auto takes the fast lane where it can"
         pids = [a.pid for a in state.actors]
     await until(lambda: not any(is_alive(pid) for pid in pids))
 
@@ -132,6 +133,13 @@ async def test_abort_frees_everything_within_a_step(ray_session: None, granite_d
         text = (await supervisor.exposition("in", ())).decode()
         assert "outcrop_num_requests_running 0.0" in text
         assert "outcrop_kv_cache_usage_ratio 0.0" in text
+
+
+async def test_object_ref_lane_opens_no_socket(ray_session: None, granite_dir: Path) -> None:
+    async with running(granite_dir, groups=2, lane="object_ref") as supervisor:
+        await submit(front(supervisor), "a", max_tokens=4)
+        assert len(tokens((await collect(front(supervisor)))["a"])) == 4
+        assert {a.lane for a in supervisor.state().actors} == {"object_ref"}
 
 
 async def test_local_lane_needs_no_replica(ray_session: None, granite_dir: Path) -> None:

@@ -38,8 +38,8 @@ def test_slices_are_packed_as_they_look() -> None:
 
 
 def test_refusal_round_trip() -> None:
-    answer = wire.unpack_partial(wire.pack_refusal(wire.NOT_HELD, "expert 3 – nicht hier", 3))
-    assert (answer.status, answer.expert, answer.text) == (wire.NOT_HELD, 3, "expert 3 – nicht hier")
+    answer = wire.unpack_partial(wire.pack_refusal(wire.NOT_HELD, "expert 3: não está", 3))
+    assert (answer.status, answer.expert, answer.text) == (wire.NOT_HELD, 3, "expert 3: não está")
     assert answer.partial_TD is None
 
 

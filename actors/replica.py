@@ -1,0 +1,70 @@
+"""An expert replica without Ray: its experts, and answers to packed dispatches."""
+
+import threading
+import time
+
+import torch
+
+from actors.lanes import wire
+from actors.model.expert_half import ExpertStore, NotHeld
+from cluster.messages import ReplicaSpec
+from cluster.metrics import Metrics
+
+
+class Replica:
+    """Lanes may call it from their own threads: one computation runs at a time."""
+
+    def __init__(self, spec: ReplicaSpec, store: ExpertStore, metrics: Metrics) -> None:
+        self.spec = spec
+        self.store = store
+        self.metrics = metrics
+        self.num_tokens = 0
+        self._computing = threading.Lock()
+
+    def answer(self, frame: wire.Buffer) -> bytes:
+        """Answer a packed dispatch with a packed partial, or with the reason why not."""
+        try:
+            dispatch = wire.unpack_dispatch(frame)
+        except wire.WireError as error:
+            return wire.pack_refusal(wire.FAILED, f"WireError: {error}")
+        return self.answer_batch([dispatch])[0]
+
+    def answer_batch(self, dispatches: list[wire.Dispatch]) -> list[bytes]:
+        """Packed answers to dispatches of one layer, computed together if they fit together."""
+        if len({(d.x_TD.shape[1], d.ids_TK.shape[1], d.x_TD.dtype) for d in dispatches}) > 1:
+            return [self.answer_batch([dispatch])[0] for dispatch in dispatches]
+        try:
+            return self._compute(dispatches)
+        except Exception as error:
+            if len(dispatches) > 1:  # only the one that is wrong may fail
+                return [self.answer_batch([dispatch])[0] for dispatch in dispatches]
+            if isinstance(error, NotHeld):
+                return [wire.pack_refusal(wire.NOT_HELD, str(error), error.expert)]
+            return [wire.pack_refusal(wire.FAILED, f"{type(error).__name__}: {error}")]
+
+    @torch.inference_mode()
+    def _compute(self, dispatches: list[wire.Dispatch]) -> list[bytes]:
+        layer = dispatches[0].layer
+        if layer >= len(self.store.layers):
+            raise ValueError(f"layer {layer} of {len(self.store.layers)}")
+        with self._computing:
+            started = time.monotonic()
+            x_TD, ids_TK, gates_TK = (
+                _cat(parts) for parts in zip(*((d.x_TD, d.ids_TK, d.gates_TK) for d in dispatches), strict=True)
+            )
+            device = self.store.device
+            partial_TD = self.store.run(layer, x_TD.to(device), ids_TK.to(device).long(), gates_TK.to(device))
+            seconds = time.monotonic() - started
+            self._count(len(x_TD), seconds)
+        parts = partial_TD.cpu().split([len(d.x_TD) for d in dispatches])
+        return [wire.pack_partial(part, seconds) for part in parts]
+
+    def _count(self, num_tokens: int, seconds: float) -> None:
+        group = str(self.spec.group)
+        self.num_tokens += num_tokens
+        self.metrics.inc("expert_tokens_total", num_tokens, group=group, replica=self.spec.actor_id)
+        self.metrics.observe("expert_compute_seconds", seconds, group=group)
+
+
+def _cat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
