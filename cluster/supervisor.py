@@ -101,7 +101,8 @@ class Supervisor:
         """End every actor that was started. Safe to call twice."""
         self._state, self._phase = "stopping", "stopping"
         for task in self._tasks:
-            task.cancel()
+            if task is not asyncio.current_task():  # bring-up stops what it has started when it fails
+                task.cancel()
         await self._close_lanes()
         for member in self._members.values():
             ray.kill(member.handle, no_restart=True)
