@@ -178,6 +178,8 @@ class FrontLoop:
         if engine is None:
             return ActorReport(self.spec.actor_id, 0, 0)
         engine.publish_gauges()
+        if self.remote:
+            self.remote.publish_counters()
         version = self.remote.map_version if self.remote else 1
         return ActorReport(
             self.spec.actor_id,

@@ -32,7 +32,7 @@ def ray_cluster() -> Iterator[bool]:
     """Connect to Ray or start it; yields True if it is our own. Our own leaves no process and no file behind."""
     address = reachable_address()
     if address is None:
-        with _own_ray():
+        with own_ray():
             yield True
         return
     import ray
@@ -59,7 +59,7 @@ def reachable_address() -> str | None:
 
 
 @contextmanager
-def _own_ray() -> Iterator[None]:
+def own_ray() -> Iterator[None]:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:

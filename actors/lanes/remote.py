@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,8 @@ class RemoteDispatcher(Dispatcher):
         self._sent: Counter[str] = Counter()
         self._map_changed = threading.Condition()
         self._map: ExpertMap | None = None
-        self._home_LE = torch.empty(0)
+        self._home_LE = np.empty((0, 0), np.int16)
+        self._num_bytes: Counter[tuple[str, str]] = Counter()  # (lane, direction)
 
     @property
     def map_version(self) -> int:
@@ -78,13 +80,18 @@ class RemoteDispatcher(Dispatcher):
             if expert_map.version <= self.map_version:
                 return
             self.lane.connect(expert_map.replicas)
-            self._home_LE = torch.tensor([[groups[0] for groups in layer] for layer in expert_map.homes])
+            self._home_LE = np.array([[groups[0] for groups in layer] for layer in expert_map.homes], np.int16)
             self._map = expert_map
             self._map_changed.notify_all()
 
     def lane_names(self) -> str:
         """The lanes in use, such as "zmq" or, if some replicas could not be reached by it, "object_ref+zmq"."""
         return "+".join(sorted({self.lane.name_for(r) for r in self._map.replicas})) if self._map else ""
+
+    def publish_counters(self) -> None:
+        """Bring counters that are kept here up to date; called when metrics are read."""
+        for (lane, direction), total in tuple(self._num_bytes.items()):
+            self.metrics.raise_to("lane_bytes_total", total, lane=lane, direction=direction)
 
     def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> _Pending:
         started = time.monotonic()
@@ -94,16 +101,24 @@ class RemoteDispatcher(Dispatcher):
         return _Pending(x_TD, parts, started)
 
     def combine(self, pending: _Pending) -> Tensor:
-        sum_TD = torch.zeros_like(pending.like_TD, dtype=torch.float32)
+        device = pending.like_TD.device
+        sum_TD: Tensor | None = None
         for part in pending.parts:
-            partial_PD = self._receive(part).to(device=sum_TD.device, dtype=torch.float32)
+            partial_PD = self._receive(part).to(device)
+            if sum_TD is None and part.rows_P is None:
+                sum_TD = partial_PD.to(torch.float32, copy=True)
+                continue
+            if sum_TD is None:
+                sum_TD = torch.zeros_like(pending.like_TD, dtype=torch.float32)
             if part.rows_P is None:
                 sum_TD += partial_PD
             else:
-                sum_TD[part.rows_P] += partial_PD
-        if pending.parts and (replica := pending.parts[0].replica):
-            lane = self.lane.name_for(replica)
-            self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=lane)
+                sum_TD[part.rows_P.to(device)] += partial_PD
+        assert sum_TD is not None, "every token has an expert in some group"
+        replica = pending.parts[0].replica
+        assert replica is not None
+        lane = self.lane.name_for(replica)
+        self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=lane)
         return sum_TD.to(pending.like_TD.dtype)
 
     def _split(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> list[_Part]:
@@ -112,20 +127,23 @@ class RemoteDispatcher(Dispatcher):
             if self._map is None:
                 raise DispatchError("no expert map has been published yet")
             version, num_groups, home_LE = self._map.version, self._map.num_groups, self._home_LE
-        x_TD, gates_TK, ids_TK = x_TD.cpu(), gates_TK.cpu(), ids_TK.cpu()
-        home_TK = torch.where(ids_TK < 0, -1, home_LE[layer][ids_TK])
+        x_TD, gates_TK = x_TD.cpu(), gates_TK.cpu()
+        # numpy: on arrays this small a torch call costs several times as much.
+        ids = ids_TK.cpu().numpy().astype(np.int16)
+        home_TK = np.where(ids < 0, -1, home_LE[layer][ids])
         parts = []
         for group in range(num_groups):
             here_TK = home_TK == group
-            here_T = here_TK.any(dim=1)
-            if not here_T.any():
+            here_T = here_TK.any(axis=1)
+            num_here = np.count_nonzero(here_T)
+            if num_here == 0:
                 continue
-            ids = torch.where(here_TK, ids_TK, -1)
-            if here_T.all():
-                parts.append(_Part(layer, group, None, x_TD, gates_TK, ids, version))
+            here_ids = torch.from_numpy(np.where(here_TK, ids, np.int16(-1)))
+            if num_here == len(here_T):
+                parts.append(_Part(layer, group, None, x_TD, gates_TK, here_ids, version))
             else:
-                rows = here_T.nonzero().squeeze(1)
-                parts.append(_Part(layer, group, rows, x_TD[rows], gates_TK[rows], ids[rows], version))
+                rows = torch.from_numpy(here_T.nonzero()[0])
+                parts.append(_Part(layer, group, rows, x_TD[rows], gates_TK[rows], here_ids[rows], version))
         return parts
 
     def _send(self, part: _Part) -> None:
@@ -140,7 +158,7 @@ class RemoteDispatcher(Dispatcher):
                 continue
             self._outstanding[part.replica.replica_id] += 1
             self._sent[part.replica.replica_id] += 1
-            self.metrics.inc("lane_bytes_total", len(message), lane=self.lane.name_for(part.replica), direction="sent")
+            self._num_bytes[self.lane.name_for(part.replica), "sent"] += len(message)
             return
 
     def _choose(self, part: _Part) -> ReplicaAddress:
@@ -171,7 +189,7 @@ class RemoteDispatcher(Dispatcher):
             frame = self.lane.receive(part.ticket)
         finally:
             self._outstanding[part.replica.replica_id] -= 1
-        self.metrics.inc("lane_bytes_total", len(frame), lane=self.lane.name_for(part.replica), direction="received")
+        self._num_bytes[self.lane.name_for(part.replica), "received"] += len(frame)
         answer = wire.unpack_partial(frame)
         if answer.status == wire.NOT_HELD:
             raise NotHeldError(answer.text)

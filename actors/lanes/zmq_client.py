@@ -41,6 +41,11 @@ class _Link:
     waiting: set[int] = field(default_factory=set)
     answers: dict[int, memoryview] = field(default_factory=dict)
     is_lost: bool = False
+    poller: zmq.Poller = field(default_factory=zmq.Poller)
+
+    def __post_init__(self) -> None:
+        self.poller.register(self.socket, zmq.POLLIN)
+        self.poller.register(self.monitor, zmq.POLLIN)
 
     def close(self) -> None:
         self.socket.disable_monitor()
@@ -137,7 +142,7 @@ class ZmqLane(Lane):
 
     def _read(self, link: _Link, timeout_s: float) -> None:
         """Take in one answer, or the news that the connection is gone."""
-        ready = dict(_poll(link, timeout_s))
+        ready = dict(link.poller.poll(max(1, int(timeout_s * 1000))))
         if link.socket in ready:
             frames = link.socket.recv_multipart(copy=False)
             if len(frames) == 2 and len(frames[0]) == NUMBER.size:
@@ -153,13 +158,6 @@ class ZmqLane(Lane):
             link.close()
         self._links, self._retired = {}, []
         self._context.term()
-
-
-def _poll(link: _Link, timeout_s: float) -> list[tuple[zmq.Socket[bytes], int]]:
-    poller = zmq.Poller()
-    poller.register(link.socket, zmq.POLLIN)
-    poller.register(link.monitor, zmq.POLLIN)
-    return poller.poll(max(1, int(timeout_s * 1000)))
 
 
 def usable_endpoint(replica: ReplicaAddress) -> str | None:

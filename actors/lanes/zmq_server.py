@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE = 512 * 2**20
 # Dispatches taken from the sockets before any is computed: fronts share a batch, and none waits for long.
 MAX_DRAIN = 64
+STOP_CHECK_MS = 200
 
 # Answers for dispatches of one layer, in their order.
 ComputeBatch = Callable[[list[wire.Dispatch]], list[bytes]]
@@ -83,27 +84,21 @@ class ZmqServer:
         for socket in self._sockets:
             poller.register(socket, zmq.POLLIN)
         while not self._stop.is_set():
-            if not poller.poll(200):
-                continue
             try:
-                self._serve(list(self._drain()))
+                self._serve(list(self._drain(poller)))
             except Exception:
                 logger.exception("%s: the lane goes on after an unexpected error", self._replica_id)
 
-    def _drain(self) -> Iterator[_Waiting]:
+    def _drain(self, poller: zmq.Poller) -> Iterator[_Waiting]:
         """Dispatches that wait now, a turn for each socket; ROUTER sockets take turns between their peers."""
+        ready = poller.poll(STOP_CHECK_MS)
         for _ in range(MAX_DRAIN):
-            found = False
-            for socket in self._sockets:
-                try:
-                    frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
-                except zmq.Again:
-                    continue
-                found = True
-                if message := self._parse(socket, frames):
-                    yield message
-            if not found:
+            if not ready:
                 return
+            for socket, _ in ready:
+                if message := self._parse(socket, socket.recv_multipart(copy=False)):
+                    yield message
+            ready = poller.poll(0)
 
     def _parse(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> _Waiting | None:
         if len(frames) != 3 or len(frames[1]) != NUMBER.size:

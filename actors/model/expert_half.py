@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.kernels.packed import PackedLinear, can_pack, pack
 from cluster.model_config import GraniteMoeConfig
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
@@ -42,18 +45,54 @@ class LayerExperts:
     gate_up_EFD: Tensor
     down_EDF: Tensor
 
+    def run(self, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+        """expert(x) for pairs sorted by expert, `counts_E` pairs of each: [P, D]."""
+        # grouped_mm wants rows that start at multiples of 16 bytes.
+        row_bytes = [n * self.down_EDF.dtype.itemsize for n in self.down_EDF.shape[1:]]
+        run = run_experts_loop if any(n % 16 for n in row_bytes) else run_experts_grouped
+        return run(self, x_PD, counts_E, activation)
+
+    def packed(self) -> "LayerExperts | PackedExperts":
+        """The same experts in a faster layout, where there is one."""
+        if not can_pack(self.down_EDF):
+            return self
+        return PackedExperts(self.ids, tuple(map(pack, self.gate_up_EFD)), tuple(map(pack, self.down_EDF)))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """One layer's experts on a CPU, each a pair of packed matrices."""
+
+    ids: tuple[int, ...]
+    gate_up_E: tuple[PackedLinear, ...]
+    down_E: tuple[PackedLinear, ...]
+
+    def run(self, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+        """As LayerExperts.run."""
+        y_PD = torch.empty_like(x_PD)
+        start = 0
+        for gate_up, down, count in zip(self.gate_up_E, self.down_E, counts_E.tolist(), strict=True):
+            if count:
+                here = slice(start, start + count)
+                gate_F, up_F = gate_up(x_PD[here]).chunk(2, dim=-1)
+                y_PD[here] = down(activation(gate_F) * up_F)
+                start += count
+        return y_PD
+
 
 class ExpertStore:
-    def __init__(self, config: GraniteMoeConfig, layers: tuple[LayerExperts, ...]) -> None:
+    def __init__(
+        self,
+        config: GraniteMoeConfig,
+        layers: tuple[LayerExperts | PackedExperts, ...],
+        device: torch.device | None = None,
+    ) -> None:
         self.layers = layers
         self.activation = ACTIVATIONS[config.hidden_act]
         self.held = tuple({expert: row for row, expert in enumerate(layer.ids)} for layer in layers)
-        self.device = layers[0].down_EDF.device
+        self.device = device or torch.device("cpu")
         self.num_experts = config.num_local_experts
         self._rows = tuple(self._row_table(layer.ids) for layer in layers)
-        row_bytes = [n * layers[0].down_EDF.dtype.itemsize for n in (config.hidden_size, config.intermediate_size)]
-        # grouped_mm wants rows that start at multiples of 16 bytes.
-        self._run: RunExperts = run_experts_loop if any(n % 16 for n in row_bytes) else run_experts_grouped
 
     def run(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Sum of gate * expert(x) over those of each token's choices that are not -1, [T, D] in the type of x.
@@ -66,7 +105,7 @@ class ExpertStore:
         rows_P, order_P = rows_TK.flatten().sort(stable=True)
         counts_E = torch.bincount(rows_P, minlength=len(self.layers[layer].ids) + 1)[:-1]
         order_P = order_P[: int(counts_E.sum())]
-        y_PD = self._run(self.layers[layer], x_TD[order_P // top_k], counts_E, self.activation)
+        y_PD = self.layers[layer].run(x_TD[order_P // top_k], counts_E, self.activation)
         weighted_PD = y_PD.float().mul_(gates_TK.flatten()[order_P, None])
         # Each pair has a place of its own and K places are summed in order: same bits every time, on GPUs as well.
         out_XD = torch.zeros(num_tokens * top_k, x_TD.shape[1], device=x_TD.device)
@@ -88,13 +127,7 @@ class ExpertStore:
         return rows_TK
 
 
-# (weights, x sorted by expert, pairs of each expert, activation) -> expert(x), [P, D]
-RunExperts = Callable[[LayerExperts, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
-
-
-def run_experts_grouped(
-    experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Callable[[Tensor], Tensor]
-) -> Tensor:
+def run_experts_grouped(experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
     """All experts in two grouped matrix products."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
     gate_PF, up_PF = F.grouped_mm(x_PD, experts.gate_up_EFD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
@@ -102,9 +135,7 @@ def run_experts_grouped(
     return F.grouped_mm(h_PF, experts.down_EDF.transpose(1, 2), offs=ends_E)
 
 
-def run_experts_loop(
-    experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Callable[[Tensor], Tensor]
-) -> Tensor:
+def run_experts_loop(experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
     """One expert after the other: for widths that grouped_mm refuses, and the oracle of the faster ways."""
     y_PD = torch.empty_like(x_PD)
     start = 0

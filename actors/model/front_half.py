@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.kernels.packed import PackedLinear
 from actors.lanes.dispatcher import Dispatcher
 from actors.model.attention import AttentionPlan, plan_attention
 from actors.model.batch import StepBatch
@@ -26,8 +27,8 @@ class LayerWeights:
     """`qkv` is q, k and v stacked in this order: one matrix product instead of three."""
 
     attention_norm_D: Tensor
-    qkv: Linear
-    out: Linear
+    qkv: Linear | PackedLinear
+    out: Linear | PackedLinear
     moe_norm_D: Tensor
     router_ED: Tensor
 
@@ -39,7 +40,7 @@ class FrontWeights:
     embed_VD: Tensor
     layers: tuple[LayerWeights, ...]
     norm_D: Tensor
-    head: Linear
+    head: Linear | PackedLinear
 
 
 class FrontHalf:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.kernels.packed import PackedLinear, can_pack, pack
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
@@ -17,6 +19,11 @@ class Linear:
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight_OD, self.bias_O)
+
+
+def packed_if_possible(linear: Linear) -> Linear | PackedLinear:
+    """The same matrix in a faster layout, where there is one."""
+    return pack(linear.weight_OD, linear.bias_O) if can_pack(linear.weight_OD) else linear
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from actors.kernels.packed import PackedLinear
 from actors.model.expert_half import ExpertStore, LayerExperts
 from actors.model.front_half import FrontHalf, FrontWeights, LayerWeights
-from actors.model.layers import Linear
+from actors.model.layers import Linear, packed_if_possible
 from cluster.checkpoint import CheckpointInfo, check_checkpoint, layer_shapes
 from cluster.model_config import GraniteMoeConfig
 
@@ -71,16 +72,17 @@ def load_front(
     """Everything but the experts. Raises ModelError."""
     reader = TensorReader(check_checkpoint(model_dir, config), device, dtype, progress)
     embed_VD = reader.read("embed")
-    head_VD = embed_VD if config.tie_word_embeddings else reader.read("head")
+    # A tied head stays plain: packed, it would be in memory twice.
+    head = Linear(embed_VD) if config.tie_word_embeddings else packed_if_possible(Linear(reader.read("head")))
     layers = tuple(_front_layer(reader, config, layer) for layer in range(config.num_hidden_layers))
-    return FrontHalf(config, FrontWeights(embed_VD, layers, reader.read("norm"), Linear(head_VD)))
+    return FrontHalf(config, FrontWeights(embed_VD, layers, reader.read("norm"), head))
 
 
 def _front_layer(reader: TensorReader, config: GraniteMoeConfig, layer: int) -> LayerWeights:
-    def linear(*names: str) -> Linear:
+    def linear(*names: str) -> Linear | PackedLinear:
         keys = [f"layers.{layer}.{name}" for name in names]
         bias = reader.read_stacked(*(f"{key}_bias" for key in keys)) if config.attention_bias else None
-        return Linear(reader.read_stacked(*keys), bias)
+        return packed_if_possible(Linear(reader.read_stacked(*keys), bias))
 
     return LayerWeights(
         attention_norm_D=reader.read(f"layers.{layer}.attention_norm"),
@@ -102,8 +104,9 @@ def load_experts(
     """The experts with the given global ids (ascending), layer by layer. Raises ModelError."""
     reader = TensorReader(check_checkpoint(model_dir, config), device, dtype, progress)
     assert len(experts) == config.num_hidden_layers
-    layers = (_expert_layer(reader, config, layer, tuple(ids)) for layer, ids in enumerate(experts))
-    return ExpertStore(config, tuple(layers))
+    # Packed one by one, so that only one layer is ever there twice.
+    layers = (_expert_layer(reader, config, layer, tuple(ids)).packed() for layer, ids in enumerate(experts))
+    return ExpertStore(config, tuple(layers), device)
 
 
 def _expert_layer(reader: TensorReader, config: GraniteMoeConfig, layer: int, ids: tuple[int, ...]) -> LayerExperts:

@@ -1,0 +1,123 @@
+"""Round trip of one dispatch and combine, by lane and payload: experts that only answer, no arithmetic.
+
+    python -m benchmarks.dispatch [--groups 2] [--repeat 2000]
+
+Each group's replica is a process of its own that sends the hidden states back; all groups get all tokens.
+"""
+
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
+import typer
+import zmq
+
+from benchmarks.lanes import NAMESPACE, Cluster
+from benchmarks.report import environment, table
+from cluster.expert_map import ExpertMap, ReplicaAddress
+from cluster.messages import LaneKeys
+
+TOKENS = 16
+TOP_K = 8
+
+
+class EchoReplica:
+    """Answers a dispatch with its own hidden states, on every lane."""
+
+    def __init__(self, replica_id: str, keys: LaneKeys) -> None:
+        from actors.lanes.zmq_server import ZmqServer
+
+        self.server = ZmqServer(replica_id, self._answer, keys, "127.0.0.1", "/tmp")
+
+    def start(self) -> tuple[tuple[str, str], ...]:
+        return self.server.start()
+
+    def _answer(self, dispatches: list[Any]) -> list[bytes]:
+        from actors.lanes import wire
+
+        return [wire.pack_partial(dispatch.x_TD, 0.0) for dispatch in dispatches]
+
+    def run_experts(self, frame: bytes) -> bytes:
+        from actors.lanes import wire
+
+        return self._answer([wire.unpack_dispatch(frame)])[0]
+
+    def stop(self) -> None:
+        self.server.stop()
+
+
+def start_echo(groups: int) -> tuple[Cluster, list[Any]]:
+    import ray
+
+    keys = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
+    actor = ray.remote(num_cpus=0)(EchoReplica)
+    names = [f"echo-{g}" for g in range(groups)]
+    handles = [actor.options(name=name, namespace=NAMESPACE).remote(name, keys) for name in names]
+    endpoints = ray.get([handle.start.remote() for handle in handles])
+    homes = (tuple((g,) for g in range(groups)),)
+    addresses = tuple(ReplicaAddress(name, g, (("object_ref", name), *endpoints[g])) for g, name in enumerate(names))
+    return Cluster(ExpertMap(1, groups, homes, addresses), keys), handles
+
+
+def measure(dispatcher: Any, x_TD: Any, ids_TK: Any, gates_TK: Any, repeat: int) -> list[float]:
+    """Seconds of each round trip."""
+    taken = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        dispatcher.combine(dispatcher.dispatch(0, x_TD, ids_TK, gates_TK))
+        taken.append(time.perf_counter() - started)
+    return taken
+
+
+def main(
+    groups: int = 2,
+    repeat: int = 2000,
+    payloads: Annotated[str, typer.Option(help="KiB of hidden states per group, comma-separated.")] = "4,32,128,512",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Measure the round trip of dispatch and combine."""
+    from deploy.local_ray import own_ray
+
+    with own_ray():
+        from actors.threads import limit_threads
+
+        limit_threads(1)
+        import torch
+
+        from cluster.metrics import Metrics
+
+        cluster, handles = start_echo(groups)
+        lanes = {lane: cluster.dispatcher(lane, Metrics()) for lane in ("object_ref", "zmq", "tcp")}
+        rows, figures = [], []
+        for kib in map(int, payloads.split(",")):
+            x_TD = torch.zeros(TOKENS, kib * 1024 // TOKENS // 2, dtype=torch.bfloat16)
+            ids_TK = torch.arange(TOP_K).remainder(groups).expand(TOKENS, TOP_K).contiguous()
+            gates_TK = torch.full((TOKENS, TOP_K), 1 / TOP_K, dtype=torch.bfloat16)
+            taken: dict[str, list[float]] = {lane: [] for lane in lanes}
+            for _ in range(10):  # lanes take turns
+                for lane, dispatcher in lanes.items():
+                    taken[lane] += measure(dispatcher, x_TD, ids_TK, gates_TK, max(1, repeat // 10))
+            for lane, seconds in taken.items():
+                cuts = statistics.quantiles(seconds, n=100)
+                p50, p95, p99 = (1e6 * cuts[q - 1] for q in (50, 95, 99))
+                rows.append((f"{kib} KiB", lane, f"{p50:.0f}", f"{p95:.0f}", f"{p99:.0f}"))
+                figures.append({"kib": kib, "lane": lane, "p50_us": p50, "p95_us": p95, "p99_us": p99})
+        for dispatcher in lanes.values():
+            dispatcher.lane.close()
+        import ray
+
+        ray.get([handle.stop.remote() for handle in handles])
+    table(("payload", "lane", "p50 us", "p95 us", "p99 us"), rows)
+    if out:
+        out.write_text(
+            json.dumps({"environment": environment(), "groups": groups, "figures": figures}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,114 @@
+"""Engines for benchmarks: one front in this process, and the same experts behind every lane.
+
+The lanes take turns within one run, so that what else the machine does hits all of them alike.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
+from cluster.messages import LaneKeys, ReadyReport, ReplicaSpec
+from cluster.model_config import GraniteMoeConfig, read_model_config
+
+NAMESPACE = "bench"
+LANES = ("local", "object_ref", "zmq", "tcp")
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Expert replicas in processes of their own, as `outcrop serve` starts them."""
+
+    expert_map: ExpertMap
+    keys: LaneKeys
+
+    def dispatcher(self, lane: str, metrics: Any) -> Any:
+        """`zmq` goes over ipc, `tcp` is zmq over tcp with CURVE, `object_ref` over Ray actor calls."""
+        from actors.lanes.object_ref import ObjectRefLane
+        from actors.lanes.remote import RemoteDispatcher
+        from actors.lanes.zmq_client import ZmqLane
+
+        remote = RemoteDispatcher(ObjectRefLane(NAMESPACE) if lane == "object_ref" else ZmqLane(self.keys), metrics)
+        remote.set_map(without_ipc(self.expert_map) if lane == "tcp" else self.expert_map)
+        return remote
+
+
+def without_ipc(expert_map: ExpertMap) -> ExpertMap:
+    kept = (
+        ReplicaAddress(r.replica_id, r.group, tuple(e for e in r.endpoints if e[0] != "ipc"))
+        for r in expert_map.replicas
+    )
+    return expert_map.with_replicas(tuple(kept))
+
+
+@contextmanager
+def expert_cluster(model_dir: Path, groups: int, replicas: int = 1, dtype: str = "bfloat16") -> Iterator[Cluster]:
+    """Start Ray and the replicas; all are gone afterwards."""
+    from deploy.local_ray import own_ray
+
+    config = read_model_config(model_dir)
+    keys = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
+    expert_map = ExpertMap(0, groups, contiguous_homes(config.num_hidden_layers, config.num_local_experts, groups))
+    with own_ray():
+        yield Cluster(expert_map.with_replicas(_start(model_dir, expert_map, replicas, dtype, keys)), keys)
+
+
+def _start(
+    model_dir: Path, expert_map: ExpertMap, replicas: int, dtype: str, keys: LaneKeys
+) -> tuple[ReplicaAddress, ...]:
+    import ray
+
+    from actors.expert import ExpertActor
+
+    threads = max(1, (os.cpu_count() or 1) // (expert_map.num_groups * replicas))
+    actor = ray.remote(num_cpus=0, concurrency_groups={"control": 2})(ExpertActor)
+    specs = [
+        ReplicaSpec(f"g{g}-r{i}", g, str(model_dir), "cpu", dtype, expert_map.experts_of(g), threads, keys)
+        for g in range(expert_map.num_groups)
+        for i in range(replicas)
+    ]
+    handles = [actor.options(name=s.actor_id, namespace=NAMESPACE, lifetime="detached").remote(s) for s in specs]
+    reports: list[ReadyReport] = ray.get([handle.load.remote() for handle in handles])
+    return tuple(
+        ReplicaAddress(spec.actor_id, spec.group, (("object_ref", spec.actor_id), *report.endpoints))
+        for spec, report in zip(specs, reports, strict=True)
+    )
+
+
+def local_dispatcher(model_dir: Path, config: GraniteMoeConfig, dtype: Any) -> Any:
+    """All experts in this process, with all its threads."""
+    import torch
+
+    from actors.lanes.local import LocalDispatcher
+    from actors.model.loader import load_experts
+
+    everything = [tuple(range(config.num_local_experts))] * config.num_hidden_layers
+    return LocalDispatcher(load_experts(model_dir, config, everything, torch.device("cpu"), dtype, lambda _: None))
+
+
+def make_engine(model_dir: Path, config: GraniteMoeConfig, dtype: Any, max_tokens: int, budget: int) -> Any:
+    """An engine without experts (set `engine.dispatcher`), with a KV cache of `max_tokens`, no prefix caching."""
+    import torch
+
+    from actors.engine.engine import Engine
+    from actors.engine.kv_cache import BlockAllocator
+    from actors.engine.scheduler import Scheduler
+    from actors.model.loader import load_front
+    from actors.model.paged_kv import PagedKV
+    from cluster.metrics import Metrics
+
+    cpu, num_blocks = torch.device("cpu"), max_tokens // 16
+    front = load_front(model_dir, config, cpu, dtype, lambda _: None)
+    kv = PagedKV(config, num_blocks, 16, cpu, dtype)
+    scheduler = Scheduler(
+        BlockAllocator(num_blocks, 16, False),
+        max_num_batched_tokens=budget,
+        max_num_seqs=256,
+        max_model_len=config.max_context,
+    )
+    return Engine(front, kv, None, scheduler, Metrics())  # type: ignore[arg-type]

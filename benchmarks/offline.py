@@ -1,0 +1,180 @@
+"""Decode and prefill without HTTP: tokens per second by lane, and where a step's time goes.
+
+    python -m benchmarks.offline CHECKPOINT [--lanes local,object_ref,zmq] [--batches 1,8,32] [--groups 2]
+
+Every figure is a median over rounds in which the lanes take turns; ratios are medians of ratios within a round.
+"""
+
+import json
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch: fronts and replicas compute in turn on the same cores
+
+import typer
+
+from benchmarks.lanes import LANES, expert_cluster, local_dispatcher, make_engine
+from benchmarks.report import environment, table
+from cluster.model_config import read_model_config
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """`seconds` per step (decode) or prompt (prefill); `ratio` is this lane's speed over local's in the same round."""
+
+    case: str
+    lane: str
+    tokens_per_second: float
+    seconds: float
+    ratio: float
+    phases: dict[str, float]
+
+
+class Stopwatch:
+    """Wraps an engine's parts so that a step's time is told apart by phase."""
+
+    def __init__(self, engine: Any) -> None:
+        self.seconds: dict[str, float] = {}
+        self._engine = engine
+        self._logits = engine.model.logits
+        engine.model.logits = self._timed("head", self._logits)
+
+    def use(self, dispatcher: Any) -> None:
+        """Let the engine dispatch through `dispatcher`, timed."""
+        watch = self
+
+        class Timed:
+            dispatch = staticmethod(watch._timed("dispatch", dispatcher.dispatch))
+            combine = staticmethod(watch._timed("combine", dispatcher.combine))
+
+        self._engine.dispatcher = Timed()
+
+    def _timed(self, phase: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+            return result
+
+        return call
+
+    def shares(self, total: float) -> dict[str, float]:
+        shares = {phase: seconds / total for phase, seconds in self.seconds.items()}
+        return shares | {"attention, router and the rest": 1 - sum(shares.values())}
+
+
+def decode(engine: Any, batch: int, steps: int, context: int) -> float:
+    """Seconds per step of `batch` sequences, after their prompts of `context` tokens are in the cache."""
+    from cluster.messages import GenerationRequest, SamplingParams
+
+    params = SamplingParams(max_tokens=steps + 8, temperature=0.0)
+    for i in range(batch):
+        engine.add(GenerationRequest(str(i), "", tuple((7 * i + j) % 4000 + 300 for j in range(context)), params))
+    while any(s.num_output < 2 for s in engine.sequences.values()):
+        engine.step()
+    return _timed_steps(engine, steps)
+
+
+def _timed_steps(engine: Any, steps: int) -> float:
+    started = time.perf_counter()
+    for _ in range(steps):
+        engine.step()
+    seconds = (time.perf_counter() - started) / steps
+    for request_id in tuple(engine.sequences):
+        engine.abort(request_id)
+    return seconds
+
+
+def prefill(engine: Any, length: int) -> float:
+    """Seconds to compute a prompt of `length` tokens and its first new token."""
+    from cluster.messages import GenerationRequest, SamplingParams
+
+    prompt = tuple(j % 4000 + 300 for j in range(length))
+    engine.add(GenerationRequest("p", "", prompt, SamplingParams(max_tokens=1, temperature=0.0)))
+    started = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - started
+
+
+def measure(engine: Any, dispatchers: dict[str, Any], cases: dict[str, tuple[int, Any]], rounds: int) -> list[Figure]:
+    """`cases`: name -> (tokens of one measurement, function of the engine that returns seconds)."""
+    watch = Stopwatch(engine)
+    figures = []
+    for case, (num_tokens, run) in cases.items():
+        seconds: dict[str, list[float]] = {lane: [] for lane in dispatchers}
+        shares: dict[str, dict[str, float]] = {}
+        for _ in range(rounds):
+            for lane, dispatcher in dispatchers.items():
+                watch.use(dispatcher)
+                watch.seconds.clear()
+                started = time.perf_counter()
+                seconds[lane].append(run(engine))
+                shares[lane] = watch.shares(time.perf_counter() - started)
+        for lane, taken in seconds.items():
+            base = seconds.get("local", taken)
+            ratio = statistics.median(b / t for b, t in zip(base, taken, strict=True))
+            median = statistics.median(taken)
+            figures.append(Figure(case, lane, num_tokens / median, median, ratio, shares[lane]))
+    return figures
+
+
+def main(
+    checkpoint: Path,
+    lanes: Annotated[str, typer.Option(help="Comma-separated: local, object_ref, zmq (ipc), tcp.")] = ",".join(LANES),
+    batches: str = "1,8,32",
+    prompts: str = "512,2048",
+    context: int = 128,
+    groups: int = 2,
+    replicas: int = 1,
+    steps: int = 12,
+    rounds: int = 5,
+    threads: int = os.cpu_count() or 1,
+    dtype: str = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Measure CHECKPOINT offline."""
+    with expert_cluster(checkpoint, groups, replicas, dtype) as cluster:
+        from actors.threads import limit_threads
+
+        limit_threads(threads)
+        import torch
+
+        torch_dtype = getattr(torch, dtype)
+        config = read_model_config(checkpoint)
+        engine = make_engine(checkpoint, config, torch_dtype, 48 * 1024, 512)
+        dispatchers = {
+            lane: local_dispatcher(checkpoint, config, torch_dtype)
+            if lane == "local"
+            else cluster.dispatcher(lane, engine.metrics)
+            for lane in lanes.split(",")
+        }
+        cases: dict[str, tuple[int, Any]] = {}
+        for batch in map(int, filter(None, batches.split(","))):
+            cases[f"decode {batch}"] = (batch, lambda e, b=batch: decode(e, b, steps, context))
+        for length in map(int, filter(None, prompts.split(","))):
+            cases[f"prefill {length}"] = (length, lambda e, n=length: prefill(e, n))
+        figures = measure(engine, dispatchers, cases, rounds)
+    table(
+        ("case", "lane", "tok/s", "ms", "of local", "where the time goes"),
+        [
+            (f.case, f.lane, f"{f.tokens_per_second:.1f}", f"{1000 * f.seconds:.1f}", f"{f.ratio:.2f}", _shares(f))
+            for f in figures
+        ],
+    )
+    if out:
+        settings = {"groups": groups, "replicas": replicas, "context": context, "threads": threads, "dtype": dtype}
+        content = {"environment": environment(), "settings": settings, "figures": [asdict(f) for f in figures]}
+        out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _shares(figure: Figure) -> str:
+    return ", ".join(f"{phase} {100 * share:.0f} %" for phase, share in figure.phases.items())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,38 @@
+"""How results are shown: a table in the terminal, and what machine they come from."""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    shown = Table(*columns)
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=max(120, Console().width)).print(shown)
+
+
+def environment() -> dict[str, Any]:
+    """Enough to judge whether two results may be compared."""
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "ray": version("ray"),
+        "outcrop": version("outcrop"),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []

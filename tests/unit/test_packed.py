@@ -1,0 +1,38 @@
+"""Packed matrices compute what the plain ones do."""
+
+import pytest
+import torch
+
+from actors.kernels.packed import can_pack, pack
+from actors.model.expert_half import ACTIVATIONS, LayerExperts, PackedExperts
+from actors.model.layers import Linear
+
+needs_packing = pytest.mark.skipif(
+    not can_pack(torch.empty(1, dtype=torch.bfloat16)), reason="this CPU or build has no oneDNN bfloat16"
+)
+
+
+@needs_packing
+@pytest.mark.parametrize("num_tokens", [1, 3, 64])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_packed_linear_is_the_plain_one(num_tokens: int, has_bias: bool) -> None:
+    weight, x = torch.randn(24, 16).bfloat16(), torch.randn(num_tokens, 16).bfloat16()
+    bias = torch.randn(24).bfloat16() if has_bias else None
+    torch.testing.assert_close(pack(weight, bias)(x), Linear(weight, bias)(x), atol=0.05, rtol=0.02)
+
+
+@needs_packing
+def test_packed_experts_are_the_plain_ones() -> None:
+    torch.manual_seed(0)
+    plain = LayerExperts((1, 4, 6), torch.randn(3, 32, 24).bfloat16() / 5, torch.randn(3, 24, 16).bfloat16() / 4)
+    packed = plain.packed()
+    assert isinstance(packed, PackedExperts)
+    x, counts = torch.randn(9, 24).bfloat16(), torch.tensor([4, 0, 5])
+    expected = plain.run(x, counts, ACTIVATIONS["silu"])
+    torch.testing.assert_close(packed.run(x, counts, ACTIVATIONS["silu"]), expected, atol=0.03, rtol=0.02)
+
+
+def test_only_bfloat16_on_a_cpu_is_packed() -> None:
+    assert not can_pack(torch.empty(1))
+    plain = LayerExperts((0,), torch.zeros(1, 8, 4), torch.zeros(1, 4, 4))
+    assert plain.packed() is plain
