@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from actors.threads import limit_threads
+from actors.process import limit_threads, release_free_memory
 from cluster.messages import ActorReport, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
 
@@ -51,6 +51,7 @@ class ExpertActor:
         device, dtype = torch_device(self.spec.device), torch_dtype(self.spec.dtype)
         store = load_experts(model_dir, config, self.spec.experts, device, dtype, self._advance)
         self.replica = Replica(self.spec, store, self.metrics)
+        release_free_memory()
         endpoints = self._listen(self.replica)
         seconds = time.monotonic() - started
         return ReadyReport(self.spec.actor_id, *where_am_i(), self._total, seconds, endpoints=endpoints)

@@ -10,7 +10,7 @@ import time
 
 from actors.expert import where_am_i
 from actors.front_loop import FrontLoop, Mailbox
-from actors.threads import limit_threads
+from actors.process import limit_threads
 from cluster.expert_map import ExpertMap
 from cluster.messages import (
     ActorReport,

@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from actors.process import release_free_memory
 from cluster.expert_map import ExpertMap
 from cluster.messages import ActorReport, FrontSpec, GenerationRequest, LoadProgress, RequestOutput, Submitted
 from cluster.metrics import Metrics
@@ -67,6 +68,7 @@ class FrontLoop:
 
         built = build_engine(self.spec, self.namespace, self.metrics, self._advance)
         self.engine, self.remote = built.engine, built.remote
+        release_free_memory()
         kv = built.engine.kv
         return built.weight_bytes, kv.num_blocks * kv.block_size, kv.num_bytes
 

@@ -84,7 +84,7 @@ def main(
     from deploy.local_ray import own_ray
 
     with own_ray():
-        from actors.threads import limit_threads
+        from actors.process import limit_threads
 
         limit_threads(1)
         import torch

@@ -139,7 +139,7 @@ def main(
 ) -> None:
     """Measure CHECKPOINT offline."""
     with expert_cluster(checkpoint, groups, replicas, dtype) as cluster:
-        from actors.threads import limit_threads
+        from actors.process import limit_threads
 
         limit_threads(threads)
         import torch
