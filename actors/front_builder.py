@@ -17,6 +17,7 @@ from actors.lanes.remote import RemoteDispatcher
 from actors.lanes.zmq_client import ZmqLane
 from actors.model import loader
 from actors.model.device import torch_device, torch_dtype
+from actors.model.fallback import CheckpointExperts
 from actors.model.paged_kv import PagedKV
 from cluster.checkpoint import check_checkpoint
 from cluster.messages import EngineOptions, FrontSpec, LoadProgress
@@ -58,7 +59,8 @@ def build_engine(
     if spec.lane == "local":
         dispatcher = LocalDispatcher(loader.load_experts(model_dir, config, everything, device, dtype, loading))
     else:
-        dispatcher = remote = RemoteDispatcher(make_lane(spec, namespace), metrics)
+        fallback = CheckpointExperts(model_dir, config, device, dtype)
+        dispatcher = remote = RemoteDispatcher(make_lane(spec, namespace), metrics, fallback.run)
     num_blocks = num_kv_blocks(options, config, dtype, device)
     kv = PagedKV(config, num_blocks, options.block_size, device, dtype)
     scheduler = make_scheduler(options, num_blocks)

@@ -1,12 +1,18 @@
 """The lane `auto`: zmq to every replica that shakes hands, object_ref to the others."""
 
-from collections.abc import Iterable
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from actors.lanes.lane import Lane
+from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.object_ref import ObjectRefLane
 from actors.lanes.zmq_client import ZmqLane
 from cluster.expert_map import ReplicaAddress
+
+# A lane and its own ticket.
+Ticket = tuple[Lane, Any]
+TURN_S = 0.005
 
 
 class AutoLane(Lane):
@@ -27,13 +33,46 @@ class AutoLane(Lane):
     def _lane(self, replica: ReplicaAddress) -> Lane:
         return self.fast if self.fast.is_connected(replica.replica_id) else self.fallback
 
-    def send(self, replica: ReplicaAddress, message: bytes) -> tuple[Lane, Any]:
+    def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
         lane = self._lane(replica)
         return lane, lane.send(replica, message)
 
-    def receive(self, ticket: tuple[Lane, Any]) -> bytes | memoryview:
+    def receive(self, tickets: Sequence[Ticket], timeout_s: float) -> tuple[Ticket, bytes | memoryview]:
+        by_lane: dict[Lane, list[Any]] = {}
+        for lane, inner in tickets:
+            by_lane.setdefault(lane, []).append(inner)
+        if len(by_lane) == 1:
+            return self._receive(*next(iter(by_lane.items())), timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:  # rare: a message was sent again, and over the other lane
+            for lane, inners in by_lane.items():
+                with contextlib.suppress(LaneTimeout):
+                    return self._receive(lane, inners, TURN_S)
+        raise LaneTimeout(f"no answer within {timeout_s:.3f} s")
+
+    def _receive(self, lane: Lane, inners: list[Any], timeout_s: float) -> tuple[Ticket, bytes | memoryview]:
+        try:
+            inner, answer = lane.receive(inners, timeout_s)
+        except LaneTimeout:
+            raise
+        except LaneError as error:
+            raise LaneError(str(error), (lane, error.ticket)) from None
+        return (lane, inner), answer
+
+    def forget(self, ticket: Ticket) -> None:
         lane, inner = ticket
-        return lane.receive(inner)
+        lane.forget(inner)
+
+    def probe(self, replica: ReplicaAddress) -> Ticket:
+        """Over zmq if the replica ever shook hands there: a connection may come back."""
+        try:
+            return self.fast, self.fast.probe(replica)
+        except LaneError:
+            return self.fallback, self.fallback.probe(replica)
+
+    def is_alive(self, ticket: Ticket) -> bool:
+        lane, inner = ticket
+        return lane.is_alive(inner)
 
     def close(self) -> None:
         self.fast.close()

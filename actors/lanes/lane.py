@@ -1,14 +1,22 @@
 """How dispatched bytes travel from a front to an expert replica and back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cluster.expert_map import ReplicaAddress
 
 
 class LaneError(RuntimeError):
-    """A replica could not be reached or did not answer; another one may."""
+    """A replica could not be reached, or is gone; another one may answer. `ticket` is the message that was lost."""
+
+    def __init__(self, message: str, ticket: Any = None) -> None:
+        super().__init__(message)
+        self.ticket = ticket
+
+
+class LaneTimeout(LaneError):  # noqa: N818 - an answer may still come
+    """No answer within the given time."""
 
 
 class Lane(ABC):
@@ -29,8 +37,24 @@ class Lane(ABC):
         """Start to deliver a packed dispatch; returns a ticket. Raises LaneError."""
 
     @abstractmethod
-    def receive(self, ticket: Any) -> bytes | memoryview:
-        """Wait for the packed partial. Raises LaneError."""
+    def receive(self, tickets: Sequence[Any], timeout_s: float) -> tuple[Any, bytes | memoryview]:
+        """Wait for the first answer to any of the tickets: (ticket, packed partial).
+
+        Raises LaneTimeout if none comes in time, LaneError with the ticket of a replica that is gone. Tickets that
+        are not answered stay valid; forget() those that are not wanted any more.
+        """
+
+    @abstractmethod
+    def forget(self, ticket: Any) -> None:
+        """Drop a late answer when it comes."""
+
+    @abstractmethod
+    def probe(self, replica: ReplicaAddress) -> Any:
+        """Ask a replica that was given up for a sign of life; returns a ticket for is_alive(). Raises LaneError."""
+
+    @abstractmethod
+    def is_alive(self, ticket: Any) -> bool:
+        """Whether a probe has been answered. Does not wait."""
 
     def close(self) -> None:
         """Give back sockets and handles; nothing may be sent afterwards."""

@@ -3,9 +3,13 @@
 Shapes: T tokens, D hidden, K top-k; P tokens of a part. A part is what one group gets of one layer's tokens.
 """
 
+import contextlib
+import logging
+import math
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,26 +19,49 @@ from torch import Tensor
 
 from actors.lanes import wire
 from actors.lanes.dispatcher import Dispatcher
-from actors.lanes.lane import Lane, LaneError
+from actors.lanes.failover import Breaker, Latency
+from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.metrics import Metrics
 
-# How long a front waits for a newer map after a replica refused, and how often it tries a dispatch in all.
-MAP_WAIT_S = 5.0
-MAX_ATTEMPTS = 4
+logger = logging.getLogger(__name__)
+
+# How long a front waits for a newer map after a replica refused.
+MAP_WAIT_S = 2.0
+# Computing a part in the front costs more than waiting a little longer for the last replica that may answer.
+LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
+
+# (layer, x, ids, gates) -> partial sums, without any replica
+Fallback = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class DispatchError(RuntimeError):
     """No replica computed a part; the step can't be finished."""
 
 
+class CorruptAnswerError(RuntimeError):
+    """A replica's answer can't be used."""
+
+
 class NotHeldError(RuntimeError):
     """A replica does not hold an expert: the map that the dispatch was made by has moved on."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A message on its way to a replica."""
+
+    replica: ReplicaAddress
+    ticket: Any
+    at: float
+
+
 @dataclass(slots=True)
 class _Part:
-    """`rows` are the part's tokens among the step's, None for all of them. ids is -1 where a choice is elsewhere."""
+    """`rows` are the part's tokens among the step's, None for all of them. ids is -1 where a choice is elsewhere.
+
+    `sent` has more than one entry when the first replica was late and the part was sent again to another.
+    """
 
     layer: int
     group: int
@@ -43,10 +70,12 @@ class _Part:
     gates_PK: Tensor
     ids_PK: Tensor
     map_version: int
-    replica: ReplicaAddress | None = None
-    ticket: Any = None
-    attempts: int = 0
-    failed: set[str] = field(default_factory=set)
+    sent: list[_Sent] = field(default_factory=list)
+    tried: set[str] = field(default_factory=set)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.x_PD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +83,21 @@ class _Pending:
     like_TD: Tensor
     parts: list[_Part]
     started: float
+    lane: str
 
 
 class RemoteDispatcher(Dispatcher):
     """Sends each group its tokens, sums partial results in float32 in the order of groups."""
 
-    def __init__(self, lane: Lane, metrics: Metrics) -> None:
+    def __init__(self, lane: Lane, metrics: Metrics, fallback: Fallback | None = None) -> None:
         self.lane = lane
         self.metrics = metrics
+        self._fallback = fallback
+        self._latency = Latency()
+        self._breaker = Breaker()
+        self._probes: dict[str, Any] = {}  # replica -> ticket
         self._outstanding: Counter[str] = Counter()
-        self._sent: Counter[str] = Counter()
+        self._num_sent: Counter[str] = Counter()
         self._map_changed = threading.Condition()
         self._map: ExpertMap | None = None
         self._home_LE = np.empty((0, 0), np.int16)
@@ -80,6 +114,7 @@ class RemoteDispatcher(Dispatcher):
             if expert_map.version <= self.map_version:
                 return
             self.lane.connect(expert_map.replicas)
+            self._breaker.keep_only({r.replica_id for r in expert_map.replicas})
             self._home_LE = np.array([[groups[0] for groups in layer] for layer in expert_map.homes], np.int16)
             self._map = expert_map
             self._map_changed.notify_all()
@@ -95,10 +130,13 @@ class RemoteDispatcher(Dispatcher):
 
     def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> _Pending:
         started = time.monotonic()
+        if self._breaker:
+            self._probe()
         parts = self._split(layer, x_TD, ids_TK, gates_TK)
         for part in parts:
             self._send(part)
-        return _Pending(x_TD, parts, started)
+        lanes = [self.lane.name_for(part.sent[0].replica) for part in parts if part.sent]
+        return _Pending(x_TD, parts, started, lanes[0] if lanes else "local")
 
     def combine(self, pending: _Pending) -> Tensor:
         device = pending.like_TD.device
@@ -115,10 +153,7 @@ class RemoteDispatcher(Dispatcher):
             else:
                 sum_TD[part.rows_P.to(device)] += partial_PD
         assert sum_TD is not None, "every token has an expert in some group"
-        replica = pending.parts[0].replica
-        assert replica is not None
-        lane = self.lane.name_for(replica)
-        self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=lane)
+        self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=pending.lane)
         return sum_TD.to(pending.like_TD.dtype)
 
     def _split(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> list[_Part]:
@@ -146,63 +181,145 @@ class RemoteDispatcher(Dispatcher):
                 parts.append(_Part(layer, group, rows, x_TD[rows], gates_TK[rows], here_ids[rows], version))
         return parts
 
-    def _send(self, part: _Part) -> None:
-        message = wire.pack_dispatch(part.layer, part.x_PD, part.gates_PK, part.ids_PK)
-        while True:
-            part.attempts += 1
-            part.replica = self._choose(part)
+    def _send(self, part: _Part) -> bool:
+        """Send the part to a replica that it was not sent to yet. False if there is none left."""
+        message = None
+        while replica := self._choose(part):
+            part.tried.add(replica.replica_id)
+            message = message or wire.pack_dispatch(part.layer, part.x_PD, part.gates_PK, part.ids_PK)
             try:
-                part.ticket = self.lane.send(part.replica, message)
+                ticket = self.lane.send(replica, message)
             except LaneError:
-                part.failed.add(part.replica.replica_id)
+                self._give_up(replica, "unreachable")
                 continue
-            self._outstanding[part.replica.replica_id] += 1
-            self._sent[part.replica.replica_id] += 1
-            self._num_bytes[self.lane.name_for(part.replica), "sent"] += len(message)
-            return
+            part.sent.append(_Sent(replica, ticket, time.monotonic()))
+            self._outstanding[replica.replica_id] += 1
+            self._num_sent[replica.replica_id] += 1
+            self._num_bytes[self.lane.name_for(replica), "sent"] += len(message)
+            return True
+        return False
 
-    def _choose(self, part: _Part) -> ReplicaAddress:
+    def _choose(self, part: _Part) -> ReplicaAddress | None:
         """The live replica of the part's group with the least outstanding messages, then the least used one."""
         assert self._map is not None
-        replicas = [r for r in self._map.replicas_of(part.group) if r.replica_id not in part.failed]
-        if not replicas or part.attempts > MAX_ATTEMPTS:
-            raise DispatchError(f"no replica of expert group {part.group} answers")
-        return min(replicas, key=lambda r: (self._outstanding[r.replica_id], self._sent[r.replica_id]))
+        replicas = [
+            r
+            for r in self._map.replicas_of(part.group)
+            if r.replica_id not in part.tried and not self._breaker.is_open(r.replica_id)
+        ]
+        return min(
+            replicas, key=lambda r: (self._outstanding[r.replica_id], self._num_sent[r.replica_id]), default=None
+        )
 
     def _receive(self, part: _Part) -> Tensor:
-        while True:
-            assert part.replica is not None
-            try:
-                return self._partial(part)
-            except NotHeldError:
-                return self._reroute(part)
-            except (LaneError, wire.WireError) as error:
-                reason = type(error).__name__
-                part.failed.add(part.replica.replica_id)
-            self.metrics.inc("failovers_total", reason=reason)
-            self._send(part)
-
-    def _partial(self, part: _Part) -> Tensor:
-        """Wait for the part's answer and check it."""
-        assert part.replica is not None
+        """The part's partial sums, from whichever replica answers well, or else computed here."""
         try:
-            frame = self.lane.receive(part.ticket)
+            while part.sent or self._send(part):
+                is_last = self._choose(part) is None
+                try:
+                    return self._first_good(part, self._patience(part, is_last))
+                except LaneTimeout:
+                    for sent in part.sent:
+                        self._give_up(sent.replica, "timeout")
+                    if is_last or not self._send(part):
+                        break
+                except NotHeldError:
+                    return self._reroute(part)
+            return self._compute_here(part)
         finally:
-            self._outstanding[part.replica.replica_id] -= 1
-        self._num_bytes[self.lane.name_for(part.replica), "received"] += len(frame)
-        answer = wire.unpack_partial(frame)
-        if answer.status == wire.NOT_HELD:
-            raise NotHeldError(answer.text)
-        if answer.partial_TD is None:
-            raise LaneError(answer.text)
-        if answer.partial_TD.shape != part.x_PD.shape or answer.partial_TD.dtype != part.x_PD.dtype:
-            raise wire.WireError(f"partial of shape {tuple(answer.partial_TD.shape)} {answer.partial_TD.dtype}")
-        return answer.partial_TD
+            for sent in tuple(part.sent):
+                self._drop(part, sent)
+                self.lane.forget(sent.ticket)
+
+    def _patience(self, part: _Part, is_last: bool) -> float:
+        """Seconds to wait for the newest message; longer if there is no other replica to turn to."""
+        deadline = self._latency.deadline(part.num_tokens)
+        if is_last:
+            deadline = max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
+        return max(0.0, part.sent[-1].at + deadline - time.monotonic())
+
+    def _first_good(self, part: _Part, timeout_s: float) -> Tensor:
+        """Wait for an answer. Raises LaneTimeout, or NotHeldError; returns only if it is a good one or none is left."""
+        while True:
+            try:
+                ticket, frame = self.lane.receive([sent.ticket for sent in part.sent], timeout_s)
+            except LaneTimeout:
+                raise
+            except LaneError as error:
+                sent = next(s for s in part.sent if s.ticket == error.ticket)
+                self._drop(part, sent)
+                self._give_up(sent.replica, "disconnected")
+            else:
+                sent = next(s for s in part.sent if s.ticket == ticket)
+                self._drop(part, sent)
+                self._num_bytes[self.lane.name_for(sent.replica), "received"] += len(frame)
+                try:
+                    partial_PD = _checked(frame, part)
+                except CorruptAnswerError as error:
+                    logger.warning("replica %s: %s", sent.replica.replica_id, error)
+                    self._give_up(sent.replica, "corrupt")
+                else:
+                    self._latency.observe(part.num_tokens, time.monotonic() - sent.at)
+                    self._breaker.close(sent.replica.replica_id)
+                    return partial_PD
+            if not part.sent and not self._send(part):
+                raise LaneTimeout("no replica is left")
+
+    def _drop(self, part: _Part, sent: _Sent) -> None:
+        part.sent.remove(sent)
+        self._outstanding[sent.replica.replica_id] -= 1
+
+    def _give_up(self, replica: ReplicaAddress, reason: str) -> None:
+        """Send nothing more to a replica until it answers a probe."""
+        if self._breaker.open(replica.replica_id):
+            logger.warning("replica %s of group %d is given up: %s", replica.replica_id, replica.group, reason)
+            self.metrics.inc("failovers_total", reason=reason)
+
+    def _probe(self) -> None:
+        """Take replicas back that have answered, and ask those again whose pause is over."""
+        for replica_id, ticket in tuple(self._probes.items()):
+            if self.lane.is_alive(ticket):
+                logger.info("replica %s answers again", replica_id)
+                self._breaker.close(replica_id)
+                del self._probes[replica_id]
+        assert self._map is not None
+        by_id = {r.replica_id: r for r in self._map.replicas}
+        for replica_id in self._breaker.take_due():
+            if old := self._probes.pop(replica_id, None):
+                self.lane.forget(old)
+            if replica_id in by_id:
+                with contextlib.suppress(LaneError):
+                    self._probes[replica_id] = self.lane.probe(by_id[replica_id])
+
+    def _compute_here(self, part: _Part) -> Tensor:
+        """No replica of the group answers: slow, but right."""
+        if self._fallback is None:
+            raise DispatchError(f"no replica of expert group {part.group} answers")
+        self.metrics.inc("local_fallback_tokens_total", part.num_tokens)
+        return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK)
 
     def _reroute(self, part: _Part) -> Tensor:
         """The experts have moved: wait for the map that says where to, and dispatch the part by it."""
         with self._map_changed:
             if not self._map_changed.wait_for(lambda: self.map_version > part.map_version, timeout=MAP_WAIT_S):
-                raise DispatchError(f"group {part.group} lacks an expert that map version {part.map_version} gives it")
+                return self._compute_here(part)
         self.metrics.inc("failovers_total", reason="not_held")
         return self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK))
+
+
+def _checked(frame: wire.Buffer, part: _Part) -> Tensor:
+    """The partial sums of an answer. Raises NotHeldError or CorruptAnswerError."""
+    try:
+        answer = wire.unpack_partial(frame)
+    except wire.WireError as error:
+        raise CorruptAnswerError(str(error)) from None
+    if answer.status == wire.NOT_HELD:
+        raise NotHeldError(answer.text)
+    partial_PD = answer.partial_TD
+    if partial_PD is None:
+        raise CorruptAnswerError(answer.text)
+    if partial_PD.shape != part.x_PD.shape or partial_PD.dtype != part.x_PD.dtype:
+        raise CorruptAnswerError(f"partial sums of shape {tuple(partial_PD.shape)}, {partial_PD.dtype}")
+    if not math.isfinite(float(partial_PD.sum(dtype=torch.float32))):
+        raise CorruptAnswerError("partial sums are not finite")
+    return partial_PD

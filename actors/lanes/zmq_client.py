@@ -9,13 +9,13 @@ import itertools
 import os
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from actors.lanes.lane import Lane, LaneError
+from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from cluster.expert_map import ReplicaAddress
 from cluster.messages import LaneKeys
 
@@ -31,7 +31,7 @@ class Ticket:
     number: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Link:
     """`answers` holds answers that came while another was waited for."""
 
@@ -47,6 +47,19 @@ class _Link:
         self.poller.register(self.socket, zmq.POLLIN)
         self.poller.register(self.monitor, zmq.POLLIN)
 
+    def take_in(self) -> None:
+        """Read an answer, or the news that the connection is gone, if there is one."""
+        ready = dict(self.poller.poll(0))
+        if self.socket in ready:
+            frames = self.socket.recv_multipart(copy=False)
+            if len(frames) == 2 and len(frames[0]) == NUMBER.size:
+                (number,) = NUMBER.unpack(frames[0].buffer)
+                if number in self.waiting:
+                    self.answers[number] = frames[1].buffer
+        elif self.monitor in ready:
+            recv_monitor_message(self.monitor)
+            self.is_lost = True
+
     def close(self) -> None:
         self.socket.disable_monitor()
         self.monitor.close(linger=0)
@@ -58,9 +71,8 @@ class ZmqLane(Lane):
 
     name = "zmq"
 
-    def __init__(self, keys: LaneKeys, timeout_s: float = 60.0) -> None:
+    def __init__(self, keys: LaneKeys) -> None:
         self._keys = keys
-        self._timeout_s = timeout_s
         self._context = zmq.Context()
         self._links: dict[str, _Link] = {}
         self._retired: list[_Link] = []  # closed by the thread that uses the sockets
@@ -100,11 +112,9 @@ class ZmqLane(Lane):
         return None
 
     def _shake_hands(self, link: _Link, replica_id: str) -> bool:
-        number = next(self._numbers)
-        link.waiting.add(number)
-        link.socket.send_multipart([NUMBER.pack(number), HELLO])
+        ticket = self._post(link, replica_id, HELLO)
         with contextlib.suppress(LaneError):
-            return bytes(self._wait(link, number, HANDSHAKE_S)) == replica_id.encode()
+            return bytes(self._wait({link: [ticket]}, HANDSHAKE_S)[1]) == replica_id.encode()
         return False
 
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
@@ -113,45 +123,79 @@ class ZmqLane(Lane):
         link = self._links.get(replica.replica_id)
         if link is None or link.is_lost:
             raise LaneError(f"replica {replica.replica_id} is not connected")
+        return self._post(link, replica.replica_id, message)
+
+    def _post(self, link: _Link, replica_id: str, body: bytes) -> Ticket:
         number = next(self._numbers)
         link.waiting.add(number)
         try:
-            link.socket.send_multipart([NUMBER.pack(number), message], zmq.DONTWAIT, copy=False)
+            link.socket.send_multipart([NUMBER.pack(number), body], zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as error:
             link.waiting.discard(number)
-            raise LaneError(f"replica {replica.replica_id}: {error}") from None
-        return Ticket(replica.replica_id, number)
+            raise LaneError(f"replica {replica_id}: {error}") from None
+        return Ticket(replica_id, number)
 
-    def receive(self, ticket: Ticket) -> memoryview:
+    def receive(self, tickets: Sequence[Ticket], timeout_s: float) -> tuple[Ticket, memoryview]:
+        by_link: dict[_Link, list[Ticket]] = {}
+        for ticket in tickets:
+            link = self._links.get(ticket.replica_id)
+            if link is None:
+                raise LaneError(f"replica {ticket.replica_id} has left the map", ticket)
+            by_link.setdefault(link, []).append(ticket)
+        return self._wait(by_link, timeout_s)
+
+    def _wait(self, by_link: dict[_Link, list[Ticket]], timeout_s: float) -> tuple[Ticket, memoryview]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for link, tickets in by_link.items():
+                for ticket in tickets:
+                    if ticket.number in link.answers:
+                        link.waiting.discard(ticket.number)
+                        return ticket, link.answers.pop(ticket.number)
+                if link.is_lost:
+                    raise LaneError(f"{link.endpoint}: disconnected", tickets[0])
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise LaneTimeout(f"no answer within {timeout_s:.3f} s")
+            self._read(list(by_link), remaining)
+
+    def _read(self, links: list[_Link], timeout_s: float) -> None:
+        """Take in what has come on one of the links; waits until something has, or the time is up."""
+        milliseconds = max(1, int(timeout_s * 1000)) if timeout_s else 0
+        if len(links) == 1:
+            if links[0].poller.poll(milliseconds):
+                links[0].take_in()
+            return
+        poller = zmq.Poller()
+        for link in links:
+            poller.register(link.socket, zmq.POLLIN)
+            poller.register(link.monitor, zmq.POLLIN)
+        if poller.poll(milliseconds):
+            for link in links:
+                link.take_in()
+
+    def forget(self, ticket: Ticket) -> None:
+        if link := self._links.get(ticket.replica_id):
+            link.waiting.discard(ticket.number)
+            link.answers.pop(ticket.number, None)
+
+    def probe(self, replica: ReplicaAddress) -> Ticket:
+        """A connection that comes back is opened by zmq itself; the greeting waits for it."""
+        link = self._links.get(replica.replica_id)
+        if link is None:
+            raise LaneError(f"replica {replica.replica_id} is not connected")
+        return self._post(link, replica.replica_id, HELLO)
+
+    def is_alive(self, ticket: Ticket) -> bool:
         link = self._links.get(ticket.replica_id)
         if link is None:
-            raise LaneError(f"replica {ticket.replica_id} has left the map")
-        return self._wait(link, ticket.number, self._timeout_s)
-
-    def _wait(self, link: _Link, number: int, timeout_s: float) -> memoryview:
-        deadline = time.monotonic() + timeout_s
-        try:
-            while number not in link.answers:
-                remaining = deadline - time.monotonic()
-                if link.is_lost or remaining <= 0:
-                    raise LaneError(f"{link.endpoint}: {'disconnected' if link.is_lost else 'no answer in time'}")
-                self._read(link, remaining)
-            return link.answers.pop(number)
-        finally:
-            link.waiting.discard(number)
-
-    def _read(self, link: _Link, timeout_s: float) -> None:
-        """Take in one answer, or the news that the connection is gone."""
-        ready = dict(link.poller.poll(max(1, int(timeout_s * 1000))))
-        if link.socket in ready:
-            frames = link.socket.recv_multipart(copy=False)
-            if len(frames) == 2 and len(frames[0]) == NUMBER.size:
-                (number,) = NUMBER.unpack(frames[0].buffer)
-                if number in link.waiting:
-                    link.answers[number] = frames[1].buffer
-        elif link.monitor in ready:
-            recv_monitor_message(link.monitor)
-            link.is_lost = True
+            return False
+        self._read([link], 0)
+        if link.answers.pop(ticket.number, None) is None:
+            return False
+        link.waiting.discard(ticket.number)
+        link.is_lost = False
+        return True
 
     def close(self) -> None:
         for link in (*self._links.values(), *self._retired):

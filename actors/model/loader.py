@@ -105,11 +105,13 @@ def load_experts(
     reader = TensorReader(check_checkpoint(model_dir, config), device, dtype, progress)
     assert len(experts) == config.num_hidden_layers
     # Packed one by one, so that only one layer is ever there twice.
-    layers = (_expert_layer(reader, config, layer, tuple(ids)).packed() for layer, ids in enumerate(experts))
+    layers = (read_layer_experts(reader, config, layer, tuple(ids)).packed() for layer, ids in enumerate(experts))
     return ExpertStore(config, tuple(layers), device)
 
 
-def _expert_layer(reader: TensorReader, config: GraniteMoeConfig, layer: int, ids: tuple[int, ...]) -> LayerExperts:
+def read_layer_experts(
+    reader: TensorReader, config: GraniteMoeConfig, layer: int, ids: tuple[int, ...]
+) -> LayerExperts:
     shapes = layer_shapes(config)
 
     def read(name: str) -> Tensor:

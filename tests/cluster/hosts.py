@@ -12,7 +12,7 @@ from actors.lanes.object_ref import ObjectRefLane
 from actors.lanes.remote import RemoteDispatcher
 from actors.lanes.zmq_client import ZmqLane
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
-from cluster.messages import ActorReport, LaneKeys, ReadyReport, ReplicaSpec
+from cluster.messages import ActorReport, LaneKeys, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
 from cluster.model_config import read_model_config
 
@@ -33,6 +33,10 @@ class _Host:
     def run_experts(self, frame: bytes) -> bytes:
         assert self.replica
         return self.replica.run_experts(frame)
+
+    def progress(self) -> LoadProgress:
+        assert self.replica
+        return self.replica.progress()
 
     def report(self) -> ActorReport:
         assert self.replica

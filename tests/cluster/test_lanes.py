@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
+from actors.model.fallback import CheckpointExperts
 from cluster.expert_map import ExpertMap
 from cluster.messages import SamplingParams
+from cluster.model_config import read_model_config
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.cluster.hosts import ExpertHost, connect, place
 from tests.engines import make_engine, run
@@ -87,9 +90,15 @@ def test_a_lost_replica_s_part_goes_to_another(hosts: list[ExpertHost], granite_
     assert {k: r.token_ids for k, r in results.items()} == {k: r.token_ids for k, r in expected.items()}
 
 
-def test_without_a_replica_the_step_fails_with_a_reason(hosts: list[ExpertHost], granite_dir: Path) -> None:
+def test_without_a_replica_the_front_computes_from_the_checkpoint(hosts: list[ExpertHost], granite_dir: Path) -> None:
     expert_map = place(hosts, granite_dir, 2)
+    expected = run(make_engine(granite_dir, dispatcher=connect(expert_map)), REQUESTS)
     lonely = expert_map.with_replicas(expert_map.replicas_of(0))
+    config = read_model_config(granite_dir)
+    fallback = CheckpointExperts(granite_dir, config, torch.device("cpu"), torch.float32)
     dispatcher = connect(lonely)
     with pytest.raises(AssertionError, match="no replica of expert group 1 answers"):
         run(make_engine(granite_dir, dispatcher=dispatcher), REQUESTS)
+    dispatcher._fallback = fallback.run
+    results = run(make_engine(granite_dir, dispatcher=dispatcher), REQUESTS)
+    assert {k: r.token_ids for k, r in results.items()} == {k: r.token_ids for k, r in expected.items()}

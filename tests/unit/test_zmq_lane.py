@@ -11,7 +11,7 @@ import torch
 import zmq
 
 from actors.lanes import wire
-from actors.lanes.lane import LaneError
+from actors.lanes.lane import LaneError, LaneTimeout
 from actors.lanes.zmq_client import HELLO, NUMBER, ZmqLane
 from actors.lanes.zmq_server import ZmqServer
 from cluster.expert_map import ReplicaAddress
@@ -63,7 +63,7 @@ def connect(server: ZmqServer) -> Iterator[Connect]:
     lanes = []
 
     def make(kind: str = "ipc", keys: LaneKeys = KEYS) -> ZmqLane:
-        lane = ZmqLane(keys, timeout_s=5)
+        lane = ZmqLane(keys)
         lane.connect([address(server, kind)])
         lanes.append(lane)
         return lane
@@ -74,7 +74,7 @@ def connect(server: ZmqServer) -> Iterator[Connect]:
 
 
 def ask(lane: ZmqLane, server: ZmqServer, kind: str = "ipc") -> torch.Tensor:
-    answer = wire.unpack_partial(lane.receive(lane.send(address(server, kind), MESSAGE)))
+    answer = wire.unpack_partial(lane.receive([lane.send(address(server, kind), MESSAGE)], 5)[1])
     assert answer.partial_TD is not None
     return answer.partial_TD
 
@@ -96,7 +96,7 @@ def test_answers_out_of_order_find_their_dispatch(server: ZmqServer, connect: Co
     lane = connect()
     tickets = [lane.send(address(server, "ipc"), wire.pack_dispatch(0, X + i, X[:, :2], X[:, :2])) for i in range(5)]
     for i in reversed(range(5)):
-        answer = wire.unpack_partial(lane.receive(tickets[i])).partial_TD
+        answer = wire.unpack_partial(lane.receive([tickets[i]], 5)[1]).partial_TD
         assert answer is not None
         assert torch.equal(answer, X + i)
 
@@ -111,7 +111,7 @@ def test_fronts_that_wait_for_the_same_layer_share_a_batch(server: ZmqServer, ec
     time.sleep(0.2)
     echo.gate.set()
     for lane, ticket in zip([lanes[0], *lanes], [blocker, *tickets], strict=True):
-        assert wire.unpack_partial(lane.receive(ticket)).status == wire.OK
+        assert wire.unpack_partial(lane.receive([ticket], 5)[1]).status == wire.OK
     assert echo.batches == [1, 3]
 
 
@@ -179,7 +179,7 @@ def test_a_lost_connection_is_noticed_at_once(echo: Echo, kind: str) -> None:
     server = ZmqServer("r0", echo, KEYS, "127.0.0.1", "/tmp")
     server.endpoints = server.start()  # type: ignore[attr-defined]
     target = address(server, kind)
-    lane = ZmqLane(KEYS, timeout_s=30)
+    lane = ZmqLane(KEYS)
     lane.connect([target])
     echo.gate.clear()
     ticket = lane.send(target, MESSAGE)
@@ -187,9 +187,9 @@ def test_a_lost_connection_is_noticed_at_once(echo: Echo, kind: str) -> None:
     started = time.monotonic()
 
     def ask_for_ever() -> None:
-        lane.receive(ticket)
+        lane.receive([ticket], 30)
         while True:
-            lane.receive(lane.send(target, MESSAGE))
+            lane.receive([lane.send(target, MESSAGE)], 30)
 
     with pytest.raises(LaneError, match=r"disconnected|not connected"):
         ask_for_ever()
@@ -200,11 +200,39 @@ def test_a_lost_connection_is_noticed_at_once(echo: Echo, kind: str) -> None:
 
 def test_a_late_answer_is_ignored(server: ZmqServer, echo: Echo, connect: Connect) -> None:
     lane = connect()
-    lane._timeout_s = 0.2
     echo.gate.clear()
     ticket = lane.send(address(server, "ipc"), MESSAGE)
-    with pytest.raises(LaneError, match="no answer in time"):
-        lane.receive(ticket)
+    with pytest.raises(LaneTimeout, match=r"no answer within 0\.2"):
+        lane.receive([ticket], 0.2)
+    lane.forget(ticket)
     echo.gate.set()
-    lane._timeout_s = 5
     assert torch.equal(ask(lane, server), X)
+
+
+def test_the_first_of_several_replicas_to_answer_wins(server: ZmqServer, echo: Echo, connect: Connect) -> None:
+    """Hedging: the same dispatch to a replica that hangs and to one that does not."""
+    other = ZmqServer("r1", Echo(), KEYS, "127.0.0.1", "/tmp")
+    second = ReplicaAddress("r1", 0, tuple(e for e in other.start() if e[0] == "ipc"))
+    lane = connect()
+    lane.connect([address(server, "ipc"), second])
+    echo.gate.clear()
+    slow, fast = lane.send(address(server, "ipc"), MESSAGE), lane.send(second, MESSAGE)
+    assert lane.receive([slow, fast], 5)[0] == fast
+    echo.gate.set()
+    assert lane.receive([slow], 5)[0] == slow
+    other.stop()
+
+
+def test_a_probe_is_answered_when_the_replica_is_free_again(server: ZmqServer, echo: Echo, connect: Connect) -> None:
+    lane = connect()
+    echo.gate.clear()
+    lane.forget(lane.send(address(server, "ipc"), MESSAGE))
+    time.sleep(0.2)  # now the server computes; a greeting that came with the message would be answered before it
+    probe = lane.probe(address(server, "ipc"))
+    time.sleep(0.2)
+    assert not lane.is_alive(probe)
+    echo.gate.set()
+    deadline = time.monotonic() + 5
+    while not lane.is_alive(probe):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

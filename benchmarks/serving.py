@@ -1,0 +1,189 @@
+"""Streams over HTTP against the same work in an engine without HTTP.
+
+    python -m benchmarks.serving CHECKPOINT [--streams 1,8,32]
+
+Starts `outcrop serve` and an offline engine with replicas of its own, both over the zmq lane, and gives each in turn
+the same requests. Prints throughput, time to first token, inter-token latency, and throughput as a ratio to the
+offline engine's.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
+import httpx
+import typer
+
+from benchmarks.lanes import expert_cluster, make_engine
+from benchmarks.report import environment, table
+from cluster.model_config import read_model_config
+
+START_S = 180
+
+
+@dataclass(slots=True)
+class Streams:
+    """What one round of concurrent streams saw, in seconds."""
+
+    seconds: float = 0.0
+    num_tokens: int = 0
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    streams: int
+    tokens_per_second: float
+    of_offline: float
+    ttft_p50_ms: float
+    ttft_p95_ms: float
+    itl_p50_ms: float
+    itl_p95_ms: float
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path, groups: int, dtype: str) -> Iterator[str]:
+    """`outcrop serve` as a process of its own; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "deploy.cli", "serve", str(checkpoint), "--port", str(port), "--dtype", dtype]
+    command += ["--groups", str(groups), "--lane", "zmq", "--served-model-name", "bench", "--no-enable-prefix-caching"]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OUTCROP_"))} | {"RAY_ADDRESS": "local"}
+    server = subprocess.Popen(command, env=environ)
+    try:
+        _wait_until_ready(f"http://127.0.0.1:{port}", server)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise SystemExit("outcrop serve did not become ready")
+
+
+def prompt_of(number: int, length: int) -> list[int]:
+    return [(7 * number + 13 * j) % 4000 + 300 for j in range(length)]
+
+
+async def stream_all(url: str, streams: int, prompt: int, tokens: int) -> Streams:
+    result = Streams()
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False, limits=limits) as client:
+        started = time.perf_counter()
+        await asyncio.gather(*(_stream(client, result, prompt_of(i, prompt), tokens) for i in range(streams)))
+        result.seconds = time.perf_counter() - started
+    return result
+
+
+async def _stream(client: httpx.AsyncClient, result: Streams, prompt: list[int], tokens: int) -> None:
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    last, is_first = time.perf_counter(), True
+    async with client.stream("POST", "/v1/completions", json=body | {"return_token_ids": True}) as response:
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            now = time.perf_counter()
+            (result.first if is_first else result.between).append(now - last)
+            last, is_first = now, False
+            result.num_tokens += sum(len(c["token_ids"]) for c in json.loads(line.removeprefix("data: "))["choices"])
+
+
+def offline_all(engine: Any, streams: int, prompt: int, tokens: int) -> float:
+    """Seconds for the same requests in an engine in this process."""
+    from cluster.messages import GenerationRequest, SamplingParams
+
+    params = SamplingParams(max_tokens=tokens, temperature=0.0)
+    started = time.perf_counter()
+    for i in range(streams):
+        engine.add(GenerationRequest(str(i), "", tuple(prompt_of(i, prompt)), params))
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - started
+
+
+def measure(url: str, engine: Any, streams: int, prompt: int, tokens: int, rounds: int) -> Figure:
+    offline_all(engine, min(streams, 2), prompt, 4)
+    asyncio.run(stream_all(url, min(streams, 2), prompt, 4))
+    http: list[Streams] = []
+    ratios = []
+    for _ in range(rounds):
+        offline = offline_all(engine, streams, prompt, tokens)
+        http.append(asyncio.run(stream_all(url, streams, prompt, tokens)))
+        assert http[-1].num_tokens == streams * tokens, "a stream was cut short"
+        ratios.append(offline / http[-1].seconds)
+    first = sorted(1000 * s for round_ in http for s in round_.first)
+    between = sorted(1000 * s for round_ in http for s in round_.between)
+    return Figure(
+        streams,
+        statistics.median(r.num_tokens / r.seconds for r in http),
+        statistics.median(ratios),
+        first[len(first) // 2],
+        first[int(0.95 * (len(first) - 1))],
+        between[len(between) // 2],
+        between[int(0.95 * (len(between) - 1))],
+    )
+
+
+def main(
+    checkpoint: Path,
+    streams: str = "1,8,32",
+    prompt: int = 64,
+    tokens: int = 48,
+    groups: int = 2,
+    rounds: int = 3,
+    dtype: str = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Measure CHECKPOINT over HTTP."""
+    with serving(checkpoint, groups, dtype) as url, expert_cluster(checkpoint, groups, 1, dtype) as cluster:
+        from actors.process import limit_threads
+
+        limit_threads(os.cpu_count() or 1)
+        import torch
+
+        engine = make_engine(checkpoint, read_model_config(checkpoint), getattr(torch, dtype), 16 * 1024, 512)
+        engine.dispatcher = cluster.dispatcher("zmq", engine.metrics)
+        figures = [measure(url, engine, n, prompt, tokens, rounds) for n in map(int, streams.split(","))]
+        engine.dispatcher.lane.close()
+    table(
+        ("streams", "tok/s", "of offline", "TTFT p50 / p95 ms", "inter-token p50 / p95 ms"),
+        [
+            (
+                str(f.streams),
+                f"{f.tokens_per_second:.1f}",
+                f"{f.of_offline:.2f}",
+                f"{f.ttft_p50_ms:.0f} / {f.ttft_p95_ms:.0f}",
+                f"{f.itl_p50_ms:.1f} / {f.itl_p95_ms:.1f}",
+            )
+            for f in figures
+        ],
+    )
+    if out:
+        settings = {"prompt": prompt, "tokens": tokens, "groups": groups, "dtype": dtype}
+        content = {"environment": environment(), "settings": settings, "figures": [asdict(f) for f in figures]}
+        out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,218 @@
+"""What the dispatcher does when replicas are late, gone or wrong: a scripted lane, no sockets, no Ray."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.lanes import wire
+from actors.lanes.failover import DEADLINE_FLOOR_S, FIRST_DEADLINE_S, REPROBE_S, Breaker, Latency
+from actors.lanes.lane import Lane, LaneError, LaneTimeout
+from actors.lanes.remote import DispatchError, RemoteDispatcher
+from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
+from cluster.metrics import Metrics
+
+X = torch.arange(12.0).view(3, 4)
+IDS = torch.tensor([[0, 3], [1, 2], [0, 1]])  # experts 0, 1: group 0; 2, 3: group 1
+GATES = torch.ones(3, 2)
+
+
+def echo(frame: bytes) -> bytes:
+    """A replica whose partial sum is the number of choices that it was given, times x."""
+    dispatch = wire.unpack_dispatch(frame)
+    weight = (dispatch.ids_TK >= 0).sum(dim=1, keepdim=True)
+    return wire.pack_partial(dispatch.x_TD * weight, 0.0)
+
+
+EXPECTED = 2 * X
+
+
+@dataclass(eq=False)
+class Ticket:
+    replica: str
+    frame: bytes
+
+
+Behaviour = Callable[[bytes], bytes]
+
+
+class ScriptedLane(Lane):
+    """`behaviour[replica]` computes an answer; None hangs; an exception is a lost connection."""
+
+    name = "scripted"
+
+    def __init__(self, **behaviour: Behaviour | type[Exception] | None) -> None:
+        self.behaviour = behaviour
+        self.sent: list[str] = []
+        self.forgotten: list[Ticket] = []
+
+    def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
+        self.replicas = {r.replica_id for r in replicas}
+
+    def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
+        if replica.replica_id not in self.behaviour:
+            raise LaneError("unreachable")
+        self.sent.append(replica.replica_id)
+        return Ticket(replica.replica_id, message)
+
+    def receive(self, tickets: Sequence[Ticket], timeout_s: float) -> tuple[Ticket, bytes]:
+        for ticket in tickets:
+            behaviour = self.behaviour[ticket.replica]
+            if isinstance(behaviour, type):
+                raise LaneError("disconnected", ticket)
+            if behaviour is not None:
+                return ticket, behaviour(ticket.frame)
+        raise LaneTimeout("late")
+
+    def forget(self, ticket: Ticket) -> None:
+        self.forgotten.append(ticket)
+
+    def probe(self, replica: ReplicaAddress) -> Ticket:
+        return Ticket(replica.replica_id, b"")
+
+    def is_alive(self, ticket: Ticket) -> bool:
+        return callable(self.behaviour[ticket.replica]) and not isinstance(self.behaviour[ticket.replica], type)
+
+
+def make(lane: ScriptedLane, fallback: bool = False) -> RemoteDispatcher:
+    """Replicas a and b serve group 0, c and d group 1."""
+    computed_here = (lambda layer, x, ids, gates: x * (ids >= 0).sum(1, keepdim=True)) if fallback else None
+    dispatcher = RemoteDispatcher(lane, Metrics(), computed_here)
+    replicas = tuple(ReplicaAddress(r, g, ((lane.name, r),)) for r, g in (("a", 0), ("b", 0), ("c", 1), ("d", 1)))
+    dispatcher.set_map(ExpertMap(1, 2, contiguous_homes(2, 4, 2), replicas))
+    return dispatcher
+
+
+def compute(dispatcher: RemoteDispatcher) -> Tensor:
+    return dispatcher.combine(dispatcher.dispatch(0, X, IDS, GATES))
+
+
+def counted(dispatcher: RemoteDispatcher, name: str) -> dict[str, float]:
+    return {
+        dict(labels).get("reason", ""): value
+        for sample, labels, value in dispatcher.metrics.samples()
+        if sample == f"outcrop_{name}" and value
+    }
+
+
+def nan(frame: bytes) -> bytes:
+    return wire.pack_partial(wire.unpack_dispatch(frame).x_TD * float("nan"), 0.0)
+
+
+def wrong_shape(frame: bytes) -> bytes:
+    return wire.pack_partial(X[:1], 0.0)
+
+
+def failed(frame: bytes) -> bytes:
+    return wire.pack_refusal(wire.FAILED, "out of memory")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (None, "timeout"),
+        (LaneError, "disconnected"),
+        (nan, "corrupt"),
+        (wrong_shape, "corrupt"),
+        (failed, "corrupt"),
+        (lambda frame: b"garbage", "corrupt"),
+    ],
+)
+def test_a_part_goes_to_another_replica_and_the_broken_one_is_left_alone(
+    broken: Behaviour | type[Exception] | None, reason: str
+) -> None:
+    lane = ScriptedLane(a=broken, b=echo, c=echo, d=echo)
+    dispatcher = make(lane)
+    assert torch.equal(compute(dispatcher), EXPECTED)
+    assert counted(dispatcher, "failovers_total") == {reason: 1}
+    lane.sent.clear()
+    for _ in range(5):
+        assert torch.equal(compute(dispatcher), EXPECTED)
+    assert "a" not in lane.sent
+    assert not any(dispatcher._outstanding.values()), "nothing may count as outstanding for ever"
+
+
+def test_an_unreachable_replica_is_skipped_at_once() -> None:
+    dispatcher = make(ScriptedLane(b=echo, c=echo, d=echo))
+    assert torch.equal(compute(dispatcher), EXPECTED)
+    assert counted(dispatcher, "failovers_total") == {"unreachable": 1}
+
+
+def test_a_hedged_part_s_late_answer_is_forgotten() -> None:
+    lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
+    compute(make(lane))
+    assert [ticket.replica for ticket in lane.forgotten] == ["a"]
+
+
+@pytest.mark.parametrize("broken", [None, LaneError, nan])
+def test_without_a_live_replica_the_front_computes_itself(broken: Behaviour | type[Exception] | None) -> None:
+    lane = ScriptedLane(a=broken, b=broken, c=echo, d=echo)
+    dispatcher = make(lane, fallback=True)
+    assert torch.equal(compute(dispatcher), EXPECTED)
+    assert counted(dispatcher, "local_fallback_tokens_total") == {"": 3}
+    lane.sent.clear()
+    compute(dispatcher)
+    assert not {"a", "b"} & set(lane.sent)
+
+
+def test_without_replica_and_fallback_the_step_fails_with_the_group() -> None:
+    with pytest.raises(DispatchError, match="no replica of expert group 1 answers"):
+        compute(make(ScriptedLane(a=echo, b=echo, c=None, d=LaneError)))
+
+
+def test_a_replica_that_answers_a_probe_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
+    dispatcher = make(lane)
+    now = [0.0]
+    dispatcher._breaker = Breaker(lambda: now[0])
+    compute(dispatcher)
+    lane.behaviour["a"] = echo
+    compute(dispatcher)
+    lane.sent.clear()
+    now[0] += REPROBE_S[0]
+    compute(dispatcher)  # sends the probe
+    compute(dispatcher)  # sees its answer
+    assert "a" in lane.sent
+    assert not dispatcher._breaker
+
+
+def test_a_new_map_ends_the_wait_for_replicas_that_left() -> None:
+    lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
+    dispatcher = make(lane)
+    compute(dispatcher)
+    assert dispatcher._map
+    dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
+    assert not dispatcher._breaker
+    assert torch.equal(compute(dispatcher), EXPECTED)
+
+
+def test_deadlines_follow_what_was_observed() -> None:
+    latency = Latency()
+    assert latency.deadline(1) == FIRST_DEADLINE_S
+    latency.observe(4, 0.001)
+    assert latency.deadline(4) == DEADLINE_FLOOR_S
+    for _ in range(50):
+        latency.observe(4, 0.05)
+    assert latency.deadline(4) == pytest.approx(0.4, rel=0.01)
+    assert latency.deadline(1) == latency.deadline(4), "a smaller batch is not expected to be faster"
+    assert latency.deadline(512) == pytest.approx(0.4 * 2**7, rel=0.01)
+
+
+def test_probes_come_at_growing_pauses() -> None:
+    now = [0.0]
+    breaker = Breaker(lambda: now[0])
+    assert breaker.open("a")
+    assert not breaker.open("a")
+    times = []
+    while now[0] < 20:
+        now[0] += 0.05
+        if breaker.take_due():
+            times.append(now[0])
+    pauses = [b - a for a, b in itertools.pairwise(times)]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == pytest.approx(REPROBE_S[1], abs=0.1)
+    breaker.close("a")
+    assert not breaker.is_open("a")
