@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from actors.process import limit_threads, release_free_memory
+from cluster.expert_map import Identity
 from cluster.messages import ActorReport, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
 
@@ -32,6 +33,7 @@ class ExpertActor:
         self.metrics = Metrics()
         self.replica: Replica | None = None
         self.server: ZmqServer | None = None
+        self.ready: ReadyReport | None = None
         self._loaded = 0
         self._total = 0
 
@@ -54,7 +56,8 @@ class ExpertActor:
         release_free_memory()
         endpoints = self._listen(self.replica)
         seconds = time.monotonic() - started
-        return ReadyReport(self.spec.actor_id, *where_am_i(), self._total, seconds, endpoints=endpoints)
+        self.ready = ReadyReport(self.spec.actor_id, *where_am_i(), self._total, seconds, endpoints=endpoints)
+        return self.ready
 
     def _advance(self, num_bytes: int) -> None:
         self._loaded += num_bytes
@@ -78,6 +81,11 @@ class ExpertActor:
 
             return wire.pack_refusal(wire.FAILED, f"{self.spec.actor_id} has not loaded its experts yet")
         return self.replica.answer(frame)
+
+    @ray.method(concurrency_group="control")
+    def identity(self) -> Identity | None:
+        """For a supervisor that has not started this actor; None while it can't serve."""
+        return Identity(self.spec, self.ready) if self.ready else None
 
     @ray.method(concurrency_group="control")
     def progress(self) -> LoadProgress:

@@ -11,7 +11,7 @@ import time
 from actors.expert import where_am_i
 from actors.front_loop import FrontLoop, Mailbox
 from actors.process import limit_threads
-from cluster.expert_map import ExpertMap
+from cluster.expert_map import ExpertMap, Identity
 from cluster.messages import (
     ActorReport,
     FrontSpec,
@@ -31,13 +31,16 @@ class FrontActor:
         self.spec = spec
         self.loop = FrontLoop(spec, namespace)
         self.mailboxes: dict[str, Mailbox] = {}
+        self.ready: ReadyReport | None = None
+        self.expert_map: ExpertMap | None = None
 
     async def load(self) -> ReadyReport:
         """Read the front's weights and size its KV cache. Serving starts with start()."""
         started = time.monotonic()
         weight_bytes, kv_tokens, kv_bytes = await asyncio.to_thread(self.loop.load)
         seconds = time.monotonic() - started
-        return ReadyReport(self.spec.actor_id, *where_am_i(), weight_bytes, seconds, kv_tokens, kv_bytes)
+        self.ready = ReadyReport(self.spec.actor_id, *where_am_i(), weight_bytes, seconds, kv_tokens, kv_bytes)
+        return self.ready
 
     async def start(self, expert_map: ExpertMap) -> None:
         """Take the first map, compute one token through all layers to see that it works, and serve."""
@@ -45,7 +48,12 @@ class FrontActor:
         await asyncio.to_thread(self.loop.warm_up)
         self.loop.start(asyncio.get_running_loop(), self.mailboxes)
 
+    async def identity(self) -> Identity | None:
+        """For a supervisor that has not started this actor; None while it can't serve."""
+        return Identity(self.spec, self.ready, self.expert_map) if self.ready and self.expert_map else None
+
     async def set_expert_map(self, expert_map: ExpertMap) -> None:
+        self.expert_map = expert_map
         await asyncio.to_thread(self.loop.set_expert_map, expert_map)
 
     async def submit(self, request: GenerationRequest) -> Submitted:

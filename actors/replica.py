@@ -60,9 +60,10 @@ class Replica:
         return [wire.pack_partial(part, seconds) for part in parts]
 
     def _count(self, num_tokens: int, seconds: float) -> None:
-        group = str(self.spec.group)
+        # Restarted replicas count on under the name of their slot: labels stay few.
+        group, slot = str(self.spec.group), self.spec.actor_id.partition(".")[0]
         self.num_tokens += num_tokens
-        self.metrics.inc("expert_tokens_total", num_tokens, group=group, replica=self.spec.actor_id)
+        self.metrics.inc("expert_tokens_total", num_tokens, group=group, replica=slot)
         self.metrics.observe("expert_compute_seconds", seconds, group=group)
 
 

@@ -7,6 +7,7 @@ any time: load first, publish second, retire third.
 from dataclasses import dataclass, replace
 
 from cluster.config import ConfigError
+from cluster.messages import FrontSpec, ReadyReport, ReplicaSpec
 
 # homes[layer][expert] = groups that hold the expert, the preferred one first.
 Homes = tuple[tuple[tuple[int, ...], ...], ...]
@@ -69,3 +70,12 @@ def contiguous_homes(num_layers: int, num_experts: int, num_groups: int) -> Home
     size = num_experts // num_groups
     layer = tuple((expert // size,) for expert in range(num_experts))
     return (layer,) * num_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a live actor tells a new supervisor; `expert_map` is a front's."""
+
+    spec: FrontSpec | ReplicaSpec
+    ready: ReadyReport
+    expert_map: ExpertMap | None = None

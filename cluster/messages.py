@@ -3,7 +3,7 @@
 Knows no Ray, no torch and no HTTP. Token ids are plain ints, times are seconds, sizes are bytes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -132,6 +132,11 @@ class FrontSpec:
     lane: str
     lane_keys: LaneKeys | None = None
 
+    def fits(self, wanted: object) -> bool:
+        """True if an actor with this spec can do the work of one with the other: names and keys don't matter."""
+        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys}
+        return isinstance(wanted, FrontSpec) and replace(wanted, **same) == self  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
@@ -145,6 +150,11 @@ class ReplicaSpec:
     experts: tuple[tuple[int, ...], ...]
     num_threads: int
     lane_keys: LaneKeys | None = None
+
+    def fits(self, wanted: object) -> bool:
+        """As FrontSpec.fits."""
+        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys}
+        return isinstance(wanted, ReplicaSpec) and replace(wanted, **same) == self  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +218,7 @@ class ActorReport:
 class ClusterState:
     """What an ingress needs to know of the cluster, published by the supervisor."""
 
-    state: Literal["starting", "ready", "degraded", "failed", "stopping"]
+    state: Literal["starting", "ready", "degraded", "recovering", "failed", "stopping"]
     phase: str
     namespace: str
     map_version: int = 0

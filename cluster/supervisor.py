@@ -1,12 +1,11 @@
-"""The supervisor: starts fronts and expert replicas, publishes the expert map, reports the state of the cluster.
+"""The supervisor: starts fronts and expert replicas, restarts the dead, publishes the expert map, reports.
 
 It runs inside a Serve replica of the application (deploy/app.py), on that replica's event loop. The only module of
 `cluster` that knows Ray. Actors are detached and named in the application's namespace: a crash of the supervisor leaves
-them alive, stop() ends them.
+them alive and its successor keeps them; stop() ends them.
 """
 
 import asyncio
-import dataclasses
 import importlib
 import logging
 import time
@@ -14,26 +13,15 @@ from typing import Any
 
 import ray
 import zmq
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from cluster.blueprint import Blueprint, draw_blueprint
 from cluster.checkpoint import check_checkpoint, resolve_model
 from cluster.config import ClusterConfig, ConfigError
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.load import ExpertLoad
-from cluster.messages import (
-    ActorInfo,
-    ActorKind,
-    ActorReport,
-    ActorState,
-    ClusterState,
-    FrontSpec,
-    LaneKeys,
-    LoadProgress,
-    ReadyReport,
-    ReplicaSpec,
-    Sample,
-)
+from cluster.members import Member
+from cluster.messages import ActorKind, ClusterState, LaneKeys, LoadProgress, Sample
 from cluster.metrics import Metrics, cumulative, exposition, merge
 from cluster.model_config import ModelError, read_model_config
 from cluster.resources import Machine
@@ -47,31 +35,9 @@ CONCURRENCY: dict[ActorKind, dict[str, Any]] = {
     "expert": {"concurrency_groups": {"control": 2}},
 }
 PROGRESS_PERIOD_S = 0.25
-WATCH_PERIOD_S = 1.0
+WATCH_PERIOD_S = 0.5
 REPORT_TIMEOUT_S = 2.0
 STOP_S = 3.0
-
-
-@dataclasses.dataclass(slots=True)
-class _Member:
-    """A front or replica that the supervisor has started."""
-
-    spec: FrontSpec | ReplicaSpec
-    kind: ActorKind
-    handle: Any
-    state: ActorState = "starting"
-    since: float = dataclasses.field(default_factory=time.time)
-    progress: LoadProgress = dataclasses.field(default_factory=LoadProgress)
-    ready: ReadyReport | None = None
-    report: ActorReport | None = None
-    detail: str = ""
-
-    @property
-    def group(self) -> int | None:
-        return self.spec.group if isinstance(self.spec, ReplicaSpec) else None
-
-    def enter(self, state: ActorState, detail: str = "") -> None:
-        self.state, self.since, self.detail = state, time.time(), detail
 
 
 class Supervisor:
@@ -83,29 +49,35 @@ class Supervisor:
         self._state: str = "starting"
         self._phase = "checking the checkpoint"
         self._error: str | None = None
-        self._members: dict[str, _Member] = {}
+        self._members: list[Member] = []
         self._map: ExpertMap | None = None
         self._blueprint: Blueprint | None = None
         self._load: ExpertLoad | None = None
         self._ingress_samples: dict[str, tuple[Sample, ...]] = {}
         self._gone: tuple[Sample, ...] = ()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Bring the cluster up in the background; state() tells how far it is."""
-        self._tasks.append(asyncio.create_task(self._bring_up()))
+        self._spawn(self._bring_up())
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def stop(self) -> None:
         """End every actor that was started. Safe to call twice."""
-        self._state, self._phase = "stopping", "stopping"
-        for task in self._tasks:
+        self._enter("stopping", "stopping")
+        for task in tuple(self._tasks):
             if task is not asyncio.current_task():  # bring-up stops what it has started when it fails
                 task.cancel()
         await self._close_lanes()
-        for member in self._members.values():
-            ray.kill(member.handle, no_restart=True)
+        for member in self._members:
+            if member.handle is not None:
+                ray.kill(member.handle, no_restart=True)
             member.enter("dead", "stopped")
 
     async def _close_lanes(self) -> None:
@@ -121,30 +93,29 @@ class Supervisor:
         try:
             async with asyncio.timeout(self.config.load_timeout_s):
                 blueprint = await self._draw_blueprint()
-                self._create_members(blueprint)
-                await self._load_members()
-                await self._publish(self._live_replicas())
-                await self._start_fronts()
-                await self._collect()
+                self._members = self._make_members(blueprint)
+                await self._adopt()
+                await self._start_all()
         except Exception as error:
             await self._fail(error)
             return
         self._enter("ready", "ready")
-        self._tasks.append(asyncio.create_task(self._watch()))
+        self._spawn(self._watch())
 
     async def _fail(self, error: Exception) -> None:
         told = isinstance(error, ConfigError | ModelError)
         self._error = str(error) if told else f"{type(error).__name__}: {error}"
         if isinstance(error, TimeoutError):
-            waiting = [m.spec.actor_id for m in self._members.values() if m.state != "ready"]
+            waiting = [m.spec.actor_id for m in self._members if m.state != "ready"]
             self._error = f"not ready after load_timeout_s={self.config.load_timeout_s:g}: {', '.join(waiting)}"
         logger.error("bring-up failed: %s", self._error, exc_info=None if told else error)
         await self.stop()
         self._enter("failed", "failed")
 
     def _enter(self, state: str, phase: str) -> None:
+        if (state, phase) != (self._state, self._phase):
+            logger.info("cluster %s: %s: %s", self.namespace, state, phase)
         self._state, self._phase = state, phase
-        logger.info("cluster %s: %s", self.namespace, phase)
 
     # -- bring-up ------------------------------------------------------------------------------------------------
 
@@ -158,61 +129,97 @@ class Supervisor:
         self._load = ExpertLoad(model.num_hidden_layers, model.num_local_experts)
         return self._blueprint
 
-    def _create_members(self, blueprint: Blueprint) -> None:
-        self._enter("starting", "starting actors")
-        resources = blueprint.resources
-        for replica in blueprint.replicas:
-            self._create("expert", replica, resources.cpus_per_replica, resources.gpus_per_replica)
-        for front in blueprint.fronts:
-            self._create("front", front, resources.cpus_per_front, resources.gpus_per_front)
+    def _make_members(self, blueprint: Blueprint) -> list[Member]:
+        experts = [Member(spec, "expert") for spec in blueprint.replicas]
+        return experts + [Member(spec, "front") for spec in blueprint.fronts]
 
-    def _create(self, kind: ActorKind, spec: FrontSpec | ReplicaSpec, num_cpus: float, num_gpus: float) -> None:
-        _end_leftover(spec.actor_id, self.namespace)
-        module, _, name = ENTRYPOINTS[kind].partition(":")
-        actor_class = ray.remote(**CONCURRENCY[kind])(getattr(importlib.import_module(module), name))
+    async def _adopt(self) -> None:
+        """Keep the live actors that a supervisor before this one has left; end those that no slot wants."""
+        self._enter("starting", "looking for actors of a predecessor")
+        by_slot = {member.slot: member for member in self._members}
+        for name in _named_actors(self.namespace):
+            member = by_slot.get(name.partition(".")[0])
+            handle = ray.get_actor(name, self.namespace)
+            if member is None or member.handle is not None or not await self._adopt_one(member, handle):
+                ray.kill(handle, no_restart=True)
+
+    async def _adopt_one(self, member: Member, handle: Any) -> bool:
+        try:
+            found = await asyncio.wait_for(_await(handle.identity.remote()), REPORT_TIMEOUT_S)
+        except (TimeoutError, RayError):
+            return False
+        if found is None or not found.spec.fits(member.spec):
+            return False
+        member.spec, member.handle = found.spec, handle
+        member.num_restarts = int(found.spec.actor_id.partition(".")[2] or 0)
+        member.become_ready(found.ready)
+        if found.expert_map and self._map and found.expert_map.version > self._map.version:
+            self._map = found.expert_map
+        logger.info("%s of a predecessor is kept", member.spec.actor_id)
+        return True
+
+    async def _start_all(self) -> None:
+        missing = [m for m in self._members if m.handle is None]
+        keys = next((m.spec.lane_keys for m in self._members if m.handle is not None), None)
+        self._enter("starting", "starting actors")
+        for member in missing:
+            if keys:  # all speak with the keys of those that were kept
+                member.share_keys(keys)
+            self._create(member)
+        self._enter("starting", "loading weights")
+        progress = asyncio.create_task(self._follow_progress())
+        try:
+            await asyncio.gather(*(self._load_member(m) for m in missing))
+        finally:
+            progress.cancel()
+        await self._publish()
+        self._enter("starting", "warming up")
+        await asyncio.gather(*(self._start_front(m) for m in missing if m.kind == "front"))
+        await self._collect()
+
+    def _create(self, member: Member) -> None:
+        assert self._blueprint is not None
+        resources = self._blueprint.resources
+        module, _, name = ENTRYPOINTS[member.kind].partition(":")
+        actor_class = ray.remote(**CONCURRENCY[member.kind])(getattr(importlib.import_module(module), name))
+        is_front = member.kind == "front"
         options = actor_class.options(
-            name=spec.actor_id,
+            name=member.spec.actor_id,
             namespace=self.namespace,
             lifetime="detached",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
+            num_cpus=resources.cpus_per_front if is_front else resources.cpus_per_replica,
+            num_gpus=resources.gpus_per_front if is_front else resources.gpus_per_replica,
             max_restarts=0,
             max_task_retries=0,
         )
-        arguments = (spec, self.namespace) if kind == "front" else (spec,)
-        self._members[spec.actor_id] = _Member(spec, kind, options.remote(*arguments))
+        member.handle = options.remote(member.spec, self.namespace) if is_front else options.remote(member.spec)
 
-    async def _load_members(self) -> None:
-        self._phase = "loading weights"
-        progress = asyncio.create_task(self._follow_progress())
+    async def _load_member(self, member: Member) -> None:
+        """Raises the actor's own ConfigError or ModelError, or a RayError."""
+        started = time.time()
+        member.enter("loading", member.detail)
         try:
-            await asyncio.gather(*(self._load_member(m) for m in self._members.values()))
-        finally:
-            progress.cancel()
-
-    async def _load_member(self, member: _Member) -> None:
-        member.enter("loading")
-        try:
-            member.ready = await member.handle.load.remote()
+            ready = await member.handle.load.remote()
         except RayError as error:
-            member.enter("dead", str(error).splitlines()[-1])
             raise _cause(error) from None
-        assert member.ready is not None
-        member.progress = LoadProgress(member.ready.weight_bytes, member.ready.weight_bytes)
+        member.ready = ready
         if member.kind == "expert":
-            self.metrics.observe("replica_start_seconds", time.time() - self.started)
-            member.enter("ready")
-        logger.info(
-            "%s loaded %d bytes in %.1f s", member.spec.actor_id, member.ready.weight_bytes, member.ready.load_seconds
-        )
+            self.metrics.observe("replica_start_seconds", time.time() - started)
+            member.become_ready(ready)
+        logger.info("%s has loaded %d bytes in %.1f s", ready.actor_id, ready.weight_bytes, ready.load_seconds)
+
+    async def _start_front(self, member: Member) -> None:
+        """A loaded front takes the map, tries itself out, and serves."""
+        await member.handle.start.remote(self._map)
+        assert member.ready is not None
+        member.become_ready(member.ready)
 
     async def _follow_progress(self) -> None:
         while True:
-            loading = [m for m in self._members.values() if m.ready is None]
-            await asyncio.gather(*(self._ask_progress(m) for m in loading))
+            await asyncio.gather(*(self._ask_progress(m) for m in self._members if m.ready is None))
             await asyncio.sleep(PROGRESS_PERIOD_S)
 
-    async def _ask_progress(self, member: _Member) -> None:
+    async def _ask_progress(self, member: Member) -> None:
         try:
             progress = await asyncio.wait_for(_await(member.handle.progress.remote()), 1.0)
         except (TimeoutError, RayError):
@@ -220,123 +227,111 @@ class Supervisor:
         if member.ready is None:
             member.progress = progress
 
-    async def _start_fronts(self) -> None:
-        self._phase = "warming up"
-        fronts = self._of_kind("front")
-        await asyncio.gather(*(_await(m.handle.start.remote(self._map)) for m in fronts))
-        for member in fronts:
-            member.enter("ready")
-
     # -- expert map ----------------------------------------------------------------------------------------------
 
-    def _live_replicas(self) -> tuple[ReplicaAddress, ...]:
-        return tuple(
+    async def _publish(self) -> None:
+        """If the live replicas are not those of the map: next version, to every front that serves."""
+        assert self._map is not None
+        live = tuple(
             ReplicaAddress(m.spec.actor_id, m.group or 0, (("object_ref", m.spec.actor_id), *m.ready.endpoints))
             for m in self._of_kind("expert")
             if m.state == "ready" and m.ready
         )
-
-    async def _publish(self, replicas: tuple[ReplicaAddress, ...]) -> None:
-        """Next version of the map, to every front that serves."""
-        assert self._map is not None
-        self._map = self._map.with_replicas(replicas)
+        if self._map.version and live == self._map.replicas:
+            return
+        old, self._map = self._map.version, self._map.with_replicas(live)
         self._map.check_integrity()
-        logger.info("expert map version %d: %d replicas", self._map.version, len(replicas))
+        logger.info("expert map version %d -> %d: %d replicas", old, self._map.version, len(live))
         serving = [m for m in self._of_kind("front") if m.state == "ready"]
-        await asyncio.gather(
-            *(_await(m.handle.set_expert_map.remote(self._map)) for m in serving), return_exceptions=True
-        )
+        sending = (_await(m.handle.set_expert_map.remote(self._map)) for m in serving)
+        await asyncio.gather(*sending, return_exceptions=True)
 
-    # -- watching ------------------------------------------------------------------------------------------------
+    # -- watching and healing ------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Read every member's report once a second; one that is dead leaves the map."""
+        """Read every member's report; the dead leave the map at once and are replaced after a pause."""
         while True:
             await asyncio.sleep(WATCH_PERIOD_S)
             try:
                 await self._collect()
-                live = self._live_replicas()
-                if self._map and live != self._map.replicas:
-                    await self._publish(live)
+                await self._publish()
+                for member in self._members:
+                    if member.is_due:
+                        member.renew()
+                        self._spawn(self._revive(member))
                 self._judge()
             except Exception:
                 logger.exception("watching goes on after an unexpected error")
 
+    async def _revive(self, member: Member) -> None:
+        try:
+            async with asyncio.timeout(self.config.load_timeout_s):
+                self._create(member)
+                await self._load_member(member)
+                if member.kind == "front":
+                    await self._start_front(member)
+        except Exception as error:
+            if member.handle is not None:
+                ray.kill(member.handle, no_restart=True)
+            self._bury(member, _first_line(error))
+            return
+        logger.info("%s is back as %s", member.slot, member.spec.actor_id)
+        await self._publish()
+
     async def _collect(self) -> None:
-        members = [m for m in self._members.values() if m.state in ("ready", "draining")]
+        members = [m for m in self._members if m.state in ("ready", "draining")]
         await asyncio.gather(*(self._ask(m) for m in members))
         if self._load:
-            self._load.update({m.spec.actor_id: m.report.expert_counts for m in self._of_kind("front") if m.report})
+            fronts = {m.spec.actor_id: m.report.expert_counts for m in self._of_kind("front") if m.report}
+            self._load.update(fronts)
 
-    async def _ask(self, member: _Member) -> None:
+    async def _ask(self, member: Member) -> None:
         try:
             member.report = await asyncio.wait_for(_await(member.handle.report.remote()), REPORT_TIMEOUT_S)
+            member.detail = ""
+        except ActorUnavailableError:
+            member.detail = "not reachable"
         except RayActorError as error:
-            if "unavailable" not in type(error).__name__.lower():
-                self._bury(member, str(error).splitlines()[0])
+            if member.state != "dead":
+                self._bury(member, _first_line(error))
         except (TimeoutError, GetTimeoutError):
             member.detail = "slow to answer"
 
-    def _bury(self, member: _Member, why: str) -> None:
-        logger.warning("%s is lost: %s", member.spec.actor_id, why)
+    def _bury(self, member: Member, why: str) -> None:
         if member.report:
             self._gone = merge((self._gone, cumulative(member.report.samples)))
-            member.report = None
-        member.enter("dead", why)
+        member.bury(why)
+        logger.warning("%s is lost: %s", member.spec.actor_id, member.detail)
 
     def _judge(self) -> None:
-        """Ready if a generation could succeed now."""
-        has_front = any(m.state == "ready" for m in self._of_kind("front"))
-        complete = self._map is not None and (self.config.lane == "local" or self._map.is_complete())
-        all_live = all(m.state == "ready" for m in self._members.values())
-        state = "ready" if all_live else "degraded" if has_front and complete else "failed"
-        if state != self._state:
-            dead = [m.spec.actor_id for m in self._members.values() if m.state == "dead"]
-            self._enter(state, "ready" if all_live else f"lost {', '.join(dead)}")
-            self._error = f"lost {', '.join(dead)}" if state == "failed" else None
+        """Fronts can compute without replicas, but nothing without a front."""
+        missing = [m.spec.actor_id for m in self._members if m.state != "ready"]
+        if not missing:
+            self._enter("ready", "ready")
+        else:
+            has_front = any(m.state == "ready" for m in self._of_kind("front"))
+            self._enter("degraded" if has_front else "recovering", f"restarting {', '.join(missing)}")
 
     # -- what others ask -----------------------------------------------------------------------------------------
 
     def state(self) -> ClusterState:
-        members = self._members.values()
+        lane = next((m.report.lane for m in self._of_kind("front") if m.report), self.config.lane)
+        version = self._map.version if self._map else 0
         return ClusterState(
             state=self._state,  # type: ignore[arg-type]
             phase=self._phase,
             namespace=self.namespace,
-            map_version=self._map.version if self._map else 0,
+            map_version=version,
             fronts=tuple(m.spec.actor_id for m in self._of_kind("front") if m.state == "ready"),
-            actors=tuple(self._info(m) for m in members),
-            progress=LoadProgress(sum(m.progress.loaded for m in members), sum(m.progress.total for m in members)),
+            actors=tuple(member.info(lane, version) for member in self._members),
+            progress=LoadProgress(
+                sum(m.progress.loaded for m in self._members), sum(m.progress.total for m in self._members)
+            ),
             error=self._error,
             started=self.started,
-            kv_cache_tokens=sum(m.ready.kv_cache_tokens for m in members if m.ready),
+            kv_cache_tokens=sum(m.ready.kv_cache_tokens for m in self._members if m.ready),
             max_model_len=self._blueprint.max_model_len if self._blueprint else 0,
         )
-
-    def _info(self, member: _Member) -> ActorInfo:
-        ready, report = member.ready, member.report
-        return ActorInfo(
-            id=member.spec.actor_id,
-            kind=member.kind,
-            group=member.group,
-            node=ready.node if ready else "",
-            pid=ready.pid if ready else 0,
-            gpu=ready.gpu if ready else "",
-            state=member.state,
-            lane=self._lane(),
-            map_version=report.map_version if report and member.kind == "front" else self._version(),
-            tokens=report.tokens if report else 0,
-            since=member.since,
-            detail=member.detail,
-            weight_bytes=ready.weight_bytes if ready else 0,
-        )
-
-    def _lane(self) -> str:
-        """What fronts say they use; the configured lane before any has said so."""
-        return next((m.report.lane for m in self._of_kind("front") if m.report), self.config.lane)
-
-    def _version(self) -> int:
-        return self._map.version if self._map else 0
 
     async def experts(self) -> dict[str, Any]:
         """The answer of GET /v1/experts."""
@@ -357,7 +352,7 @@ class Supervisor:
         self._ingress_samples[ingress_id] = samples
         await self._collect()
         self._publish_gauges()
-        live = [m.report.samples for m in self._members.values() if m.report]
+        live = [m.report.samples for m in self._members if m.report]
         return exposition(merge([self._gone, self.metrics.samples(), *live, *self._ingress_samples.values()]))
 
     def push_samples(self, ingress_id: str, samples: tuple[Sample, ...]) -> ClusterState:
@@ -375,8 +370,8 @@ class Supervisor:
                 number = sum(m.state == state for m in members)
                 self.metrics.set("expert_replicas", number, group=str(group), state=state)
 
-    def _of_kind(self, kind: ActorKind) -> list[_Member]:
-        return [m for m in self._members.values() if m.kind == kind]
+    def _of_kind(self, kind: ActorKind) -> list[Member]:
+        return [m for m in self._members if m.kind == kind]
 
 
 def _machine() -> Machine:
@@ -385,22 +380,23 @@ def _machine() -> Machine:
     return Machine(total.get("CPU", 1.0), total.get("GPU", 0.0), max(1.0, largest))
 
 
+def _named_actors(namespace: str) -> list[str]:
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in listed if actor["namespace"] == namespace)
+
+
 def _new_keys() -> LaneKeys:
     return LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
-
-
-def _end_leftover(name: str, namespace: str) -> None:
-    """A predecessor that crashed may have left an actor of this name behind."""
-    try:
-        ray.kill(ray.get_actor(name, namespace), no_restart=True)
-    except ValueError:
-        return
 
 
 def _cause(error: RayError) -> Exception:
     """The actor's own exception, if it is one that we raise for people."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, ConfigError | ModelError) else error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 async def _await(ref: Any) -> Any:

@@ -102,22 +102,83 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-async def test_a_dead_replica_leaves_the_map_and_its_sibling_serves(ray_session: None, granite_dir: Path) -> None:
+async def test_a_dead_replica_leaves_the_map_and_is_replaced(ray_session: None, granite_dir: Path) -> None:
+    expected = generate(load_reference(granite_dir), PROMPT, 12)
     async with running(granite_dir, groups=1, replicas=2) as supervisor:
         victim = next(a for a in supervisor.state().actors if a.id == "expert-g0-r1")
         os.kill(victim.pid, signal.SIGKILL)
+        await submit(front(supervisor), "a", max_tokens=12)
+        assert tokens((await collect(front(supervisor)))["a"]) == expected
         await until(lambda: supervisor.state().state == "degraded")
-        assert supervisor.state().map_version == 2
         assert "expert-g0-r1" in supervisor.state().phase
+        await until(lambda: supervisor.state().state == "ready")
+        assert {a.id for a in supervisor.state().actors if a.kind == "expert"} == {"expert-g0-r0", "expert-g0-r1.1"}
+        assert supervisor.state().map_version == 3, "one without the dead replica, one with the new"
+
+
+async def test_without_any_replica_the_front_computes_until_one_is_back(ray_session: None, granite_dir: Path) -> None:
+    expected = generate(load_reference(granite_dir), PROMPT, 40)
+    async with running(granite_dir, groups=2, replicas=1) as supervisor:
+        for actor in supervisor.state().actors:
+            if actor.kind == "expert":
+                os.kill(actor.pid, signal.SIGKILL)
+        await submit(front(supervisor), "a", max_tokens=40)
+        assert tokens((await collect(front(supervisor)))["a"]) == expected
+        text = (await supervisor.exposition("in", ())).decode()
+        assert "outcrop_local_fallback_tokens_total 0.0" not in text
+        await until(lambda: supervisor.state().state == "degraded")
+        await until(lambda: supervisor.state().state == "ready")
+        before = sum(a.tokens for a in supervisor.state().actors if a.kind == "expert")
+        await submit(front(supervisor), "b", max_tokens=40)
+        assert tokens((await collect(front(supervisor)))["b"]) == expected
+        await supervisor.exposition("in", ())
+        assert sum(a.tokens for a in supervisor.state().actors if a.kind == "expert") > before
+
+
+async def test_a_dead_front_is_replaced(ray_session: None, granite_dir: Path) -> None:
+    async with running(granite_dir, groups=1) as supervisor:
+        os.kill(next(a.pid for a in supervisor.state().actors if a.kind == "front"), signal.SIGKILL)
+        await until(lambda: supervisor.state().state == "recovering")
+        assert supervisor.state().fronts == ()
+        await until(lambda: supervisor.state().state == "ready")
+        assert supervisor.state().fronts == ("front-0.1",)
         await submit(front(supervisor), "a", max_tokens=4)
         assert len(tokens((await collect(front(supervisor)))["a"])) == 4
 
 
-async def test_losing_the_only_replica_is_told(ray_session: None, granite_dir: Path) -> None:
-    async with running(granite_dir, groups=1, replicas=1) as supervisor:
-        os.kill(supervisor.state().actors[0].pid, signal.SIGKILL)
-        await until(lambda: supervisor.state().state == "failed")
-        assert supervisor.state().error == "lost expert-g0-r0"
+async def test_a_new_supervisor_keeps_the_actors_of_one_that_crashed(ray_session: None, granite_dir: Path) -> None:
+    async with running(granite_dir, groups=2) as first:
+        pids = {a.id: a.pid for a in first.state().actors}
+        for task in first._tasks:
+            task.cancel()
+        os.kill(pids["expert-g1-r0"], signal.SIGKILL)  # lost while nobody was watching
+        second = Supervisor(first.config, first.namespace)
+        second.start()
+        await until(lambda: second.state().state in ("ready", "failed"))
+        try:
+            assert second.state().error is None
+            kept = {a.id: a.pid for a in second.state().actors}
+            assert kept["front-0"] == pids["front-0"]
+            assert kept["expert-g0-r0"] == pids["expert-g0-r0"]
+            assert kept["expert-g1-r0"] != pids["expert-g1-r0"]
+            assert second.state().map_version == 2
+            await submit(front(second), "a", max_tokens=4)
+            assert len(tokens((await collect(front(second)))["a"])) == 4
+        finally:
+            await second.stop()
+
+
+async def test_a_changed_configuration_keeps_nothing(ray_session: None, granite_dir: Path) -> None:
+    async with running(granite_dir, groups=1, max_num_seqs=8) as first:
+        pids = [a.pid for a in first.state().actors]
+        for task in first._tasks:
+            task.cancel()
+        second = Supervisor(first.config.model_copy(update={"groups": 2, "max_num_seqs": 4}), first.namespace)
+        second.start()
+        await until(lambda: second.state().state in ("ready", "failed"))
+        assert not set(pids) & {a.pid for a in second.state().actors}
+        await second.stop()
+        await until(lambda: not any(is_alive(pid) for pid in pids))
 
 
 async def test_abort_frees_everything_within_a_step(ray_session: None, granite_dir: Path) -> None:

@@ -1,0 +1,106 @@
+"""Fronts and expert replicas as the supervisor sees them: states, restarts and their pauses. Plain data, no Ray.
+
+A slot is a place in the cluster, such as `expert-g0-r1`; each actor that fills it has an id of its own: `expert-g0-r1`,
+`expert-g0-r1.1` after a restart, and so on, so that nobody takes a new actor for the one that was lost.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.messages import (
+    ActorInfo,
+    ActorKind,
+    ActorReport,
+    ActorState,
+    FrontSpec,
+    LaneKeys,
+    LoadProgress,
+    ReadyReport,
+    ReplicaSpec,
+)
+
+# Pause before a restart: it doubles while an actor keeps dying, and starts anew once one has lived long enough.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
+STABLE_S = 60.0
+
+Clock = Callable[[], float]
+
+
+@dataclasses.dataclass(slots=True)
+class Member:
+    spec: FrontSpec | ReplicaSpec
+    kind: ActorKind
+    clock: Clock = time.time
+    handle: Any = None
+    state: ActorState = "starting"
+    since: float = 0.0
+    detail: str = ""
+    progress: LoadProgress = dataclasses.field(default_factory=LoadProgress)
+    ready: ReadyReport | None = None
+    report: ActorReport | None = None
+    num_restarts: int = 0
+    restart_at: float | None = None
+    _pause: float = FIRST_PAUSE_S
+
+    def __post_init__(self) -> None:
+        self.since = self.clock()
+
+    @property
+    def slot(self) -> str:
+        return self.spec.actor_id.partition(".")[0]
+
+    @property
+    def group(self) -> int | None:
+        return self.spec.group if isinstance(self.spec, ReplicaSpec) else None
+
+    def enter(self, state: ActorState, detail: str = "") -> None:
+        self.state, self.since, self.detail = state, self.clock(), detail
+
+    def become_ready(self, ready: ReadyReport) -> None:
+        self.ready = ready
+        self.progress = LoadProgress(ready.weight_bytes, ready.weight_bytes)
+        self.enter("ready")
+
+    def bury(self, why: str) -> None:
+        """The actor is dead: plan the next one for this slot."""
+        lived = self.clock() - self.since if self.state == "ready" else 0.0
+        self._pause = FIRST_PAUSE_S if lived >= STABLE_S else self._pause
+        self.restart_at = self.clock() + self._pause
+        self.enter("dead", f"{why}; restart {self.num_restarts + 1} in {self._pause:.1f} s")
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+        self.report, self.handle = None, None
+
+    def share_keys(self, keys: LaneKeys) -> None:
+        self.spec = dataclasses.replace(self.spec, lane_keys=keys)
+
+    @property
+    def is_due(self) -> bool:
+        return self.state == "dead" and self.restart_at is not None and self.restart_at <= self.clock()
+
+    def renew(self) -> None:
+        """A new actor for the slot is about to be started, under a name of its own."""
+        self.num_restarts += 1
+        self.spec = dataclasses.replace(self.spec, actor_id=f"{self.slot}.{self.num_restarts}")
+        self.restart_at, self.ready, self.progress = None, None, LoadProgress()
+        self.enter("starting", f"restart {self.num_restarts}")
+
+    def info(self, lane: str, map_version: int) -> ActorInfo:
+        """The member's row in GET /v1/cluster."""
+        ready, report = self.ready, self.report
+        return ActorInfo(
+            id=self.spec.actor_id,
+            kind=self.kind,
+            group=self.group,
+            node=ready.node if ready else "",
+            pid=ready.pid if ready else 0,
+            gpu=ready.gpu if ready else "",
+            state=self.state,
+            lane=lane,
+            map_version=report.map_version if report and self.kind == "front" else map_version,
+            tokens=report.tokens if report else 0,
+            since=self.since,
+            detail=self.detail,
+            weight_bytes=ready.weight_bytes if ready else 0,
+        )

@@ -1,0 +1,66 @@
+"""Restarts and their pauses, on a clock of the test's own."""
+
+import pytest
+
+from cluster.members import FIRST_PAUSE_S, LONGEST_PAUSE_S, STABLE_S, Member
+from cluster.messages import EngineOptions, FrontSpec, LaneKeys, ReadyReport, ReplicaSpec
+
+SPEC = ReplicaSpec("expert-g0-r1", 0, "/m", "cpu", "float32", ((0,),), 1)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def member(clock: Clock) -> Member:
+    return Member(SPEC, "expert", clock)
+
+
+def ready(member: Member) -> None:
+    member.become_ready(ReadyReport(member.spec.actor_id, "n", 1, "", 5, 0.1))
+
+
+def test_a_restarted_actor_has_a_name_of_its_own_in_the_same_slot(member: Member, clock: Clock) -> None:
+    ready(member)
+    member.bury("killed")
+    assert not member.is_due
+    clock.now += FIRST_PAUSE_S
+    assert member.is_due
+    member.renew()
+    assert (member.spec.actor_id, member.slot, member.state) == ("expert-g0-r1.1", "expert-g0-r1", "starting")
+    assert not member.is_due
+
+
+def test_pauses_double_in_a_crash_loop_and_start_anew_after_a_long_life(member: Member, clock: Clock) -> None:
+    pauses = []
+    for _ in range(12):
+        ready(member)
+        member.bury("crashed")
+        assert member.restart_at is not None
+        pauses.append(member.restart_at - clock.now)
+        member.renew()
+    assert pauses[:3] == pytest.approx([FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S])
+    assert pauses[-1] == LONGEST_PAUSE_S
+    assert "crashed; restart 12 in 30.0 s" in member.detail or member.num_restarts == 12
+    ready(member)
+    clock.now += STABLE_S
+    member.bury("crashed")
+    assert member.restart_at == pytest.approx(clock.now + FIRST_PAUSE_S)
+
+
+def test_specs_fit_whatever_the_actor_is_called() -> None:
+    keys = LaneKeys(b"a", b"b", b"c", b"d")
+    assert ReplicaSpec("expert-g0-r1.7", 0, "/m", "cpu", "float32", ((0,),), 1, keys).fits(SPEC)
+    assert not ReplicaSpec("expert-g0-r1", 0, "/m", "cpu", "float32", ((1,),), 1).fits(SPEC)
+    engine = EngineOptions("/m", "cpu", "float32", 8, 4, None, 0.9, 8, 2, 2, True, 1)
+    assert not FrontSpec("front-0", engine, "zmq").fits(SPEC)
+    assert FrontSpec("front-0.1", engine, "zmq", keys).fits(FrontSpec("front-0", engine, "zmq"))
