@@ -91,6 +91,8 @@ class FrontLoop:
 
     def submit(self, request: GenerationRequest) -> Submitted:
         assert self.engine is not None
+        if request.request_id in self._ingress_of:
+            return Submitted(True)  # asked twice, because the first answer was lost
         num_waiting = len(self.engine.scheduler.waiting) + self._num_incoming
         if num_waiting >= self.spec.engine.max_num_waiting:
             return Submitted(False, "full", num_waiting)

@@ -1,21 +1,30 @@
 """The ingress's side of the fronts: picks one for each request, brings outputs back to the request that waits.
 
 One long poll per front carries the outputs of all requests, so a step costs one Ray message, not one per token.
+A request whose front dies is replayed from its prompt and the tokens emitted so far, on another front or on the one
+that takes its place: sampling depends on seed and position only, so it continues with the same tokens.
 """
 
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from cluster.messages import ClusterState, GenerationRequest, RequestOutput, SamplingParams, Submitted
+from cluster.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+# How long requests wait for a front while none is there, and how often one is replayed.
+FRONT_WAIT_S = 60.0
+FULL_PAUSE_S = 0.2
+MAX_REPLAYS = 3
 
 
 class Overloaded(Exception):  # noqa: N818 - an answer, not a failure
@@ -33,11 +42,24 @@ class OutputStream:
         self.request = request
         self.cost = len(request.prompt_token_ids) + request.params.max_tokens
         self.is_finished = False
+        self.is_closed = False
+        self.num_replays = 0
         self.on_close: Callable[[], None] | None = None
+        self._emitted = request.output_token_ids
         self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
 
     def put(self, output: RequestOutput) -> None:
+        self._emitted += output.token_ids
         self._queue.put_nowait(output)
+
+    def fail(self, error: str) -> None:
+        self.put(RequestOutput(self.request.request_id, finish_reason="error", error=error))
+
+    def renew(self) -> None:
+        """From now on the request is one that continues what was emitted; late outputs of the old one don't fit it."""
+        self.num_replays += 1
+        name = f"{self.request.request_id.partition('/')[0]}/{self.num_replays}"
+        self.request = replace(self.request, request_id=name, output_token_ids=self._emitted)
 
     def __aiter__(self) -> "OutputStream":
         return self
@@ -51,6 +73,7 @@ class OutputStream:
 
     def close(self) -> None:
         """Safe to call at any time, any number of times."""
+        self.is_closed = True
         on_close, self.on_close = self.on_close, None
         if on_close:
             on_close()
@@ -60,7 +83,8 @@ class OutputStream:
 class _Front:
     name: str
     handle: Any
-    poll: asyncio.Task[None] | None = None
+    tasks: tuple[asyncio.Task[None], ...] = ()
+    aborts: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     streams: dict[str, OutputStream] = field(default_factory=dict)
     outstanding_tokens: int = 0
 
@@ -76,10 +100,12 @@ class _Front:
 class FrontClient:
     """Belongs to one event loop. `ingress_id` names this ingress to the fronts."""
 
-    def __init__(self, ingress_id: str) -> None:
+    def __init__(self, ingress_id: str, metrics: Metrics) -> None:
         self.ingress_id = ingress_id
+        self.metrics = metrics
         self._fronts: dict[str, _Front] = {}
-        self._aborts: set[asyncio.Task[None]] = set()
+        self._fronts_changed = asyncio.Event()
+        self._replays: set[asyncio.Task[None]] = set()
 
     def update(self, state: ClusterState) -> None:
         """Talk to exactly the fronts that the supervisor says are ready."""
@@ -89,8 +115,9 @@ class FrontClient:
                     front = _Front(name, ray.get_actor(name, state.namespace))
                 except ValueError:
                     continue  # gone again; the next state will say so
-                front.poll = asyncio.create_task(self._poll(front))
+                front.tasks = asyncio.create_task(self._poll(front)), asyncio.create_task(self._send_aborts(front))
                 self._fronts[name] = front
+                self._fronts_changed.set()
         for name in set(self._fronts) - set(state.fronts):
             self._drop(self._fronts[name], "left the cluster")
 
@@ -101,52 +128,73 @@ class FrontClient:
     async def submit(
         self, request_id: str, prompt_token_ids: tuple[int, ...], params: SamplingParams
     ) -> "OutputStream":
-        """Hand a sequence to the front with the least outstanding tokens. Raises Overloaded or Unavailable."""
-        request = GenerationRequest(request_id, self.ingress_id, prompt_token_ids, params)
-        stream = OutputStream(request)
+        """Hand a sequence to the front with the least outstanding tokens; wait for one if none is there.
+
+        Raises Overloaded or Unavailable.
+        """
+        stream = OutputStream(GenerationRequest(request_id, self.ingress_id, prompt_token_ids, params))
+        deadline = time.monotonic() + FRONT_WAIT_S
+        while not await self._place(stream):
+            if self._fronts:
+                raise Overloaded
+            await self._wait_for_front(deadline)
+        return stream
+
+    async def _place(self, stream: "OutputStream") -> bool:
         for front in sorted(self._fronts.values(), key=lambda f: f.outstanding_tokens):
             if await self._offer(front, stream):
-                return stream
-        raise Overloaded if self._fronts else Unavailable
+                return True
+        return False
+
+    async def _wait_for_front(self, deadline: float) -> None:
+        self._fronts_changed.clear()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self._fronts_changed.wait()
+        except TimeoutError:
+            raise Unavailable from None
 
     async def _offer(self, front: _Front, stream: "OutputStream") -> bool:
         front.add(stream)
-        is_accepted = False
         try:
             answer: Submitted = await front.handle.submit.remote(stream.request)
-            is_accepted = answer.accepted
         except RayError as error:
-            logger.warning("front %s did not take a request: %s", front.name, error)
+            logger.warning("front %s did not take a request: %s", front.name, str(error).partition("\n")[0])
+            self._close(front, stream)  # it may have taken it, and only the answer was lost
+            return False
         except asyncio.CancelledError:
-            self._abort(front, stream.request.request_id)
+            self._close(front, stream)
             raise
-        finally:
-            if not is_accepted:
-                front.remove(stream)
+        if not answer.accepted or self._fronts.get(front.name) is not front:  # it was lost since it has answered
+            front.remove(stream)
+            return False
         stream.on_close = lambda: self._close(front, stream)
-        return is_accepted
+        if stream.is_closed:  # by its client, while a replay was being handed over
+            stream.close()
+        return True
 
     def _close(self, front: _Front, stream: "OutputStream") -> None:
         front.remove(stream)
         if not stream.is_finished:
-            self._abort(front, stream.request.request_id)
+            front.aborts.put_nowait(stream.request.request_id)
 
-    def _abort(self, front: _Front, request_id: str) -> None:
-        # A task of its own: the caller is being cancelled, and the abort must go out all the same.
-        task = asyncio.create_task(self._send_abort(front, request_id))
-        self._aborts.add(task)
-        task.add_done_callback(self._aborts.discard)
-
-    async def _send_abort(self, front: _Front, request_id: str) -> None:
-        with contextlib.suppress(RayError):
-            await front.handle.abort.remote((request_id,))
+    async def _send_aborts(self, front: _Front) -> None:
+        """In a task that belongs to no request: when Serve cancels a request, Ray cancels every call that was made on
+        its behalf, so an abort sent by the request itself could be cancelled on its way.
+        """
+        while True:
+            request_ids = [await front.aborts.get()]
+            while not front.aborts.empty():
+                request_ids.append(front.aborts.get_nowait())
+            with contextlib.suppress(RayError):
+                await front.handle.abort.remote(tuple(request_ids))
 
     async def _poll(self, front: _Front) -> None:
         while True:
             try:
                 outputs: tuple[RequestOutput, ...] = await front.handle.poll.remote(self.ingress_id)
-            except RayActorError as error:
-                self._drop(front, str(error).splitlines()[0])
+            except RayError as error:
+                self._drop(front, str(error).partition("\n")[0])
                 return
             for output in outputs:
                 if stream := front.streams.get(output.request_id):
@@ -155,12 +203,35 @@ class FrontClient:
     def _drop(self, front: _Front, why: str) -> None:
         logger.warning("front %s is gone: %s", front.name, why)
         self._fronts.pop(front.name, None)
-        for request_id, stream in front.streams.items():
-            stream.put(RequestOutput(request_id, finish_reason="error", error=f"front {front.name} was lost"))
-        if front.poll and front.poll is not asyncio.current_task():
-            front.poll.cancel()
+        for stream in tuple(front.streams.values()):
+            if stream.on_close is None:
+                continue  # still being offered: whoever offers it goes on to the next front
+            stream.on_close = None
+            task = asyncio.create_task(self._replay(stream))
+            self._replays.add(task)
+            task.add_done_callback(self._replays.discard)
+        for task in front.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def _replay(self, stream: "OutputStream") -> None:
+        """Continue a stream elsewhere. A request that keeps killing fronts is given up after a few."""
+        if stream.num_replays >= MAX_REPLAYS:
+            stream.fail(f"its front was lost {MAX_REPLAYS + 1} times")
+            return
+        stream.renew()
+        self.metrics.inc("front_replays_total")
+        deadline = time.monotonic() + FRONT_WAIT_S
+        while not stream.is_closed:
+            if await self._place(stream):
+                return
+            try:
+                await (asyncio.sleep(FULL_PAUSE_S) if self._fronts else self._wait_for_front(deadline))
+            except Unavailable:
+                stream.fail(f"no front has come back within {FRONT_WAIT_S:g} s")
+                return
 
     async def close(self) -> None:
         for front in tuple(self._fronts.values()):
-            if front.poll:
-                front.poll.cancel()
+            for task in front.tasks:
+                task.cancel()

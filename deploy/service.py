@@ -49,7 +49,7 @@ class Service:
         self.supervisor = supervisor
         self.started = int(time.time())
         self.ingress_id = f"ingress-{uuid.uuid4().hex[:8]}"
-        self.client = FrontClient(self.ingress_id)
+        self.client = FrontClient(self.ingress_id, self.metrics)
         self.state = ClusterState("starting", "starting", "")
         self._follow = asyncio.create_task(self._follow_state())
 
@@ -74,7 +74,8 @@ class Service:
         check_limits(request, self.config, self.model.vocab_size)
         prompts = await self._prompts(request)
         plans = [self._plan(request, prompt, at, n) for at, prompt in enumerate(prompts) for n in range(request.n)]
-        if not self.is_ready:
+        # Without a front for the moment, requests wait for the one that is being restarted.
+        if self.state.state not in ("ready", "degraded", "recovering"):
             raise unavailable(f"The model is not ready: {self.state.phase}")
         generation = Generation(plans, self.client, self.metrics)
         await generation.submit()
