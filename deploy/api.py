@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from deploy.front_client import Overloaded, Unavailable
 from deploy.generation import Generation, GenerationFailed
@@ -56,7 +57,8 @@ def require_key(request: Request) -> None:
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if not given or scheme.lower() != "bearer":
         raise errors.unauthorized(is_missing=True)
-    if not hmac.compare_digest(given.strip().encode(), key.get_secret_value().encode()):
+    # Starlette reads headers as Latin-1; clients send the bytes of their UTF-8.
+    if not hmac.compare_digest(given.strip().encode("latin-1"), key.get_secret_value().encode()):
         raise errors.unauthorized()
 
 
@@ -104,7 +106,7 @@ async def _answer(
         raise errors.unavailable("No front serves now") from None
     responder = responder_class(body, service.tokenizer, service.config.model_name)
     if body.stream:
-        return EventSourceResponse(_stream(generation, responder), ping=PING_S, sep="\n")
+        return _EventStream(generation, responder)
     return await _whole(generation, responder)
 
 
@@ -122,8 +124,23 @@ async def _whole(generation: Generation, responder: CompletionResponder | ChatRe
     return Response(dump(responder.response(deltas, usage)), media_type="application/json")
 
 
-async def _stream(generation: Generation, responder: CompletionResponder | ChatResponder) -> AsyncIterator[bytes]:
-    """Server-sent events. When the client goes away, the iterator is closed, and with it the generation."""
+class _EventStream(EventSourceResponse):
+    """Server-sent events of one generation. When the client goes away, the generation is closed at once."""
+
+    def __init__(self, generation: Generation, responder: CompletionResponder | ChatResponder) -> None:
+        super().__init__(_events(generation, responder), ping=PING_S, sep="\n")
+        self.generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Not in the iterator's `finally`: a cancellation that comes while an event is being sent would leave that to
+        # the garbage collector, and one before the first event would never reach it.
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.generation.close()
+
+
+async def _events(generation: Generation, responder: CompletionResponder | ChatResponder) -> AsyncIterator[bytes]:
     try:
         async for delta in generation.deltas():
             yield sse(responder.chunk(delta))
@@ -133,8 +150,6 @@ async def _stream(generation: Generation, responder: CompletionResponder | ChatR
     except GenerationFailed as error:
         logger.error("request %s failed in its stream: %s", responder.id, error)
         yield sse(errors.internal(responder.id).body())
-    finally:
-        generation.close()
 
 
 @keyed_routes.get("/models")

@@ -36,6 +36,7 @@ class Generation:
         self._metrics = metrics
         self._started = time.monotonic()
         self._streams: list[OutputStream] = []
+        self._pumps: list[asyncio.Task[None]] = []
 
     async def submit(self) -> None:
         """Hand every choice to a front, or none. Raises Overloaded or Unavailable."""
@@ -49,6 +50,8 @@ class Generation:
 
     def close(self) -> None:
         """Abort what has not finished."""
+        for pump in self._pumps:
+            pump.cancel()
         for stream, choice in zip(self._streams, self.choices, strict=False):
             if not stream.is_finished and not choice.must_abort and stream.on_close:
                 self._metrics.inc("request_success_total", finished_reason="abort")
@@ -57,21 +60,17 @@ class Generation:
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
         """Deltas of all choices in the order in which they arrive. Raises GenerationFailed."""
         arrived: asyncio.Queue[ChoiceDelta | Exception] = asyncio.Queue()
-        pumps = [
+        self._pumps = [
             asyncio.create_task(self._pump(choice, stream, arrived))
             for choice, stream in zip(self.choices, self._streams, strict=True)
         ]
-        try:
-            unfinished = len(pumps)
-            while unfinished:
-                delta = await arrived.get()
-                if isinstance(delta, Exception):
-                    raise delta
-                unfinished -= delta.finish_reason is not None
-                yield delta
-        finally:
-            for pump in pumps:
-                pump.cancel()
+        unfinished = len(self._pumps)
+        while unfinished:
+            delta = await arrived.get()
+            if isinstance(delta, Exception):
+                raise delta
+            unfinished -= delta.finish_reason is not None
+            yield delta
 
     async def _pump(
         self, choice: Choice, stream: OutputStream, arrived: "asyncio.Queue[ChoiceDelta | Exception]"

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ def ray_cluster() -> Iterator[bool]:
         return
     import ray
 
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    with signals_held():
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield False
     finally:
@@ -70,21 +71,42 @@ def own_ray() -> Iterator[None]:
     # Short, because the paths of Ray's sockets may have 107 characters at most.
     temp_dir = tempfile.mkdtemp(prefix="outcrop-", dir="/tmp")
     try:
-        ray.init(
-            "local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=temp_dir,
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with signals_held():
+            ray.init(
+                "local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=temp_dir,
+                _node_ip_address="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         yield
     finally:
         family = descendants(os.getpid())
         ray.shutdown()
         end_processes(family)
         shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect after the block, by the handlers that were there before. For ray.init, which can
+    crash when an exception breaks it off, and which puts in handlers of its own.
+    """
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda number, _: held.append(number)) for number in numbers}
+    set_handler = signal.signal
+    signal.signal = lambda number, handler: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = set_handler
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def descendants(pid: int) -> list[int]:
@@ -111,10 +133,8 @@ def end_processes(pids: list[int]) -> None:
         time.sleep(0.05)
     for pid in alive:
         logger.warning("process %d had to be killed", pid)
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def _is_alive(pid: int) -> bool:

@@ -36,9 +36,9 @@ class _Stopped(BaseException):
 def serve_model(config: ClusterConfig) -> None:
     """Serve until a signal comes. Raises ConfigError, ModelError or StartError; nothing is left running then."""
     with _signals():
-        check = check_everything(config)
-        _check_port(config)
         try:
+            check = check_everything(config)
+            _check_port(config)
             _run(config, check)
         except _Stopped:
             console.print("stopped")
@@ -90,7 +90,6 @@ def _run(config: ClusterConfig, check: Check) -> None:
     console.print(f"starting [bold]{config.model_name}[/]: {map_line(config, check)}")
     started = time.monotonic()
     with ray_cluster() as is_own, _application(config, is_own) as supervisor:
-        _reinstall_signals()  # ray.init has put its own handlers in
         state = _follow(supervisor)
         _print_ready(config, state, time.monotonic() - started)
         _watch(supervisor)
@@ -185,18 +184,12 @@ def _print_ready(config: ClusterConfig, state: ClusterState, seconds: float) -> 
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    _reinstall_signals()
+    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _reinstall_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _on_signal)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

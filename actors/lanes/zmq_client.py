@@ -9,7 +9,7 @@ import itertools
 import os
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import zmq
@@ -47,9 +47,8 @@ class _Link:
         self.poller.register(self.socket, zmq.POLLIN)
         self.poller.register(self.monitor, zmq.POLLIN)
 
-    def take_in(self) -> None:
-        """Read an answer, or the news that the connection is gone, if there is one."""
-        ready = dict(self.poller.poll(0))
+    def take_in(self, ready: Container[zmq.Socket[bytes]]) -> None:
+        """Read an answer, or the news that the connection is gone, from those of the sockets that are ready."""
         if self.socket in ready:
             frames = self.socket.recv_multipart(copy=False)
             if len(frames) == 2 and len(frames[0]) == NUMBER.size:
@@ -163,16 +162,15 @@ class ZmqLane(Lane):
         """Take in what has come on one of the links; waits until something has, or the time is up."""
         milliseconds = max(1, int(timeout_s * 1000)) if timeout_s else 0
         if len(links) == 1:
-            if links[0].poller.poll(milliseconds):
-                links[0].take_in()
+            links[0].take_in(dict(links[0].poller.poll(milliseconds)))
             return
         poller = zmq.Poller()
         for link in links:
             poller.register(link.socket, zmq.POLLIN)
             poller.register(link.monitor, zmq.POLLIN)
-        if poller.poll(milliseconds):
-            for link in links:
-                link.take_in()
+        ready = dict(poller.poll(milliseconds))
+        for link in links:
+            link.take_in(ready)
 
     def forget(self, ticket: Ticket) -> None:
         if link := self._links.get(ticket.replica_id):

@@ -91,14 +91,15 @@ class ZmqServer:
 
     def _drain(self, poller: zmq.Poller) -> Iterator[_Waiting]:
         """Dispatches that wait now, a turn for each socket; ROUTER sockets take turns between their peers."""
-        ready = poller.poll(STOP_CHECK_MS)
+        if not poller.poll(STOP_CHECK_MS):
+            return
         for _ in range(MAX_DRAIN):
+            ready = [socket for socket in self._sockets if int(socket.get(zmq.EVENTS)) & zmq.POLLIN]
             if not ready:
                 return
-            for socket, _ in ready:
+            for socket in ready:
                 if message := self._parse(socket, socket.recv_multipart(copy=False)):
                     yield message
-            ready = poller.poll(0)
 
     def _parse(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> _Waiting | None:
         if len(frames) != 3 or len(frames[1]) != NUMBER.size:
