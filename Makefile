@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 
-.PHONY: serve test lint format clean
+CHECKPOINTS := checkpoints
+SHAPE ?= 1b-a400m
+
+.PHONY: serve test lint format chaos bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +30,17 @@ lint: $(VENV)/.installed-dev  ## Format, lint, types, import boundaries
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+chaos: $(VENV)/.installed-dev  ## Break things under load and print what clients saw
+	$(BIN)/python -m pytest tests/chaos -s
+
+$(CHECKPOINTS)/$(SHAPE)/config.json: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.make_checkpoint $(SHAPE) $(CHECKPOINTS)/$(SHAPE)
+
+bench: $(CHECKPOINTS)/$(SHAPE)/config.json  ## Random weights of the shape $(SHAPE): lanes, dispatch, HTTP (half an hour)
+	$(BIN)/python -m benchmarks.dispatch --out benchmarks/results/dispatch.json
+	$(BIN)/python -m benchmarks.offline $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/offline.json
+	$(BIN)/python -m benchmarks.serving $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/serving.json
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -77,7 +77,6 @@ def own_ray() -> Iterator[None]:
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=temp_dir,
-                _node_ip_address="127.0.0.1",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )

@@ -24,7 +24,6 @@ def ray_session() -> Iterator[None]:
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         _temp_dir=temp_dir,
-        _node_ip_address="127.0.0.1",
         log_to_driver=False,
     )
     yield
