@@ -1,16 +1,15 @@
-"""Dispatch to expert replicas over a lane, by the expert map.
+"""Dispatch to expert replicas over a lane, by the expert map; a replica that fails costs its part, not the step.
 
 Shapes: T tokens, D hidden, K top-k; P tokens of a part. A part is what one group gets of one layer's tokens.
 """
 
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from actors.lanes import wire
 from actors.lanes.dispatcher import Dispatcher
 from actors.lanes.failover import Breaker, Latency
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
+from actors.lanes.parts import CorruptAnswerError, NotHeldError, Part, Sent, checked, split
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.metrics import Metrics
 
@@ -39,49 +39,10 @@ class DispatchError(RuntimeError):
     """No replica computed a part; the step can't be finished."""
 
 
-class CorruptAnswerError(RuntimeError):
-    """A replica's answer can't be used."""
-
-
-class NotHeldError(RuntimeError):
-    """A replica does not hold an expert: the map that the dispatch was made by has moved on."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A message on its way to a replica."""
-
-    replica: ReplicaAddress
-    ticket: Any
-    at: float
-
-
-@dataclass(slots=True)
-class _Part:
-    """`rows` are the part's tokens among the step's, None for all of them. ids is -1 where a choice is elsewhere.
-
-    `sent` has more than one entry when the first replica was late and the part was sent again to another.
-    """
-
-    layer: int
-    group: int
-    rows_P: Tensor | None
-    x_PD: Tensor
-    gates_PK: Tensor
-    ids_PK: Tensor
-    map_version: int
-    sent: list[_Sent] = field(default_factory=list)
-    tried: set[str] = field(default_factory=set)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.x_PD)
-
-
 @dataclass(frozen=True, slots=True)
 class _Pending:
     like_TD: Tensor
-    parts: list[_Part]
+    parts: list[Part]
     started: float
     lane: str
 
@@ -98,6 +59,7 @@ class RemoteDispatcher(Dispatcher):
         self._probes: dict[str, Any] = {}  # replica -> ticket
         self._outstanding: Counter[str] = Counter()
         self._num_sent: Counter[str] = Counter()
+        self._connecting = threading.Lock()
         self._map_changed = threading.Condition()
         self._map: ExpertMap | None = None
         self._home_LE = np.empty((0, 0), np.int16)
@@ -110,14 +72,15 @@ class RemoteDispatcher(Dispatcher):
     def set_map(self, expert_map: ExpertMap) -> None:
         """Route by this map from the next dispatch on. May be called from any thread; older maps are ignored."""
         expert_map.check_integrity()
-        with self._map_changed:
+        with self._connecting:
             if expert_map.version <= self.map_version:
                 return
-            self.lane.connect(expert_map.replicas)
+            self.lane.connect(expert_map.replicas)  # may wait for a handshake: dispatches go on meanwhile
             self._breaker.keep_only({r.replica_id for r in expert_map.replicas})
-            self._home_LE = np.array([[groups[0] for groups in layer] for layer in expert_map.homes], np.int16)
-            self._map = expert_map
-            self._map_changed.notify_all()
+            with self._map_changed:
+                self._home_LE = np.array([[groups[0] for groups in layer] for layer in expert_map.homes], np.int16)
+                self._map = expert_map
+                self._map_changed.notify_all()
 
     def lane_names(self) -> str:
         """The lanes in use, such as "zmq" or, if some replicas could not be reached by it, "object_ref+zmq"."""
@@ -132,7 +95,11 @@ class RemoteDispatcher(Dispatcher):
         started = time.monotonic()
         if self._breaker:
             self._probe()
-        parts = self._split(layer, x_TD, ids_TK, gates_TK)
+        with self._map_changed:
+            if self._map is None:
+                raise DispatchError("no expert map has been published yet")
+            version, home_E = self._map.version, self._home_LE[layer]
+        parts = split(layer, x_TD, ids_TK, gates_TK, home_E, version)
         for part in parts:
             self._send(part)
         lanes = [self.lane.name_for(part.sent[0].replica) for part in parts if part.sent]
@@ -156,32 +123,7 @@ class RemoteDispatcher(Dispatcher):
         self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=pending.lane)
         return sum_TD.to(pending.like_TD.dtype)
 
-    def _split(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> list[_Part]:
-        """One part for each group that got a token, in the order of groups."""
-        with self._map_changed:
-            if self._map is None:
-                raise DispatchError("no expert map has been published yet")
-            version, num_groups, home_LE = self._map.version, self._map.num_groups, self._home_LE
-        x_TD, gates_TK = x_TD.cpu(), gates_TK.cpu()
-        # numpy: on arrays this small a torch call costs several times as much.
-        ids = ids_TK.cpu().numpy().astype(np.int16)
-        home_TK = np.where(ids < 0, -1, home_LE[layer][ids])
-        parts = []
-        for group in range(num_groups):
-            here_TK = home_TK == group
-            here_T = here_TK.any(axis=1)
-            num_here = np.count_nonzero(here_T)
-            if num_here == 0:
-                continue
-            here_ids = torch.from_numpy(np.where(here_TK, ids, np.int16(-1)))
-            if num_here == len(here_T):
-                parts.append(_Part(layer, group, None, x_TD, gates_TK, here_ids, version))
-            else:
-                rows = torch.from_numpy(here_T.nonzero()[0])
-                parts.append(_Part(layer, group, rows, x_TD[rows], gates_TK[rows], here_ids[rows], version))
-        return parts
-
-    def _send(self, part: _Part) -> bool:
+    def _send(self, part: Part) -> bool:
         """Send the part to a replica that it was not sent to yet. False if there is none left."""
         message = None
         while replica := self._choose(part):
@@ -192,14 +134,14 @@ class RemoteDispatcher(Dispatcher):
             except LaneError:
                 self._give_up(replica, "unreachable")
                 continue
-            part.sent.append(_Sent(replica, ticket, time.monotonic()))
+            part.sent.append(Sent(replica, ticket, time.monotonic()))
             self._outstanding[replica.replica_id] += 1
             self._num_sent[replica.replica_id] += 1
             self._num_bytes[self.lane.name_for(replica), "sent"] += len(message)
             return True
         return False
 
-    def _choose(self, part: _Part) -> ReplicaAddress | None:
+    def _choose(self, part: Part) -> ReplicaAddress | None:
         """The live replica of the part's group with the least outstanding messages, then the least used one."""
         assert self._map is not None
         replicas = [
@@ -211,7 +153,7 @@ class RemoteDispatcher(Dispatcher):
             replicas, key=lambda r: (self._outstanding[r.replica_id], self._num_sent[r.replica_id]), default=None
         )
 
-    def _receive(self, part: _Part) -> Tensor:
+    def _receive(self, part: Part) -> Tensor:
         """The part's partial sums, from whichever replica answers well, or else computed here."""
         try:
             while part.sent or self._send(part):
@@ -231,14 +173,14 @@ class RemoteDispatcher(Dispatcher):
                 self._drop(part, sent)
                 self.lane.forget(sent.ticket)
 
-    def _patience(self, part: _Part, is_last: bool) -> float:
+    def _patience(self, part: Part, is_last: bool) -> float:
         """Seconds to wait for the newest message; longer if there is no other replica to turn to."""
         deadline = self._latency.deadline(part.num_tokens)
         if is_last:
             deadline = max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
         return max(0.0, part.sent[-1].at + deadline - time.monotonic())
 
-    def _first_good(self, part: _Part, timeout_s: float) -> Tensor:
+    def _first_good(self, part: Part, timeout_s: float) -> Tensor:
         """Wait for an answer. Raises LaneTimeout, or NotHeldError; returns only if it is a good one or none is left."""
         while True:
             try:
@@ -254,7 +196,7 @@ class RemoteDispatcher(Dispatcher):
                 self._drop(part, sent)
                 self._num_bytes[self.lane.name_for(sent.replica), "received"] += len(frame)
                 try:
-                    partial_PD = _checked(frame, part)
+                    partial_PD = checked(frame, part)
                 except CorruptAnswerError as error:
                     logger.warning("replica %s: %s", sent.replica.replica_id, error)
                     self._give_up(sent.replica, "corrupt")
@@ -265,7 +207,7 @@ class RemoteDispatcher(Dispatcher):
             if not part.sent and not self._send(part):
                 raise LaneTimeout("no replica is left")
 
-    def _drop(self, part: _Part, sent: _Sent) -> None:
+    def _drop(self, part: Part, sent: Sent) -> None:
         part.sent.remove(sent)
         self._outstanding[sent.replica.replica_id] -= 1
 
@@ -291,35 +233,17 @@ class RemoteDispatcher(Dispatcher):
                 with contextlib.suppress(LaneError):
                     self._probes[replica_id] = self.lane.probe(by_id[replica_id])
 
-    def _compute_here(self, part: _Part) -> Tensor:
+    def _compute_here(self, part: Part) -> Tensor:
         """No replica of the group answers: slow, but right."""
         if self._fallback is None:
             raise DispatchError(f"no replica of expert group {part.group} answers")
         self.metrics.inc("local_fallback_tokens_total", part.num_tokens)
         return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK)
 
-    def _reroute(self, part: _Part) -> Tensor:
+    def _reroute(self, part: Part) -> Tensor:
         """The experts have moved: wait for the map that says where to, and dispatch the part by it."""
         with self._map_changed:
             if not self._map_changed.wait_for(lambda: self.map_version > part.map_version, timeout=MAP_WAIT_S):
                 return self._compute_here(part)
         self.metrics.inc("failovers_total", reason="not_held")
         return self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK))
-
-
-def _checked(frame: wire.Buffer, part: _Part) -> Tensor:
-    """The partial sums of an answer. Raises NotHeldError or CorruptAnswerError."""
-    try:
-        answer = wire.unpack_partial(frame)
-    except wire.WireError as error:
-        raise CorruptAnswerError(str(error)) from None
-    if answer.status == wire.NOT_HELD:
-        raise NotHeldError(answer.text)
-    partial_PD = answer.partial_TD
-    if partial_PD is None:
-        raise CorruptAnswerError(answer.text)
-    if partial_PD.shape != part.x_PD.shape or partial_PD.dtype != part.x_PD.dtype:
-        raise CorruptAnswerError(f"partial sums of shape {tuple(partial_PD.shape)}, {partial_PD.dtype}")
-    if not math.isfinite(float(partial_PD.sum(dtype=torch.float32))):
-        raise CorruptAnswerError("partial sums are not finite")
-    return partial_PD

@@ -1,0 +1,97 @@
+"""Parts: what one group gets of one layer's tokens. Split from the routing, checked when they come back.
+
+Shapes: T tokens, D hidden, K top-k, E experts; P tokens of a part.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actors.lanes import wire
+from cluster.expert_map import ReplicaAddress
+
+
+class CorruptAnswerError(RuntimeError):
+    """A replica's answer can't be used."""
+
+
+class NotHeldError(RuntimeError):
+    """A replica does not hold an expert: the map that the dispatch was made by has moved on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message on its way to a replica."""
+
+    replica: ReplicaAddress
+    ticket: Any
+    at: float
+
+
+@dataclass(slots=True)
+class Part:
+    """`rows_P` are the part's tokens among the step's, None for all of them. ids is -1 where a choice is elsewhere.
+
+    `sent` has more than one entry when the first replica was late and the part was sent again to another.
+    """
+
+    layer: int
+    group: int
+    rows_P: Tensor | None
+    x_PD: Tensor
+    gates_PK: Tensor
+    ids_PK: Tensor
+    map_version: int
+    sent: list[Sent] = field(default_factory=list)
+    tried: set[str] = field(default_factory=set)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.x_PD)
+
+
+def split(
+    layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, home_E: NDArray[np.int16], map_version: int
+) -> list[Part]:
+    """One part for each group that got a token, in the order of groups. `home_E[expert]` is its group."""
+    x_TD, gates_TK = x_TD.cpu(), gates_TK.cpu()
+    # numpy: on arrays this small a torch call costs several times as much.
+    ids = ids_TK.cpu().numpy().astype(np.int16)
+    home_TK = np.where(ids < 0, -1, home_E[ids])
+    parts = []
+    for group in range(int(home_E.max()) + 1):
+        here_TK = home_TK == group
+        here_T = here_TK.any(axis=1)
+        num_here = np.count_nonzero(here_T)
+        if num_here == 0:
+            continue
+        here_ids = torch.from_numpy(np.where(here_TK, ids, np.int16(-1)))
+        if num_here == len(here_T):
+            parts.append(Part(layer, group, None, x_TD, gates_TK, here_ids, map_version))
+        else:
+            rows = torch.from_numpy(here_T.nonzero()[0])
+            parts.append(Part(layer, group, rows, x_TD[rows], gates_TK[rows], here_ids[rows], map_version))
+    return parts
+
+
+def checked(frame: wire.Buffer, part: Part) -> Tensor:
+    """The partial sums of an answer. Raises NotHeldError or CorruptAnswerError."""
+    try:
+        answer = wire.unpack_partial(frame)
+    except wire.WireError as error:
+        raise CorruptAnswerError(str(error)) from None
+    if answer.status == wire.NOT_HELD:
+        raise NotHeldError(answer.text)
+    partial_PD = answer.partial_TD
+    if partial_PD is None:
+        raise CorruptAnswerError(answer.text)
+    if partial_PD.shape != part.x_PD.shape or partial_PD.dtype != part.x_PD.dtype:
+        raise CorruptAnswerError(f"partial sums of shape {tuple(partial_PD.shape)}, {partial_PD.dtype}")
+    if not math.isfinite(float(partial_PD.sum(dtype=torch.float32))):
+        raise CorruptAnswerError("partial sums are not finite")
+    return partial_PD
