@@ -3,12 +3,14 @@
 import hmac
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from ray.exceptions import TaskCancelledError
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -41,6 +43,7 @@ def create_api(service: Service) -> FastAPI:
     app.add_exception_handler(APIError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(TaskCancelledError, _on_disconnect)
     app.add_exception_handler(Exception, _on_exception)
     return app
 
@@ -135,7 +138,8 @@ class _EventStream(EventSourceResponse):
         # Not in the iterator's `finally`: a cancellation that comes while an event is being sent would leave that to
         # the garbage collector, and one before the first event would never reach it.
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(TaskCancelledError):  # Serve's `receive` may raise it when the client goes away
+                await super().__call__(scope, receive, send)
         finally:
             self.generation.close()
 
@@ -264,7 +268,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)  # for nobody: it left before its body was complete
+    return Response(status_code=CLIENT_CLOSED_REQUEST)  # for nobody: it left before its answer began
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, TaskCancelledError
 
 from cluster.messages import ClusterState, GenerationRequest, RequestOutput, SamplingParams, Submitted
 from cluster.metrics import Metrics
@@ -158,13 +158,13 @@ class FrontClient:
         front.add(stream)
         try:
             answer: Submitted = await front.handle.submit.remote(stream.request)
+        except (asyncio.CancelledError, TaskCancelledError):  # with a request, Ray cancels the calls made for it
+            self._close(front, stream)
+            raise
         except RayError as error:
             logger.warning("front %s did not take a request: %s", front.name, str(error).partition("\n")[0])
             self._close(front, stream)  # it may have taken it, and only the answer was lost
             return False
-        except asyncio.CancelledError:
-            self._close(front, stream)
-            raise
         if not answer.accepted or self._fronts.get(front.name) is not front:  # it was lost since it has answered
             front.remove(stream)
             return False

@@ -1,0 +1,52 @@
+"""One server for most of these tests; see servers.py for what is checked when it stops."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests.checkpoints import MODELS, TinyModel, write_checkpoint
+from tests.e2e.oracle import Oracle
+from tests.e2e.servers import Server, serving
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MODELS["granite"], weight by weight, but a request can run for as long as a test needs, and logits spread as
+    those of a trained model do: else sampling rules have little to choose from.
+    """
+    changes = {"max_position_embeddings": 2048, "logits_scaling": 0.06}
+    model = TinyModel(MODELS["granite"].config | changes)
+    return write_checkpoint(model, tmp_path_factory.mktemp("granite"))
+
+
+@pytest.fixture(scope="session")
+def oracle(model_dir: Path) -> Oracle:
+    return Oracle(model_dir)
+
+
+@pytest.fixture(scope="session")
+def server(model_dir: Path) -> Iterator[Server]:
+    with serving(model_dir, "--groups", "2", "--replicas", "1", "--dtype", "float32") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[OpenAI]:
+    """No retries: an error that goes away when asked again is an error."""
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as openai:
+        yield openai
+
+
+@pytest.fixture
+async def async_client(server: Server) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as openai:
+        yield openai

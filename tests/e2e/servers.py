@@ -1,0 +1,175 @@
+"""A real `outcrop serve` in a process of its own, and what must be true once it has stopped."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGTERM, Signals
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+OUTCROP = Path(sys.executable).with_name("outcrop")
+MODEL = "tiny"
+START_S = 120.0
+# Generous: these machines are shared. An orderly stop takes 3 to 5 s.
+STOP_S = 45.0
+
+# (name, labels) of a sample -> value
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Ours without settings of Ray or Outcrop, so that a server always starts a Ray of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OUTCROP_"))}
+    return kept | {"RAY_ADDRESS": "local"} | dict(extra or {})
+
+
+def eventually(is_true: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+    """Poll until it is true. Fails, naming `what`, when the time is up."""
+    deadline = time.monotonic() + timeout
+    while not is_true():
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        time.sleep(0.05)
+
+
+class Server:
+    """`outcrop serve` in a session of its own, so that each process it starts can be found, adopted or not."""
+
+    def __init__(self, model: str | Path, *flags: str, env: Mapping[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._output = tempfile.TemporaryFile(prefix="e2e-")  # noqa: SIM115 - lives as long as the server
+        command = [OUTCROP, "serve", str(model), "--port", str(self.port), "--served-model-name", MODEL, *flags]
+        self._before = set(Path("/tmp").glob("outcrop-*"))
+        self.process = subprocess.Popen(
+            command,
+            env=clean_environment(env),
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def log(self) -> str:
+        """What it has printed."""
+        end = self._output.seek(0, os.SEEK_END)
+        return os.pread(self._output.fileno(), end, 0).decode(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """Every live process of its session: itself and whatever it or its children have started."""
+        return session(self.process.pid)
+
+    def temp_dirs(self) -> list[Path]:
+        """Its directories in /tmp. Ray puts the pid into the name of a session; an empty one may be ours."""
+        found = sorted(Path("/tmp").glob("outcrop-*"))
+        named = [d for d in found if any(d.glob(f"session_*_{self.process.pid}"))]
+        return named + [d for d in found if d not in self._before and _is_empty(d)]
+
+    def ray_logs(self) -> str:
+        """The logs of Serve: proxy, controller and replicas."""
+        return "\n".join(f.read_text() for d in self.temp_dirs() for f in d.glob("session_*_*/logs/serve/*.log"))
+
+    def get(self, path: str, **options: object) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30, trust_env=False, **options)  # type: ignore[arg-type]
+
+    def is_answering(self, status: int = 200) -> bool:
+        assert self.process.poll() is None, f"exit code {self.process.returncode}:\n{self.log}"
+        try:
+            return self.get("/health").status_code == status
+        except httpx.TransportError:
+            return False
+
+    def wait_ready(self) -> "Server":
+        eventually(self.is_answering, "GET /health answers 200", START_S)
+        return self
+
+    def samples(self) -> Samples:
+        text = self.get("/metrics").text
+        families = text_string_to_metric_families(text)
+        return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample of /metrics by its name without prefix; 0 where there is none yet."""
+        return self.samples().get((f"outcrop_{name}", frozenset(labels.items())), 0.0)
+
+    def wait_idle(self, timeout: float = 10.0) -> None:
+        """No sequence runs or waits, and every KV block has been given back."""
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
+        eventually(lambda: all(self.metric(name) == 0 for name in names), f"all 0: {', '.join(names)}", timeout)
+
+    def signal(self, number: Signals) -> None:
+        """As a terminal does it: to the whole process group."""
+        os.killpg(self.process.pid, number)
+
+    def stop(self, number: Signals = SIGTERM) -> None:
+        """Signal the process alone, as an init system does, and check that it leaves nothing behind."""
+        self.process.send_signal(number)
+        assert self.wait_gone() == 0, f"exit code {self.process.returncode}:\n{self.log}"
+        assert "had to be killed" not in self.log, self.log
+
+    def wait_gone(self, timeout: float = STOP_S) -> int:
+        """Wait for the end, check that nothing is left, and return the exit code."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout:g} s:\n{self.log}") from None
+        assert not self.processes(), f"left behind: {[p.cmdline() for p in self.processes()]}"
+        assert self.is_port_free(), f"something still listens on port {self.port}"
+        eventually(lambda: not self.temp_dirs(), f"{self.temp_dirs()} removed", 1.0)
+        return code
+
+    def is_port_free(self) -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            return probe.connect_ex(("127.0.0.1", self.port)) != 0
+
+    def kill(self) -> None:
+        """The end of a failed test: no process of the session survives."""
+        for process in self.processes():
+            process.kill()
+        self.process.wait(10)
+        self._output.close()
+
+
+@contextmanager
+def serving(model: str | Path, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server that is ready; stopped in good order at the end."""
+    server = Server(model, *flags, env=env)
+    try:
+        yield server.wait_ready()
+        server.stop()
+    finally:
+        server.kill()
+
+
+def session(leader: int) -> list[psutil.Process]:
+    """Every live process of a session, adopted by init or not."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def _is_empty(directory: Path) -> bool:
+    try:
+        return not any(directory.iterdir())
+    except OSError:
+        return False
