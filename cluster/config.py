@@ -99,7 +99,7 @@ def load_config(
     try:
         return ClusterConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(describe(error)) from None
+        raise ConfigError(describe(error, ClusterConfig.model_fields)) from None
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -112,8 +112,9 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
             continue  # Kubernetes sets OUTCROP_PORT=tcp://... for a Service that is named "outcrop"
         if key in ClusterConfig.model_fields:
             found[key] = value
-        else:
-            logger.debug("%s is no setting of Outcrop and is ignored", name)
+        elif key not in ("url", "home"):
+            # Not an error: Kubernetes sets OUTCROP_SERVICE_HOST and the like for a Service that is named "outcrop".
+            logger.warning("%s is no setting of Outcrop and is ignored", name)
     return found
 
 

@@ -4,7 +4,9 @@ Field names and defaults follow transformers' GraniteMoeConfig. A parameter that
 refused by name; one that only matters in training is accepted and has no effect (see TRAINING_ONLY).
 """
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,11 +198,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def describe(error: ValidationError) -> str:
-    """A pydantic error as one line per field: `field=value: what is wrong`."""
+def describe(error: ValidationError, known: Iterable[str] = ()) -> str:
+    """A pydantic error as one line per field: `field=value: what is wrong`. `known` names are hints."""
     lines = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
         shown = "" if item["type"] == "missing" or not where else f"={item['input']!r}"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where} is unknown{_hint(where, known)}")
+            continue
         lines.append(f"{where}{shown}: {item['msg']}" if where else item["msg"].removeprefix("Value error, "))
     return "; ".join(lines)
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {close[0]}?" if close else ""

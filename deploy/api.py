@@ -66,7 +66,12 @@ def require_key(request: Request) -> None:
 
 
 async def read_body(request: Request) -> bytes:
-    """The body, read no further than the limit. Raises APIError (413)."""
+    """The JSON body, read no further than the limit. Raises APIError (413, 415)."""
+    # `curl -d` says it sends a form, and is served. A web page is not: by other types than JSON, any page could make
+    # a browser use a server in its reach without asking it first (CORS).
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and "origin" in request.headers:
+        raise errors.unsupported_media_type(media_type)
     limit_mib = _service(request).config.max_body_mib
     limit = int(limit_mib * MIB)
     declared = request.headers.get("content-length", "0")

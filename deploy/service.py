@@ -16,7 +16,7 @@ from deploy.front_client import FrontClient
 from deploy.generation import Generation, Plan
 from deploy.openai.chat_template import ChatTemplateError
 from deploy.openai.choices import Choice
-from deploy.openai.errors import invalid_request, model_not_found, unavailable
+from deploy.openai.errors import context_length_exceeded, invalid_request, model_not_found, unavailable
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, Message
 from deploy.openai.sampling import check_limits, to_sampling_params
 from deploy.text import Tokenizer
@@ -88,7 +88,7 @@ class Service:
     async def _prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[tuple[int, ...]]:
         if isinstance(request, ChatCompletionRequest):
             text = self.render(request.messages, request.add_generation_prompt, request.continue_final_message)
-            return [await self.encode(text, add_special_tokens=False)]
+            return [await self.encode(text, add_special_tokens=False, param="messages")]
         return [await self.encode(p) if isinstance(p, str) else tuple(p) for p in request.prompt]
 
     def render(self, messages: list[Message], add_generation_prompt: bool, continue_final_message: bool) -> str:
@@ -101,7 +101,11 @@ class Service:
         except ChatTemplateError as error:
             raise invalid_request(str(error), "messages") from None
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+    async def encode(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> tuple[int, ...]:
+        """Raises APIError (400), before it has tokenised anything, if the text can't fit whatever its tokens are."""
+        least = len(text) // self.tokenizer.longest_token
+        if least > self.max_model_len:
+            raise context_length_exceeded(self.max_model_len, least, 0, param)
         if len(text) < LONG_TEXT:
             return tuple(self.tokenizer.encode(text, add_special_tokens))
         return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))

@@ -33,6 +33,8 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        # In characters of its spelling, which is never shorter than the text it stands for.
+        self.longest_token = max(map(len, backend.get_vocab()), default=1)
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._template = template
         self._bytes: dict[int, bytes] = {}

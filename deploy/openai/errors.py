@@ -77,6 +77,11 @@ def too_large(max_body_mib: float) -> APIError:
     return APIError(413, message, code="request_too_large")
 
 
+def unsupported_media_type(media_type: str) -> APIError:
+    message = f"The content type {media_type!r} is not supported: send application/json"
+    return APIError(415, message, code="unsupported_media_type")
+
+
 def overloaded(retry_after_s: int = 1) -> APIError:
     return APIError(
         429,

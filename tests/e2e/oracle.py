@@ -1,5 +1,6 @@
 """What a request must answer, computed the slow way: transformers, one sequence, the whole prefix for every token."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -59,3 +60,36 @@ class Oracle:
     @torch.inference_mode()
     def _logits(self, ids: Sequence[int]) -> torch.Tensor:
         return self.model(torch.tensor([ids])).logits[0].float()  # type: ignore[no-any-return]
+
+
+def repeat(penalty: float) -> Rule:
+    """Repetition penalty, as in CTRL (arXiv 1909.05858): on tokens of prompt and output."""
+
+    def rule(logits_V: torch.Tensor, ids: list[int], output: list[int]) -> torch.Tensor:
+        for token in set(ids):
+            logits_V[token] *= 1 / penalty if logits_V[token] > 0 else penalty
+        return logits_V
+
+    return rule
+
+
+def count(frequency: float, presence: float) -> Rule:
+    """Frequency and presence penalty, as OpenAI documents them: on tokens of the output."""
+
+    def rule(logits_V: torch.Tensor, ids: list[int], output: list[int]) -> torch.Tensor:
+        for token, number in Counter(output).items():
+            logits_V[token] -= frequency * number + presence
+        return logits_V
+
+    return rule
+
+
+def bias(biases: dict[int, float]) -> Rule:
+    """Logit bias."""
+
+    def rule(logits_V: torch.Tensor, ids: list[int], output: list[int]) -> torch.Tensor:
+        for token, value in biases.items():
+            logits_V[token] += value
+        return logits_V
+
+    return rule

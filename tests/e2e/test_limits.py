@@ -38,8 +38,8 @@ WRONG_KEYS = {
 
 @pytest.fixture(scope="module")
 def server(model_dir: Path) -> Iterator[Server]:
-    layout = ["--groups", "1", "--replicas", "2", "--ingress-replicas", "2", "--dtype", "float32"]
-    limits = ["--max-num-seqs", "1", "--max-num-waiting", "2", "--max-body-mib", "1", "--api-key", KEY]
+    layout = ["--groups", "1", "--replicas", "2", "--ingress-replicas", "2", "--lane", "object_ref"]
+    limits = f"--dtype float32 --max-num-seqs 1 --max-num-waiting 2 --max-body-mib 1 --api-key {KEY}".split()
     with serving(model_dir, *layout, *limits) as running:
         yield running
 

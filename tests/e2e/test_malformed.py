@@ -90,6 +90,13 @@ def test_a_body_just_below_the_limit_is_read(http: httpx.Client) -> None:
     assert http.post(COMPLETIONS, content=body.ljust(MAX_BODY_MIB * MIB + 1)).status_code == 413
 
 
+def test_a_web_page_may_send_json_only(http: httpx.Client) -> None:
+    headers = {"Origin": "http://evil.example", "Content-Type": "text/plain"}
+    assert http.post(COMPLETIONS, content=b'{"prompt": "Hi"}', headers=headers).status_code == 415
+    headers["Content-Type"] = "application/json; charset=utf-8"
+    assert http.post(COMPLETIONS, content=b'{"prompt": "Hi"}', headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("headers", "content"),
     [
@@ -151,9 +158,7 @@ def test_garbage_on_the_port_is_answered_with_400_or_hung_up_on(server: Server, 
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(GARBAGE[name])
         answer = connection.makefile("rb").read()
-    assert (
-        not answer or b" 400 " in answer.split(b"\r\n")[-4 if name == "pipelined" else 0] or b"HTTP/1.1 400" in answer
-    )
+    assert not answer or b"HTTP/1.1 400" in answer
 
 
 ABANDONED = {

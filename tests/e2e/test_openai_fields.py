@@ -4,15 +4,13 @@ Effects are compared with the oracle, which applies each rule to transformers' l
 """
 
 import inspect
-from collections import Counter
 from typing import Any
 
 import openai
 import pytest
-import torch
 from openai import OpenAI
 
-from tests.e2e.oracle import Oracle, Rule
+from tests.e2e.oracle import Oracle, Rule, bias, count, repeat
 from tests.e2e.servers import MODEL
 
 PROMPT = "Experts are stateless services."
@@ -97,33 +95,6 @@ def test_chat_refuses_by_name(client: OpenAI, field: str) -> None:
     with pytest.raises(openai.BadRequestError, match=field) as caught:
         client.chat.completions.create(model=MODEL, messages=messages, **{field: REFUSED_CHAT[field]})
     assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
-
-
-def repeat(penalty: float) -> Rule:
-    def rule(logits_V: torch.Tensor, ids: list[int], output: list[int]) -> torch.Tensor:
-        for token in set(ids):
-            logits_V[token] *= 1 / penalty if logits_V[token] > 0 else penalty
-        return logits_V
-
-    return rule
-
-
-def count(frequency: float, presence: float) -> Rule:
-    def rule(logits_V: torch.Tensor, ids: list[int], output: list[int]) -> torch.Tensor:
-        for token, number in Counter(output).items():
-            logits_V[token] -= frequency * number + presence
-        return logits_V
-
-    return rule
-
-
-def bias(biases: dict[int, float]) -> Rule:
-    def rule(logits_V: torch.Tensor, ids: list[int], output: list[int]) -> torch.Tensor:
-        for token, value in biases.items():
-            logits_V[token] += value
-        return logits_V
-
-    return rule
 
 
 class TestPenaltiesAndBias:
@@ -236,9 +207,9 @@ class TestStopping:
             assert answer.usage.completion_tokens < NUM_TOKENS
 
     def test_streams_never_show_a_part_of_a_stop_string(self, client: OpenAI, text: str) -> None:
-        stop, messages = self.stop_of(text), PROMPT
+        stop = self.stop_of(text)
         with client.completions.create(
-            model=MODEL, prompt=messages, temperature=0, max_tokens=NUM_TOKENS, stop=stop, stream=True,
+            model=MODEL, prompt=PROMPT, temperature=0, max_tokens=NUM_TOKENS, stop=stop, stream=True,
             extra_body={"ignore_eos": True},
         ) as stream:  # fmt: skip
             shown = "".join(chunk.choices[0].text for chunk in stream)
