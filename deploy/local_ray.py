@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def own_ray() -> Iterator[None]:
 
     # Short, because the paths of Ray's sockets may have 107 characters at most.
     temp_dir = tempfile.mkdtemp(prefix="outcrop-", dir="/tmp")
+    others = children(os.getpid())
     try:
         with signals_held():
             ray.init(
@@ -82,7 +83,7 @@ def own_ray() -> Iterator[None]:
             )
         yield
     finally:
-        family = descendants(os.getpid())
+        family = descendants(os.getpid(), besides=others)
         ray.shutdown()
         end_processes(family)
         shutil.rmtree(temp_dir, ignore_errors=True)
@@ -108,18 +109,23 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(held[0])
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes that were started by `pid`, directly or not."""
-    found, todo = [], [pid]
+def children(pid: int) -> set[int]:
+    """Processes that were started by a thread of `pid`."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found |= {int(child) for child in task.read_text().split()}
+    return found
+
+
+def descendants(pid: int, besides: Iterable[int] = ()) -> list[int]:
+    """Processes that were started by `pid`, directly or not, but for those in `besides` and their descendants."""
+    found: list[int] = []
+    todo = [pid]
     while todo:
-        parent = todo.pop()
-        for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                children = [int(child) for child in tasks.read_text().split()]
-            except OSError:
-                continue
-            found += children
-            todo += children
+        new = children(todo.pop()) - set(besides)
+        found += new
+        todo += new
     return found
 
 
