@@ -57,8 +57,9 @@ class FrontLoop:
         self.engine: Engine | None = None
         self.remote: RemoteDispatcher | None = None
         self.progress = LoadProgress()
+        # Filled by the event loop, emptied by the engine's thread: requests first, so that an abort finds its request.
+        self._incoming: deque[GenerationRequest] = deque()
         self._inbox: deque[Callable[[Engine], None]] = deque()
-        self._num_incoming = 0
         self._wake = threading.Event()
         self._ingress_of: dict[str, str] = {}
 
@@ -93,17 +94,13 @@ class FrontLoop:
         assert self.engine is not None
         if request.request_id in self._ingress_of:
             return Submitted(True)  # asked twice, because the first answer was lost
-        num_waiting = len(self.engine.scheduler.waiting) + self._num_incoming
+        num_waiting = len(self.engine.scheduler.waiting) + len(self._incoming)
         if num_waiting >= self.spec.engine.max_num_waiting:
             return Submitted(False, "full", num_waiting)
-        self._num_incoming += 1
         self._ingress_of[request.request_id] = request.ingress_id
-        self._tell(lambda engine: self._add(engine, request))
+        self._incoming.append(request)
+        self._wake.set()
         return Submitted(True, num_waiting=num_waiting)
-
-    def _add(self, engine: "Engine", request: GenerationRequest) -> None:
-        self._num_incoming -= 1
-        engine.add(request)
 
     def abort(self, request_ids: tuple[str, ...]) -> None:
         self._tell(lambda engine: self._abort(engine, request_ids))
@@ -151,8 +148,12 @@ class FrontLoop:
 
     def _obey(self, engine: "Engine") -> None:
         self._wake.clear()
-        while self._inbox:
-            self._inbox.popleft()(engine)
+        # A command is taken before requests are: those that came before it are then all there when it runs.
+        commands = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        while self._incoming:
+            engine.add(self._incoming.popleft())
+        for command in commands:
+            command(engine)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         by_ingress: dict[str, list[RequestOutput]] = defaultdict(list)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ def reachable_address() -> str | None:
 
 
 @contextmanager
-def own_ray() -> Iterator[None]:
+def own_ray(**options: Any) -> Iterator[None]:
+    """A Ray on this machine for as long as the block runs. `options` go to ray.init, such as num_gpus for tests."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:
@@ -80,6 +82,7 @@ def own_ray() -> Iterator[None]:
                 _temp_dir=temp_dir,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                **options,
             )
         yield
     finally:

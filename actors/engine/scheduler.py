@@ -45,13 +45,6 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    @property
-    def num_outstanding_tokens(self) -> int:
-        """Tokens still to be computed or generated at most; ingresses balance fronts by it."""
-        return sum(
-            s.num_uncomputed + s.request.params.max_tokens - s.num_output for s in (*self.waiting, *self.running)
-        )
-
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 

@@ -181,7 +181,7 @@ class RemoteDispatcher(Dispatcher):
         return max(0.0, part.sent[-1].at + deadline - time.monotonic())
 
     def _first_good(self, part: Part, timeout_s: float) -> Tensor:
-        """Wait for an answer. Raises LaneTimeout, or NotHeldError; returns only if it is a good one or none is left."""
+        """Wait for an answer that can be used. Raises LaneTimeout, also when no replica is left, or NotHeldError."""
         while True:
             try:
                 ticket, frame = self.lane.receive([sent.ticket for sent in part.sent], timeout_s)

@@ -20,7 +20,6 @@ from deploy.openai.neutral import (
 )
 
 INT64_MAX = 2**63 - 1
-MAX_LIST = 1024
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 

@@ -1,36 +1,19 @@
 """A real local Ray with fake GPUs, one for all tests of this folder."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
-from deploy.local_ray import descendants, end_processes
+from deploy.local_ray import own_ray
 from tests.checkpoints import MODELS, write_checkpoint
 from tests.cluster.hosts import ExpertHost
 
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    temp_dir = tempfile.mkdtemp(prefix="oc-", dir="/tmp")
-    ray.init(
-        "local",
-        num_cpus=8,
-        num_gpus=8,
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        _temp_dir=temp_dir,
-        log_to_driver=False,
-    )
-    yield
-    family = descendants(os.getpid())
-    ray.shutdown()
-    end_processes(family)
-    shutil.rmtree(temp_dir, ignore_errors=True)
+    with own_ray(num_cpus=8, num_gpus=8):
+        yield
 
 
 @pytest.fixture(scope="session")
