@@ -205,7 +205,7 @@ def describe(error: ValidationError, known: Iterable[str] = ()) -> str:
         where = ".".join(str(part) for part in item["loc"])
         shown = "" if item["type"] == "missing" or not where else f"={item['input']!r}"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where} is unknown{_hint(where, known)}")
+            lines.append(f"{where}{shown} is unknown{_hint(where, known)}")
             continue
         lines.append(f"{where}{shown}: {item['msg']}" if where else item["msg"].removeprefix("Value error, "))
     return "; ".join(lines)

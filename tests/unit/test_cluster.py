@@ -48,7 +48,7 @@ def test_a_kubernetes_service_named_outcrop_does_not_set_the_port() -> None:
     ("explicit", "message"),
     [
         ({}, "model: Field required"),
-        ({"model": "m", "groops": 2}, "groops is unknown: did you mean groups?"),
+        ({"model": "m", "groops": 2}, "groops=2 is unknown: did you mean groups?"),
         ({"model": "m", "groups": 0}, "groups=0: Input should be greater than or equal to 1"),
         ({"model": "m", "lane": "smoke"}, "lane='smoke': Input should be 'auto', 'object_ref', 'zmq' or 'local'"),
         ({"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 8}, "max_num_seqs=64 is more than"),
