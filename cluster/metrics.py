@@ -22,10 +22,16 @@ DISPATCH = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 START = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 
+FINISHED = ("stop", "length", "abort")
+FAILED = ("engine", "overloaded")
+FAILOVER = ("unreachable", "timeout", "disconnected", "corrupt", "not_held")
+
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """`merge` says how gauges of several processes become one."""
+    """`merge` says how gauges of several processes become one. `values` of a single label exist from the start, at 0:
+    else the first event would be the first sample of its series, which Prometheus' rate() can't see.
+    """
 
     name: str
     kind: Kind
@@ -33,6 +39,7 @@ class Definition:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     merge: Literal["sum", "max"] = "sum"
+    values: tuple[str, ...] = ()
 
 
 TABLE: tuple[Definition, ...] = (
@@ -42,8 +49,8 @@ TABLE: tuple[Definition, ...] = (
     Definition("request_queue_time_seconds", "histogram", "From arrival at a front to its first step.", (), LATENCY),
     Definition("prompt_tokens_total", "counter", "Prompt tokens of accepted requests."),
     Definition("generation_tokens_total", "counter", "Generated tokens."),
-    Definition("request_success_total", "counter", "Finished sequences.", ("finished_reason",)),
-    Definition("requests_failed_total", "counter", "Requests that ended with an error.", ("reason",)),
+    Definition("request_success_total", "counter", "Finished sequences.", ("finished_reason",), values=FINISHED),
+    Definition("requests_failed_total", "counter", "Requests that ended with an error.", ("reason",), values=FAILED),
     Definition("num_requests_running", "gauge", "Sequences being computed."),
     Definition("num_requests_waiting", "gauge", "Sequences that wait for a front."),
     Definition("kv_cache_usage_ratio", "gauge", "Used share of the KV cache, fullest front.", merge="max"),
@@ -59,7 +66,12 @@ TABLE: tuple[Definition, ...] = (
     Definition("lane_dropped_messages_total", "counter", "Messages that replicas dropped as garbage."),
     Definition("expert_balancedness", "gauge", "Mean/max load over groups, mean of layers.", merge="max"),
     Definition("expert_replicas", "gauge", "Expert replicas by state.", ("group", "state")),
-    Definition("failovers_total", "counter", "Dispatches that moved to another replica.", ("reason",)),
+    Definition("expert_replicas_wanted", "gauge", "Expert replicas that a group should have.", ("group",)),
+    Definition("fronts", "gauge", "Fronts by state.", ("state",)),
+    Definition(
+        "actor_restarts_total", "counter", "Lost actors that are replaced.", ("kind",), values=("front", "expert")
+    ),
+    Definition("failovers_total", "counter", "Dispatches that moved to another replica.", ("reason",), values=FAILOVER),
     Definition("local_fallback_tokens_total", "counter", "Tokens whose experts a front computed itself."),
     Definition("rebalances_total", "counter", "Changes of the expert placement."),
     Definition("rebalance_seconds", "histogram", "Duration of a rebalance.", (), START),
@@ -111,7 +123,10 @@ def _create(definition: Definition, registry: CollectorRegistry) -> MetricWrappe
         return Histogram(name, definition.help, labels, buckets=definition.buckets, registry=registry)
     if definition.kind == "gauge":
         return Gauge(name, definition.help, labels, registry=registry)
-    return Counter(name, definition.help, labels, registry=registry)
+    counter = Counter(name, definition.help, labels, registry=registry)
+    for value in definition.values:
+        counter.labels(value)
+    return counter
 
 
 def merge(sources: Iterable[Iterable[Sample]]) -> tuple[Sample, ...]:

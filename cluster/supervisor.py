@@ -9,7 +9,7 @@ import asyncio
 import importlib
 import logging
 import time
-from typing import Any
+from typing import Any, get_args
 
 import ray
 import zmq
@@ -21,7 +21,7 @@ from cluster.config import ClusterConfig, ConfigError
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.load import ExpertLoad
 from cluster.members import Member
-from cluster.messages import ActorKind, ClusterState, LaneKeys, LoadProgress, Sample
+from cluster.messages import ActorKind, ActorState, ClusterState, LaneKeys, LoadProgress, Sample
 from cluster.metrics import Metrics, cumulative, exposition, merge
 from cluster.model_config import ModelError, read_model_config
 from cluster.resources import Machine
@@ -301,6 +301,7 @@ class Supervisor:
         if member.report:
             self._gone = merge((self._gone, cumulative(member.report.samples)))
         member.bury(why)
+        self.metrics.inc("actor_restarts_total", kind=member.kind)
         logger.warning("%s is lost: %s", member.spec.actor_id, member.detail)
 
     def _judge(self) -> None:
@@ -366,9 +367,13 @@ class Supervisor:
             self.metrics.set("expert_balancedness", self._load.balancedness(self._map))
         for group in range(self.config.groups):
             members = [m for m in self._of_kind("expert") if m.group == group]
-            for state in ("starting", "loading", "ready", "draining", "dead"):
+            wanted = sum(m.state != "draining" for m in members)
+            self.metrics.set("expert_replicas_wanted", wanted, group=str(group))
+            for state in get_args(ActorState):
                 number = sum(m.state == state for m in members)
                 self.metrics.set("expert_replicas", number, group=str(group), state=state)
+        for state in get_args(ActorState):
+            self.metrics.set("fronts", sum(m.state == state for m in self._of_kind("front")), state=state)
 
     def _of_kind(self, kind: ActorKind) -> list[Member]:
         return [m for m in self._members if m.kind == kind]

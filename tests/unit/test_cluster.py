@@ -192,6 +192,10 @@ def test_every_metric_of_the_table_is_exposed_with_its_type() -> None:
         assert definition.name.endswith("_total") == (definition.kind == "counter")
 
 
+def test_known_label_values_start_at_0_so_that_rates_see_the_first_event() -> None:
+    assert ("outcrop_failovers_total", (("reason", "timeout"),), 0.0) in Metrics().samples()
+
+
 def test_a_process_that_is_gone_leaves_its_counters_but_not_its_gauges() -> None:
     metrics = Metrics()
     metrics.inc("prompt_tokens_total", 3)
