@@ -6,6 +6,7 @@ torch is imported when an actor starts, so that the supervisor can name this cla
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class ExpertActor:
     def load(self) -> ReadyReport:
         """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lane."""
         from actors.model.device import torch_device, torch_dtype
-        from actors.model.loader import load_experts
+        from actors.model.loader import TensorReader, load_experts, read_layer_experts
         from actors.replica import Replica
         from cluster.checkpoint import check_checkpoint
         from cluster.model_config import read_model_config
@@ -48,11 +49,14 @@ class ExpertActor:
         started = time.monotonic()
         model_dir = Path(self.spec.model_path)
         config = read_model_config(model_dir)
-        per_expert = check_checkpoint(model_dir, config).bytes_per_expert
-        self._total = per_expert * sum(len(layer) for layer in self.spec.experts)
+        info = check_checkpoint(model_dir, config)
+        self._total = info.bytes_per_expert * sum(len(layer) for layer in self.spec.experts)
         device, dtype = torch_device(self.spec.device), torch_dtype(self.spec.dtype)
         store = load_experts(model_dir, config, self.spec.experts, device, dtype, self._advance)
-        self.replica = Replica(self.spec, store, self.metrics)
+        reader = TensorReader(info, device, dtype, lambda _: None)
+        self.replica = Replica(
+            self.spec, store, lambda layer, ids: read_layer_experts(reader, config, layer, ids), self.metrics
+        )
         release_free_memory()
         endpoints = self._listen(self.replica)
         seconds = time.monotonic() - started
@@ -83,9 +87,17 @@ class ExpertActor:
         return self.replica.answer(frame)
 
     @ray.method(concurrency_group="control")
+    def set_experts(self, layer: int, ids: tuple[int, ...]) -> int:
+        """See Replica.set_experts. The supervisor loads first, publishes second, retires third."""
+        assert self.replica is not None
+        return self.replica.set_experts(layer, ids)
+
+    @ray.method(concurrency_group="control")
     def identity(self) -> Identity | None:
         """For a supervisor that has not started this actor; None while it can't serve."""
-        return Identity(self.spec, self.ready) if self.ready else None
+        if self.replica is None or self.ready is None:
+            return None
+        return Identity(replace(self.spec, experts=self.replica.store.held), self.ready)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> LoadProgress:

@@ -20,6 +20,7 @@ from cluster.messages import (
     ReadyReport,
     RequestOutput,
     Submitted,
+    Wanted,
 )
 
 POLL_S = 10.0
@@ -33,6 +34,7 @@ class FrontActor:
         self.mailboxes: dict[str, Mailbox] = {}
         self.ready: ReadyReport | None = None
         self.expert_map: ExpertMap | None = None
+        self.wanted: Wanted | None = None
 
     async def load(self) -> ReadyReport:
         """Read the front's weights and size its KV cache. Serving starts with start()."""
@@ -42,19 +44,31 @@ class FrontActor:
         self.ready = ReadyReport(self.spec.actor_id, *where_am_i(), weight_bytes, seconds, kv_tokens, kv_bytes)
         return self.ready
 
-    async def start(self, expert_map: ExpertMap) -> None:
+    async def start(self, expert_map: ExpertMap, wanted: Wanted | None = None) -> None:
         """Take the first map, compute one token through all layers to see that it works, and serve."""
-        await self.set_expert_map(expert_map)
+        await self.set_expert_map(expert_map, wanted)
         await asyncio.to_thread(self.loop.warm_up)
         self.loop.start(asyncio.get_running_loop(), self.mailboxes)
 
     async def identity(self) -> Identity | None:
         """For a supervisor that has not started this actor; None while it can't serve."""
-        return Identity(self.spec, self.ready, self.expert_map) if self.ready and self.expert_map else None
+        if self.ready is None or self.expert_map is None:
+            return None
+        return Identity(self.spec, self.ready, self.expert_map, self.wanted)
 
-    async def set_expert_map(self, expert_map: ExpertMap) -> None:
+    async def set_expert_map(self, expert_map: ExpertMap, wanted: Wanted | None = None) -> None:
+        """`wanted` is kept for a successor of the supervisor."""
         self.expert_map = expert_map
+        self.wanted = wanted or self.wanted
         await asyncio.to_thread(self.loop.set_expert_map, expert_map)
+
+    async def settle(self) -> None:
+        """Return once the step that is running has ended: from then on nothing is routed by an older map."""
+        await asyncio.to_thread(self.loop.settle)
+
+    async def drain(self) -> None:
+        """Accept no more requests; report() tells when the last one has ended."""
+        self.loop.is_draining = True
 
     async def submit(self, request: GenerationRequest) -> Submitted:
         self._mailbox(request.ingress_id)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from actors.process import release_free_memory
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 # An ingress polls all the time. One that is silent for this long is gone, and so are its clients.
 INGRESS_LEASE_S = 30.0
 IDLE_WAIT_S = 1.0
+SETTLE_S = 30.0
 
 
 class Mailbox:
@@ -35,6 +37,10 @@ class Mailbox:
     def put(self, outputs: list[RequestOutput]) -> None:
         self._outputs += outputs
         self._filled.set()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._outputs)
 
     async def take(self, timeout: float) -> tuple[RequestOutput, ...]:
         self.last_seen = time.monotonic()
@@ -62,6 +68,8 @@ class FrontLoop:
         self._inbox: deque[Callable[[Engine], None]] = deque()
         self._wake = threading.Event()
         self._ingress_of: dict[str, str] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
+        self.is_draining = False
 
     def load(self) -> tuple[int, int, int]:
         """Returns bytes of weights, tokens and bytes of the KV cache."""
@@ -94,6 +102,8 @@ class FrontLoop:
         assert self.engine is not None
         if request.request_id in self._ingress_of:
             return Submitted(True)  # asked twice, because the first answer was lost
+        if self.is_draining:
+            return Submitted(False, "draining")
         num_waiting = len(self.engine.scheduler.waiting) + len(self._incoming)
         if num_waiting >= self.spec.engine.max_num_waiting:
             return Submitted(False, "full", num_waiting)
@@ -110,22 +120,26 @@ class FrontLoop:
             engine.abort(request_id)
             self._ingress_of.pop(request_id, None)
 
+    def settle(self) -> None:
+        """Wait for the end of the step that is running. Raises TimeoutError."""
+        self._between_steps(lambda engine: None)
+
     def check_integrity(self) -> None:
         """Let the engine's thread check itself between two steps, and raise here what it finds."""
-        done, failures = threading.Event(), []
+        self._between_steps(_check_integrity)
 
-        def check(engine: "Engine") -> None:
+    def _between_steps(self, command: "Callable[[Engine], None]") -> None:
+        done: Future[None] = Future()
+
+        def obey(engine: "Engine") -> None:
             try:
-                engine.check_integrity()
-                assert not engine.has_work or engine.sequences, "the scheduler works for nobody"
-            except AssertionError as error:
-                failures.append(error)
-            done.set()
+                command(engine)
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
 
-        self._tell(check)
-        done.wait(30)
-        for failure in failures:
-            raise failure
+        self._tell(obey)
+        done.result(SETTLE_S)
 
     def _tell(self, command: "Callable[[Engine], None]") -> None:
         self._inbox.append(command)
@@ -193,4 +207,10 @@ class FrontLoop:
             self.metrics.samples(),
             tuple(tuple(layer) for layer in engine.expert_counts.tolist()),
             self.remote.lane_names() if self.remote else "local",
+            len(self._ingress_of) + sum(mailbox.num_waiting for mailbox in tuple(self._mailboxes.values())),
         )
+
+
+def _check_integrity(engine: "Engine") -> None:
+    engine.check_integrity()
+    assert not engine.has_work or engine.sequences, "the scheduler works for nobody"

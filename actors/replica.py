@@ -2,24 +2,40 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
 from actors.lanes import wire
-from actors.model.expert_half import ExpertStore, NotHeld
+from actors.model.expert_half import ExpertStore, LayerExperts, NotHeld
 from cluster.messages import ReplicaSpec
 from cluster.metrics import Metrics
+
+# (layer, global ids) -> those experts, read from the checkpoint
+ReadExperts = Callable[[int, tuple[int, ...]], LayerExperts]
 
 
 class Replica:
     """Lanes may call it from their own threads: one computation runs at a time."""
 
-    def __init__(self, spec: ReplicaSpec, store: ExpertStore, metrics: Metrics) -> None:
+    def __init__(self, spec: ReplicaSpec, store: ExpertStore, read: ReadExperts, metrics: Metrics) -> None:
         self.spec = spec
         self.store = store
+        self.read = read
         self.metrics = metrics
         self.num_tokens = 0
         self._computing = threading.Lock()
+
+    def set_experts(self, layer: int, ids: tuple[int, ...]) -> int:
+        """Hold exactly these experts of a layer; returns how many had to be read. Computation goes on meanwhile:
+        only the exchange of the finished layer waits for its turn.
+        """
+        here = self.store.layers[layer]
+        missing = tuple(expert for expert in ids if expert not in here.ids)
+        layer_experts = here.regrouped(ids, self.read(layer, missing))
+        with self._computing:
+            self.store.replace(layer, layer_experts)
+        return len(missing)
 
     def answer(self, frame: wire.Buffer) -> bytes:
         """Answer a packed dispatch with a packed partial, or with the reason why not."""

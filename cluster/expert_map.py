@@ -7,7 +7,7 @@ any time: load first, publish second, retire third.
 from dataclasses import dataclass, replace
 
 from cluster.config import ConfigError
-from cluster.messages import FrontSpec, ReadyReport, ReplicaSpec
+from cluster.messages import FrontSpec, ReadyReport, ReplicaSpec, Wanted
 
 # homes[layer][expert] = groups that hold the expert, the preferred one first.
 Homes = tuple[tuple[tuple[int, ...], ...], ...]
@@ -39,12 +39,12 @@ class ExpertMap:
         """Per layer, the experts that the group holds, ascending."""
         return tuple(tuple(e for e, groups in enumerate(layer) if group in groups) for layer in self.homes)
 
-    def is_complete(self) -> bool:
-        """True if every group has a replica, that is, if every token could be computed by replicas now."""
-        return {r.group for r in self.replicas} == set(range(self.num_groups))
-
     def with_replicas(self, replicas: tuple[ReplicaAddress, ...]) -> "ExpertMap":
         return replace(self, version=self.version + 1, replicas=replicas)
+
+    def with_homes(self, layer: int, homes: tuple[tuple[int, ...], ...]) -> "ExpertMap":
+        """The next version, with other homes for the experts of one layer."""
+        return replace(self, version=self.version + 1, homes=(*self.homes[:layer], homes, *self.homes[layer + 1 :]))
 
     def check_integrity(self) -> None:
         """Raise AssertionError if an expert has no group, a group is unknown, or a replica is listed twice."""
@@ -74,8 +74,9 @@ def contiguous_homes(num_layers: int, num_experts: int, num_groups: int) -> Home
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a live actor tells a new supervisor; `expert_map` is a front's."""
+    """What a live actor tells a new supervisor; map and `wanted` are a front's, `spec.experts` what a replica holds."""
 
     spec: FrontSpec | ReplicaSpec
     ready: ReadyReport
     expert_map: ExpertMap | None = None
+    wanted: Wanted | None = None

@@ -140,7 +140,7 @@ class FrontSpec:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """An expert replica to start. `experts[layer]` are the global ids of the experts that it holds, ascending."""
+    """An expert replica to start. `experts[layer]` are the global ids of the experts that it loads, ascending."""
 
     actor_id: str
     group: int
@@ -152,8 +152,8 @@ class ReplicaSpec:
     lane_keys: LaneKeys | None = None
 
     def fits(self, wanted: object) -> bool:
-        """As FrontSpec.fits."""
-        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys}
+        """As FrontSpec.fits. Experts don't matter either: an actor can be told to hold others."""
+        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys, "experts": self.experts}
         return isinstance(wanted, ReplicaSpec) and replace(wanted, **same) == self  # type: ignore[arg-type]
 
 
@@ -203,7 +203,8 @@ class ActorInfo:
 class ActorReport:
     """What the supervisor reads from a live actor: counters only grow while the actor lives.
 
-    `expert_counts[layer][expert]` are routed (token, choice) pairs; empty for expert replicas.
+    `expert_counts[layer][expert]` are routed (token, choice) pairs; empty for expert replicas. `num_requests` are those
+    that a front has not finished or whose outputs have not been fetched.
     """
 
     actor_id: str
@@ -212,6 +213,15 @@ class ActorReport:
     samples: tuple[Sample, ...] = ()
     expert_counts: tuple[tuple[int, ...], ...] = ()
     lane: str = ""
+    num_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How many fronts, and how many replicas of each group, the cluster is to have."""
+
+    fronts: int
+    replicas: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +233,11 @@ class ClusterState:
     namespace: str
     map_version: int = 0
     fronts: tuple[str, ...] = ()
+    draining: tuple[str, ...] = ()
     actors: tuple[ActorInfo, ...] = ()
     progress: LoadProgress = field(default_factory=LoadProgress)
     error: str | None = None
     started: float = 0.0
     kv_cache_tokens: int = 0
     max_model_len: int = 0
+    wanted: Wanted | None = None

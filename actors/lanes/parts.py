@@ -4,6 +4,7 @@ Shapes: T tokens, D hidden, K top-k, E experts; P tokens of a part.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,16 +56,40 @@ class Part:
         return len(self.x_PD)
 
 
+class LayerHomes:
+    """A layer's experts -> groups, for whole arrays of tokens at a time.
+
+    Tokens of an expert with several homes are spread over them by a function of the token's own routing, so that what
+    is computed for a token never depends on the tokens it is batched with.
+    """
+
+    def __init__(self, homes: Sequence[Sequence[int]]) -> None:
+        self.num_groups = 1 + max(group for groups in homes for group in groups)
+        self._num_homes_E = np.array([len(groups) for groups in homes], np.int16)
+        most = int(self._num_homes_E.max())
+        self._home_ER = np.array([[groups[r % len(groups)] for r in range(most)] for groups in homes], np.int16)
+        self._is_redundant = most > 1
+
+    def of(self, ids_TK: NDArray[np.int16]) -> NDArray[np.int16]:
+        """The group of each choice; meaningless where an id is negative."""
+        home_TK: NDArray[np.int16] = self._home_ER[ids_TK, 0]
+        if not self._is_redundant:
+            return home_TK
+        key_T1 = ids_TK.sum(axis=1, keepdims=True, dtype=np.int32)
+        home_TK = self._home_ER[ids_TK, key_T1 % self._num_homes_E[ids_TK]]
+        return home_TK
+
+
 def split(
-    layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, home_E: NDArray[np.int16], map_version: int
+    layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, homes: "LayerHomes", map_version: int
 ) -> list[Part]:
-    """One part for each group that got a token, in the order of groups. `home_E[expert]` is its group."""
+    """One part for each group that got a token, in the order of groups."""
     x_TD, gates_TK = x_TD.cpu(), gates_TK.cpu()
     # numpy: on arrays this small a torch call costs several times as much.
     ids = ids_TK.cpu().numpy().astype(np.int16)
-    home_TK = np.where(ids < 0, -1, home_E[ids])
+    home_TK = np.where(ids < 0, -1, homes.of(ids))
     parts = []
-    for group in range(int(home_E.max()) + 1):
+    for group in range(homes.num_groups):
         here_TK = home_TK == group
         here_T = here_TK.any(axis=1)
         num_here = np.count_nonzero(here_T)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from actors.lanes import wire
 from actors.lanes.dispatcher import Dispatcher
 from actors.lanes.failover import Breaker, Latency
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
-from actors.lanes.parts import CorruptAnswerError, NotHeldError, Part, Sent, checked, split
+from actors.lanes.parts import CorruptAnswerError, LayerHomes, NotHeldError, Part, Sent, checked, split
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.metrics import Metrics
 
@@ -62,7 +61,7 @@ class RemoteDispatcher(Dispatcher):
         self._connecting = threading.Lock()
         self._map_changed = threading.Condition()
         self._map: ExpertMap | None = None
-        self._home_LE = np.empty((0, 0), np.int16)
+        self._homes: list[LayerHomes] = []
         self._num_bytes: Counter[tuple[str, str]] = Counter()  # (lane, direction)
 
     @property
@@ -77,8 +76,9 @@ class RemoteDispatcher(Dispatcher):
                 return
             self.lane.connect(expert_map.replicas)  # may wait for a handshake: dispatches go on meanwhile
             self._breaker.keep_only({r.replica_id for r in expert_map.replicas})
+            homes = [LayerHomes(layer) for layer in expert_map.homes]
             with self._map_changed:
-                self._home_LE = np.array([[groups[0] for groups in layer] for layer in expert_map.homes], np.int16)
+                self._homes = homes
                 self._map = expert_map
                 self._map_changed.notify_all()
 
@@ -98,8 +98,8 @@ class RemoteDispatcher(Dispatcher):
         with self._map_changed:
             if self._map is None:
                 raise DispatchError("no expert map has been published yet")
-            version, home_E = self._map.version, self._home_LE[layer]
-        parts = split(layer, x_TD, ids_TK, gates_TK, home_E, version)
+            version, homes = self._map.version, self._homes[layer]
+        parts = split(layer, x_TD, ids_TK, gates_TK, homes, version)
         for part in parts:
             self._send(part)
         lanes = [self.lane.name_for(part.sent[0].replica) for part in parts if part.sent]

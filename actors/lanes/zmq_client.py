@@ -74,7 +74,8 @@ class ZmqLane(Lane):
         self._keys = keys
         self._context = zmq.Context()
         self._links: dict[str, _Link] = {}
-        self._retired: list[_Link] = []  # closed by the thread that uses the sockets
+        # Links of replicas that have left: open until their last answer has come, closed by the thread that uses them.
+        self._retired: dict[str, _Link] = {}
         self._numbers = itertools.count(1)
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
@@ -86,7 +87,7 @@ class ZmqLane(Lane):
                 links[replica.replica_id] = known
             elif link := self._open(replica):
                 links[replica.replica_id] = link
-        self._retired += [link for link in self._links.values() if link not in links.values()]
+        self._retired |= {name: link for name, link in self._links.items() if link is not links.get(name)}
         self._links = links
 
     def is_connected(self, replica_id: str) -> bool:
@@ -117,8 +118,8 @@ class ZmqLane(Lane):
         return False
 
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
-        while self._retired:
-            self._retired.pop().close()
+        if self._retired:
+            self._close_retired()
         link = self._links.get(replica.replica_id)
         if link is None or link.is_lost:
             raise LaneError(f"replica {replica.replica_id} is not connected")
@@ -137,7 +138,7 @@ class ZmqLane(Lane):
     def receive(self, tickets: Sequence[Ticket], timeout_s: float) -> tuple[Ticket, memoryview]:
         by_link: dict[_Link, list[Ticket]] = {}
         for ticket in tickets:
-            link = self._links.get(ticket.replica_id)
+            link = self._link_of(ticket)
             if link is None:
                 raise LaneError(f"replica {ticket.replica_id} has left the map", ticket)
             by_link.setdefault(link, []).append(ticket)
@@ -172,8 +173,20 @@ class ZmqLane(Lane):
         for link in links:
             link.take_in(ready)
 
+    def _link_of(self, ticket: Ticket) -> _Link | None:
+        link = self._links.get(ticket.replica_id)
+        if link is None or ticket.number not in link.waiting:
+            link = self._retired.get(ticket.replica_id, link)
+        return link
+
+    def _close_retired(self) -> None:
+        for name, link in tuple(self._retired.items()):
+            if link.is_lost or not link.waiting:
+                del self._retired[name]
+                link.close()
+
     def forget(self, ticket: Ticket) -> None:
-        if link := self._links.get(ticket.replica_id):
+        if link := self._link_of(ticket):
             link.waiting.discard(ticket.number)
             link.answers.pop(ticket.number, None)
 
@@ -196,9 +209,9 @@ class ZmqLane(Lane):
         return True
 
     def close(self) -> None:
-        for link in (*self._links.values(), *self._retired):
+        for link in (*self._links.values(), *self._retired.values()):
             link.close()
-        self._links, self._retired = {}, []
+        self._links, self._retired = {}, {}
         self._context.term()
 
 

@@ -52,6 +52,15 @@ class LayerExperts:
         run = run_experts_loop if any(n % 16 for n in row_bytes) else run_experts_grouped
         return run(self, x_PD, counts_E, activation)
 
+    def regrouped(self, ids: tuple[int, ...], more: "LayerExperts") -> "LayerExperts":
+        """The experts `ids` as a layer of their own; those that are not in this one come from `more`."""
+        rows = {expert: (layer, row) for layer in (more, self) for row, expert in enumerate(layer.ids)}
+        gate_up = [layer.gate_up_EFD[row] for layer, row in (rows[expert] for expert in ids)]
+        down = [layer.down_EDF[row] for layer, row in (rows[expert] for expert in ids)]
+        if not ids:
+            return LayerExperts(ids, self.gate_up_EFD[:0], self.down_EDF[:0])
+        return LayerExperts(ids, torch.stack(gate_up), torch.stack(down))
+
     def packed(self) -> "LayerExperts | PackedExperts":
         """The same experts in a faster layout, where there is one."""
         if not can_pack(self.down_EDF):
@@ -66,6 +75,16 @@ class PackedExperts:
     ids: tuple[int, ...]
     gate_up_E: tuple[PackedLinear, ...]
     down_E: tuple[PackedLinear, ...]
+
+    def regrouped(self, ids: tuple[int, ...], more: LayerExperts) -> "PackedExperts":
+        """As LayerExperts.regrouped. Nothing is copied: each expert has matrices of its own."""
+        new = PackedExperts(more.ids, tuple(map(pack, more.gate_up_EFD)), tuple(map(pack, more.down_EDF)))
+        known = {
+            expert: matrices
+            for layer in (new, self)
+            for expert, *matrices in zip(layer.ids, layer.gate_up_E, layer.down_E, strict=True)
+        }
+        return PackedExperts(ids, tuple(known[e][0] for e in ids), tuple(known[e][1] for e in ids))
 
     def run(self, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
         """As LayerExperts.run."""
@@ -87,12 +106,20 @@ class ExpertStore:
         layers: tuple[LayerExperts | PackedExperts, ...],
         device: torch.device | None = None,
     ) -> None:
-        self.layers = layers
+        self.layers = list(layers)
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.held = tuple({expert: row for row, expert in enumerate(layer.ids)} for layer in layers)
         self.device = device or torch.device("cpu")
         self.num_experts = config.num_local_experts
-        self._rows = tuple(self._row_table(layer.ids) for layer in layers)
+        self._rows = [self._row_table(layer.ids) for layer in layers]
+
+    @property
+    def held(self) -> tuple[tuple[int, ...], ...]:
+        """Per layer, the global ids of the experts that are here."""
+        return tuple(layer.ids for layer in self.layers)
+
+    def replace(self, layer: int, experts: LayerExperts | PackedExperts) -> None:
+        """Hold these experts of a layer from now on. Must not run while run() does."""
+        self.layers[layer], self._rows[layer] = experts, self._row_table(experts.ids)
 
     def run(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Sum of gate * expert(x) over those of each token's choices that are not -1, [T, D] in the type of x.

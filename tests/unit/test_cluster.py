@@ -87,14 +87,14 @@ def test_groups_that_do_not_divide_are_refused_with_the_choices() -> None:
         contiguous_homes(1, 40, 7)
 
 
-def test_a_map_is_complete_when_every_group_has_a_replica() -> None:
+def test_each_change_is_a_new_version() -> None:
     a, b = (ReplicaAddress(f"r{group}", group, (("object_ref", "x"),)) for group in (0, 1))
-    half = ExpertMap(0, 2, contiguous_homes(1, 4, 2)).with_replicas((a,))
-    assert not half.is_complete()
-    whole = half.with_replicas((a, b))
-    assert whole.is_complete()
-    assert whole.version == 2
-    assert whole.replicas_of(1) == (b,)
+    first = ExpertMap(0, 2, contiguous_homes(2, 4, 2)).with_replicas((a, b))
+    assert (first.version, first.replicas_of(1)) == (1, (b,))
+    moved = first.with_homes(1, ((1,), (1, 0), (0,), (0,)))
+    assert (moved.version, moved.homes[0]) == (2, first.homes[0])
+    assert moved.experts_of(0) == ((0, 1), (1, 2, 3))
+    assert moved.experts_of(1) == ((2, 3), (0, 1))
 
 
 def test_integrity_notices_a_replica_twice() -> None:

@@ -97,7 +97,7 @@ def test_layers_have_their_own_experts():
     x_TD, gates_TK = torch.randn(1, 16), torch.ones(1, 1)
     out_TD = experts.run(1, x_TD, torch.tensor([[3]]), gates_TK)
     torch.testing.assert_close(out_TD, by_definition(experts.layers[1], x_TD, torch.tensor([[3]]), gates_TK))
-    assert experts.held == ({0: 0, 1: 1}, {2: 0, 3: 1})
+    assert experts.held == ((0, 1), (2, 3))
 
 
 @pytest.mark.parametrize("expert", [0, 2, NUM_EXPERTS, 10**6])
