@@ -2,13 +2,16 @@
 
     python -m benchmarks.dispatch [--groups 2] [--repeat 2000]
 
-Each group's replica is a process of its own that sends the hidden states back; all groups get all tokens.
+Each group's replica is a process of its own that sends the hidden states back; all groups get all tokens. The lanes
+zmq (ipc) and tcp stand beside their floor: bare sockets that exchange as many bytes in the same run.
 """
 
 import json
 import os
 import statistics
 import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +20,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import typer
 import zmq
 
+from benchmarks.floor import BareSockets, bare_sockets
 from benchmarks.lanes import NAMESPACE, Cluster
 from benchmarks.report import environment, table
 from cluster.expert_map import ExpertMap, ReplicaAddress
@@ -24,6 +28,17 @@ from cluster.messages import LaneKeys
 
 TOKENS = 16
 TOP_K = 8
+# Lanes over sockets, and the name of their floor.
+FLOORS = {"zmq": "floor (ipc)", "tcp": "floor (tcp)"}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    kib: int
+    lane: str
+    p50_us: float
+    p95_us: float
+    p99_us: float
 
 
 class EchoReplica:
@@ -78,45 +93,66 @@ def main(
     groups: int = 2,
     repeat: int = 2000,
     payloads: Annotated[str, typer.Option(help="KiB of hidden states per group, comma-separated.")] = "4,32,128,512",
+    lanes: Annotated[str, typer.Option(help="Comma-separated: object_ref, zmq (ipc), tcp.")] = "object_ref,zmq,tcp",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure the round trip of dispatch and combine."""
     from deploy.local_ray import own_ray
 
-    with own_ray():
+    with own_ray(), ExitStack() as stack:
         from actors.process import limit_threads
 
         limit_threads(1)
-        import torch
-
         from cluster.metrics import Metrics
 
         cluster, handles = start_echo(groups)
-        lanes = {lane: cluster.dispatcher(lane, Metrics()) for lane in ("object_ref", "zmq", "tcp")}
-        rows, figures = [], []
-        for kib in map(int, payloads.split(",")):
-            x_TD = torch.zeros(TOKENS, kib * 1024 // TOKENS // 2, dtype=torch.bfloat16)
-            ids_TK = torch.arange(TOP_K).remainder(groups).expand(TOKENS, TOP_K).contiguous()
-            gates_TK = torch.full((TOKENS, TOP_K), 1 / TOP_K, dtype=torch.bfloat16)
-            taken: dict[str, list[float]] = {lane: [] for lane in lanes}
-            for _ in range(10):  # lanes take turns
-                for lane, dispatcher in lanes.items():
-                    taken[lane] += measure(dispatcher, x_TD, ids_TK, gates_TK, max(1, repeat // 10))
-            for lane, seconds in taken.items():
-                cuts = statistics.quantiles(seconds, n=100)
-                p50, p95, p99 = (1e6 * cuts[q - 1] for q in (50, 95, 99))
-                rows.append((f"{kib} KiB", lane, f"{p50:.0f}", f"{p95:.0f}", f"{p99:.0f}"))
-                figures.append({"kib": kib, "lane": lane, "p50_us": p50, "p95_us": p95, "p99_us": p99})
-        for dispatcher in lanes.values():
-            dispatcher.lane.close()
+        contenders: dict[str, Any] = {}
+        for lane in lanes.split(","):
+            contenders[lane] = cluster.dispatcher(lane, Metrics())
+            stack.callback(contenders[lane].lane.close)
+            if lane in FLOORS:
+                keys = cluster.keys if lane == "tcp" else None
+                contenders[FLOORS[lane]] = stack.enter_context(bare_sockets(groups, keys))
+        figures = [f for kib in map(int, payloads.split(",")) for f in run(contenders, kib, groups, repeat)]
+        stack.close()
         import ray
 
         ray.get([handle.stop.remote() for handle in handles])
-    table(("payload", "lane", "p50 us", "p95 us", "p99 us"), rows)
+    columns = ("payload", "lane", "p50 us", "p95 us", "p99 us", "p50 of floor")
+    table(columns, [_row(f, figures) for f in figures])
     if out:
-        out.write_text(
-            json.dumps({"environment": environment(), "groups": groups, "figures": figures}, indent=1) + "\n"
-        )
+        content = {"environment": environment(), "groups": groups, "figures": [asdict(f) for f in figures]}
+        out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def run(contenders: dict[str, Any], kib: int, groups: int, repeat: int) -> list[Figure]:
+    """Times of one payload. The contenders take turns."""
+    import torch
+
+    from actors.lanes import wire
+
+    x_TD = torch.zeros(TOKENS, kib * 1024 // TOKENS // 2, dtype=torch.bfloat16)
+    ids_TK = torch.arange(TOP_K).remainder(groups).expand(TOKENS, TOP_K).contiguous()
+    gates_TK = torch.full((TOKENS, TOP_K), 1 / TOP_K, dtype=torch.bfloat16)
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(10):
+        for name, contender in contenders.items():
+            if isinstance(contender, BareSockets):
+                contender.body = wire.pack_dispatch(0, x_TD, gates_TK, ids_TK)
+            taken[name] += measure(contender, x_TD, ids_TK, gates_TK, max(1, repeat // 10))
+    return [_figure(kib, name, seconds) for name, seconds in taken.items()]
+
+
+def _figure(kib: int, name: str, seconds: list[float]) -> Figure:
+    cuts = statistics.quantiles(seconds, n=100)
+    p50, p95, p99 = (1e6 * cuts[q - 1] for q in (50, 95, 99))
+    return Figure(kib, name, p50, p95, p99)
+
+
+def _row(figure: Figure, figures: list[Figure]) -> tuple[str, ...]:
+    floors = [f.p50_us for f in figures if f.kib == figure.kib and f.lane == FLOORS.get(figure.lane)]
+    numbers = (f"{us:.0f}" for us in (figure.p50_us, figure.p95_us, figure.p99_us))
+    return f"{figure.kib} KiB", figure.lane, *numbers, f"{figure.p50_us / floors[0]:.2f}" if floors else ""
 
 
 if __name__ == "__main__":
