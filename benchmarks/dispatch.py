@@ -66,10 +66,9 @@ class EchoReplica:
         self.server.stop()
 
 
-def start_echo(groups: int) -> tuple[Cluster, list[Any]]:
+def start_echo(groups: int, keys: LaneKeys) -> tuple[Cluster, list[Any]]:
     import ray
 
-    keys = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
     actor = ray.remote(num_cpus=0)(EchoReplica)
     names = [f"echo-{g}" for g in range(groups)]
     handles = [actor.options(name=name, namespace=NAMESPACE).remote(name, keys) for name in names]
@@ -99,22 +98,25 @@ def main(
     """Measure the round trip of dispatch and combine."""
     from deploy.local_ray import own_ray
 
-    with own_ray(), ExitStack() as stack:
+    keys = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
+    names = lanes.split(",")
+    with ExitStack() as stack:
+        floors = {
+            FLOORS[lane]: stack.enter_context(bare_sockets(groups, keys if lane == "tcp" else None))
+            for lane in names
+            if lane in FLOORS
+        }
+        stack.enter_context(own_ray())
         from actors.process import limit_threads
 
         limit_threads(1)
         from cluster.metrics import Metrics
 
-        cluster, handles = start_echo(groups)
-        contenders: dict[str, Any] = {}
-        for lane in lanes.split(","):
-            contenders[lane] = cluster.dispatcher(lane, Metrics())
-            stack.callback(contenders[lane].lane.close)
-            if lane in FLOORS:
-                keys = cluster.keys if lane == "tcp" else None
-                contenders[FLOORS[lane]] = stack.enter_context(bare_sockets(groups, keys))
-        figures = [f for kib in map(int, payloads.split(",")) for f in run(contenders, kib, groups, repeat)]
-        stack.close()
+        cluster, handles = start_echo(groups, keys)
+        remotes = {lane: cluster.dispatcher(lane, Metrics()) for lane in names}
+        figures = [f for kib in map(int, payloads.split(",")) for f in run(remotes | floors, kib, groups, repeat)]
+        for remote in remotes.values():
+            remote.lane.close()
         import ray
 
         ray.get([handle.stop.remote() for handle in handles])
