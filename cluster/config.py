@@ -3,6 +3,7 @@
 The command line, OUTCROP_* variables, a YAML file and Serve's `args` are views of it.
 """
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -10,12 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from cluster.model_config import describe
 
 ENV_PREFIX = "OUTCROP_"
 Lane = Literal["auto", "object_ref", "zmq", "local"]
+# Ray refuses these names among custom resources.
+OWN_SETTING = {
+    "CPU": "cpus_per_front or cpus_per_replica",
+    "GPU": "gpus_per_front or gpus_per_replica",
+    "memory": "the pod's or machine's memory",
+    "object_store_memory": "the node's --object-store-memory",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +67,12 @@ class ClusterConfig(BaseModel):
     cpus_per_replica: float | None = Field(None, description="CPUs Ray reserves for an expert replica.", ge=0)
     gpus_per_front: float | None = Field(None, description="GPUs of a front; default 1 on cuda, else 0.", ge=0)
     gpus_per_replica: float | None = Field(None, description="GPUs of a replica; default 1 on cuda, else 0.", ge=0)
+    front_resources: dict[str, float] = Field(
+        {}, description="Custom Ray resources of a front, as JSON; fronts wait for nodes that have them."
+    )
+    replica_resources: dict[str, float] = Field(
+        {}, description="Custom Ray resources of a replica, as JSON; replicas wait for nodes that have them."
+    )
     threads_per_front: int | None = Field(None, description="CPU threads of a front.", ge=1)
     threads_per_replica: int | None = Field(None, description="CPU threads of an expert replica.", ge=1)
     load_timeout_s: float = Field(1800.0, description="Time an actor may take to load.", gt=0)
@@ -67,6 +81,27 @@ class ClusterConfig(BaseModel):
     max_choices: int = Field(16, description="Largest `n` times number of prompts.", ge=1)
     max_stop: int = Field(16, description="Most stop strings in a request.", ge=0)
     max_logprobs: int = Field(20, description="Most alternatives reported per token.", ge=0)
+
+    @field_validator("front_resources", "replica_resources", mode="before")
+    @classmethod
+    def _read_resources(cls, value: Any) -> Any:
+        """Flags and environment variables carry JSON text."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError('is not JSON: write it like {"outcrop_front": 1}') from None
+
+    @field_validator("front_resources", "replica_resources")
+    @classmethod
+    def _are_custom_resources(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, amount in value.items():
+            if name in OWN_SETTING:
+                raise ValueError(f"{name} is no custom resource: set {OWN_SETTING[name]}")
+            if not (0 < amount < 1 or (amount >= 1 and amount.is_integer())):
+                raise ValueError(f"{name}={amount:g} must be a share between 0 and 1, or a whole number (Ray's rule)")
+        return value
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "ClusterConfig":

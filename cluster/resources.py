@@ -1,7 +1,8 @@
 """What each actor gets of the machine: CPUs and GPUs for Ray's bookkeeping, threads for the computation."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from cluster.config import ClusterConfig, ConfigError
 
@@ -26,10 +27,15 @@ class ResourcePlan:
     gpus_per_replica: float
     threads_per_front: int
     threads_per_replica: int
+    front_resources: Mapping[str, float] = field(default_factory=dict)
+    replica_resources: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
     """Share the cluster so that every actor fits. Raises ConfigError if device=cuda and there are too few GPUs.
+
+    Whoever asks for custom resources has nodes that may still be joining, or that an autoscaler adds for actors that
+    wait: there the GPUs of this moment refuse nothing.
 
     Fronts and replicas compute in turn, so each kind may use all cores: threads are shared within a kind only.
     """
@@ -37,7 +43,8 @@ def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
     num_actors = config.fronts + num_replicas
     gpus_front, gpus_replica = _or(config.gpus_per_front, 1.0), _or(config.gpus_per_replica, 1.0)
     gpus_wanted = config.fronts * gpus_front + num_replicas * gpus_replica
-    if config.device == "cuda" and machine.cluster_gpus < gpus_wanted:
+    expects_nodes = bool(config.front_resources or config.replica_resources)
+    if config.device == "cuda" and machine.cluster_gpus < gpus_wanted and not expects_nodes:
         raise ConfigError(
             f"device='cuda' needs {gpus_wanted:g} GPUs for {config.fronts} fronts and {num_replicas} expert replicas, "
             f"the Ray cluster has {machine.cluster_gpus:g}: lower fronts, groups, replicas, gpus_per_front or "
@@ -54,6 +61,8 @@ def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
         gpus_per_replica=gpus_replica if use_gpus else config.gpus_per_replica or 0.0,
         threads_per_front=config.threads_per_front or _threads(machine, config.fronts),
         threads_per_replica=config.threads_per_replica or _threads(machine, max(1, num_replicas)),
+        front_resources=config.front_resources,
+        replica_resources=config.replica_resources,
     )
 
 

@@ -189,6 +189,7 @@ class Supervisor:
             lifetime="detached",
             num_cpus=resources.cpus_per_front if is_front else resources.cpus_per_replica,
             num_gpus=resources.gpus_per_front if is_front else resources.gpus_per_replica,
+            resources=dict(resources.front_resources if is_front else resources.replica_resources),
             max_restarts=0,
             max_task_retries=0,
         )
