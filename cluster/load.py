@@ -1,21 +1,64 @@
 """Load of experts: how many (token, choice) pairs each expert of each layer got. Plain lists, no Ray."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 
-from cluster.expert_map import ExpertMap
+from cluster.expert_map import ExpertMap, Homes
 
 Counts = Sequence[Sequence[int]]
+LayerHomes = tuple[tuple[int, ...], ...]
+
+NUM_STEPS = 30
+
+
+def group_loads(counts: Sequence[float], homes: LayerHomes, num_groups: int) -> list[float]:
+    """Load of each group in one layer. The groups of an expert share its tokens evenly, as fronts alternate."""
+    loads = [0.0] * num_groups
+    for groups, count in zip(homes, counts, strict=True):
+        for group in groups:
+            loads[group] += count / len(groups)
+    return loads
+
+
+def layer_balancedness(counts: Sequence[float], homes: LayerHomes, num_groups: int) -> float:
+    """Mean/max load over groups: 1 is perfect, 1/groups is all on one. 1 without load."""
+    loads = group_loads(counts, homes, num_groups)
+    return sum(loads) / num_groups / max(loads) if any(loads) else 1.0
+
+
+def balancedness(counts: Counts, homes: Homes, num_groups: int) -> float:
+    """Mean over the layers that have load. 1 without load."""
+    ratios = [layer_balancedness(c, h, num_groups) for c, h in zip(counts, homes, strict=True) if any(c)]
+    return sum(ratios) / len(ratios) if ratios else 1.0
 
 
 class ExpertLoad:
-    """Sums the ever-growing counts of fronts; a front that is gone keeps its share."""
+    """Sums the ever-growing counts of fronts; a front that is gone keeps its share.
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    `counts` are those since the start. Balance is judged by `recent` ones: load of yesterday must not hold experts.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, window_s: float = 300.0) -> None:
         self.counts = [[0] * num_experts for _ in range(num_layers)]
+        self.window_s = window_s
         self._last: dict[str, Counts] = {}
+        # (time, counts), oldest first: what recent counts are counted from, and the next ones to count from.
+        self._marks: deque[tuple[float, Counts]] = deque()
 
-    def update(self, reports: Mapping[str, Counts]) -> None:
-        """Add what each front has counted since its last report. A restarted front counts from zero again."""
+    @property
+    def recent(self) -> list[list[int]]:
+        """Counts of about the last `window_s` seconds; it slides in steps of a thirtieth."""
+        if not self._marks:
+            return self.counts
+        base = self._marks[0][1]
+        return [[n - b for n, b in zip(row, rest, strict=True)] for row, rest in zip(self.counts, base, strict=True)]
+
+    def update(self, reports: Mapping[str, Counts], now: float) -> None:
+        """Add what each front has counted since its last report. A restarted front counts from zero again.
+
+        `now` is any clock in seconds that does not jump.
+        """
+        self._mark(now)
         for front, counts in reports.items():
             if not counts:
                 continue
@@ -28,13 +71,11 @@ class ExpertLoad:
             self._last[front] = counts
 
     def balancedness(self, expert_map: ExpertMap) -> float:
-        """Mean over layers of mean/max load over groups: 1 is perfect, 1/groups is all on one. 1 without load."""
-        ratios = []
-        for homes, counts in zip(expert_map.homes, self.counts, strict=True):
-            loads = [0.0] * expert_map.num_groups
-            for groups, count in zip(homes, counts, strict=True):
-                for group in groups:
-                    loads[group] += count / len(groups)
-            if any(loads):
-                ratios.append(sum(loads) / len(loads) / max(loads))
-        return sum(ratios) / len(ratios) if ratios else 1.0
+        """Of recent load: mean over layers of mean/max load over groups, see `balancedness`."""
+        return balancedness(self.recent, expert_map.homes, expert_map.num_groups)
+
+    def _mark(self, now: float) -> None:
+        if not self._marks or now - self._marks[-1][0] >= self.window_s / NUM_STEPS:
+            self._marks.append((now, tuple(tuple(row) for row in self.counts)))
+        while len(self._marks) > 1 and now - self._marks[1][0] >= self.window_s:
+            self._marks.popleft()
