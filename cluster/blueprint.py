@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError
 from cluster.expert_map import ExpertMap, contiguous_homes
-from cluster.messages import EngineOptions, FrontSpec, LaneKeys, ReplicaSpec
+from cluster.messages import EngineOptions, FrontSpec, LaneKeys, ReplicaSpec, Wanted
 from cluster.model_config import GraniteMoeConfig
 from cluster.resources import Machine, ResourcePlan, plan_resources
 
@@ -17,13 +17,32 @@ CPU_BLOCK, GPU_BLOCK = 16, 256
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """`expert_map` is version 0: homes without replicas."""
+    """`expert_map` is version 0: homes without replicas. `slots_per_layer` are places for experts in all groups."""
 
     resources: ResourcePlan
-    fronts: tuple[FrontSpec, ...]
-    replicas: tuple[ReplicaSpec, ...]
+    engine: EngineOptions
+    lane: str
+    lane_keys: LaneKeys | None
     expert_map: ExpertMap
-    max_model_len: int
+    wanted: Wanted
+    slots_per_layer: int
+    bytes_per_expert: int
+
+    def front(self, index: int) -> FrontSpec:
+        return FrontSpec(f"front-{index}", self.engine, self.lane, self.lane_keys)
+
+    def replica(self, group: int, index: int, expert_map: ExpertMap) -> ReplicaSpec:
+        """A replica that holds what the map has at home in its group."""
+        return ReplicaSpec(
+            f"expert-g{group}-r{index}",
+            group,
+            self.engine.model_path,
+            self.resources.device,
+            self.engine.dtype,
+            expert_map.experts_of(group),
+            self.resources.threads_per_replica,
+            self.lane_keys,
+        )
 
 
 def check_config(config: ClusterConfig, model: GraniteMoeConfig) -> ExpertMap:
@@ -61,11 +80,10 @@ def draw_blueprint(
     """`lane_keys` open the zmq lane; the lanes local and object_ref need none. Raises ConfigError."""
     expert_map = check_config(config, model)
     resources = plan_resources(config, machine)
-    dtype = served_dtype(config, model, checkpoint.dtype)
     engine = EngineOptions(
         model_path=str(model_dir),
         device=resources.device,
-        dtype=dtype,
+        dtype=served_dtype(config, model, checkpoint.dtype),
         max_model_len=max_model_len(config, model),
         block_size=config.block_size or (CPU_BLOCK if resources.device == "cpu" else GPU_BLOCK),
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * GIB),
@@ -76,19 +94,14 @@ def draw_blueprint(
         enable_prefix_caching=config.enable_prefix_caching,
         num_threads=resources.threads_per_front,
     )
-    fronts = tuple(FrontSpec(f"front-{i}", engine, config.lane, lane_keys) for i in range(config.fronts))
-    replicas = tuple(
-        ReplicaSpec(
-            f"expert-g{group}-r{index}",
-            group,
-            str(model_dir),
-            resources.device,
-            dtype,
-            expert_map.experts_of(group),
-            resources.threads_per_replica,
-            lane_keys,
-        )
-        for group in range(0 if config.lane == "local" else config.groups)
-        for index in range(config.replicas)
+    num_replicas = 0 if config.lane == "local" else config.replicas
+    return Blueprint(
+        resources,
+        engine,
+        config.lane,
+        lane_keys,
+        expert_map,
+        Wanted(config.fronts, (num_replicas,) * config.groups),
+        model.num_local_experts + config.redundant_experts,
+        checkpoint.bytes_per_expert,
     )
-    return Blueprint(resources, fronts, replicas, expert_map, engine.max_model_len)

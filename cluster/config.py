@@ -49,6 +49,17 @@ class ClusterConfig(BaseModel):
     fronts: int = Field(1, description="Front actors (attention, router, KV cache).", ge=1, le=256)
     groups: int = Field(2, description="Expert groups; must divide the number of experts.", ge=1)
     replicas: int = Field(1, description="Expert replicas per group.", ge=1, le=256)
+    max_fronts: int = Field(8, description="Most fronts that scaling may ask for.", ge=1, le=256)
+    min_replicas: int = Field(1, description="Fewest expert replicas per group that scaling may ask for.", ge=1, le=256)
+    max_replicas: int = Field(8, description="Most expert replicas per group that scaling may ask for.", ge=1, le=256)
+    autoscale: bool = Field(False, description="Scale fronts and groups by load, between their limits.")
+    drain_timeout_s: float = Field(60.0, description="Time a leaving front has to finish its requests.", ge=0)
+    redundant_experts: int = Field(
+        0, description="Extra slots per layer, over all groups, for copies of hot experts; a multiple of groups.", ge=0
+    )
+    rebalance_interval_s: float | None = Field(None, description="Rebalance this often; default: on demand.", gt=0)
+    rebalance_threshold: float = Field(0.9, description="Balancedness that needs no rebalance.", ge=0, le=1)
+    load_window_s: float = Field(300.0, description="Age up to which expert load counts for balance.", gt=0)
     ingress_replicas: int = Field(1, description="HTTP ingress replicas.", ge=1, le=64)
     lane: Lane = Field("auto", description="How tokens travel to experts.")
 
@@ -109,6 +120,13 @@ class ClusterConfig(BaseModel):
             raise ValueError(
                 f"max_num_seqs={self.max_num_seqs} is more than max_num_batched_tokens={self.max_num_batched_tokens}: "
                 "a step computes at least one token of each running sequence"
+            )
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        if self.redundant_experts % self.groups:
+            raise ValueError(
+                f"redundant_experts={self.redundant_experts} is no multiple of groups={self.groups}: each group gets "
+                "the same number of slots"
             )
         if self.lane == "local" and (self.groups != 1 or self.replicas != 1):
             # One process holds everything: groups and replicas have no meaning there.

@@ -4,6 +4,7 @@ A slot is a place in the cluster, such as `expert-g0-r1`; each actor that fills 
 `expert-g0-r1.1` after a restart, and so on, so that nobody takes a new actor for the one that was lost.
 """
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from cluster.messages import (
     ActorReport,
     ActorState,
     FrontSpec,
-    LaneKeys,
     LoadProgress,
     ReadyReport,
     ReplicaSpec,
@@ -42,6 +42,8 @@ class Member:
     report: ActorReport | None = None
     num_restarts: int = 0
     restart_at: float | None = None
+    silent_since: float | None = None
+    work: asyncio.Task[None] | None = None  # what is bringing it up or draining it
     _pause: float = FIRST_PAUSE_S
 
     def __post_init__(self) -> None:
@@ -72,8 +74,29 @@ class Member:
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         self.report, self.handle = None, None
 
-    def share_keys(self, keys: LaneKeys) -> None:
-        self.spec = dataclasses.replace(self.spec, lane_keys=keys)
+    @property
+    def is_lost(self) -> bool:
+        """True until the successor of an actor that died is ready. A new member that still loads is not lost."""
+        return self.state == "dead" or (self.num_restarts > 0 and self.state in ("starting", "loading"))
+
+    def hear(self, report: ActorReport | None) -> float:
+        """Take in a report, or that none came; returns for how many seconds none has come."""
+        if report:
+            self.report, self.silent_since = report, None
+            return 0.0
+        if self.silent_since is None:
+            self.silent_since = self.clock()
+        return self.clock() - self.silent_since
+
+    def held(self, layer: int) -> tuple[int, ...]:
+        assert isinstance(self.spec, ReplicaSpec)
+        return self.spec.experts[layer]
+
+    def hold(self, layer: int, experts: tuple[int, ...]) -> None:
+        """Note that the replica now holds these experts of a layer."""
+        assert isinstance(self.spec, ReplicaSpec)
+        held = self.spec.experts
+        self.spec = dataclasses.replace(self.spec, experts=(*held[:layer], experts, *held[layer + 1 :]))
 
     @property
     def is_due(self) -> bool:
@@ -83,7 +106,8 @@ class Member:
         """A new actor for the slot is about to be started, under a name of its own."""
         self.num_restarts += 1
         self.spec = dataclasses.replace(self.spec, actor_id=f"{self.slot}.{self.num_restarts}")
-        self.restart_at, self.ready, self.progress = None, None, LoadProgress()
+        self.restart_at, self.silent_since = None, None
+        self.ready, self.progress = None, LoadProgress()
         self.enter("starting", f"restart {self.num_restarts}")
 
     def info(self, lane: str, map_version: int) -> ActorInfo:

@@ -225,6 +225,22 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class RebalanceReport:
+    """What a rebalance has done, or would do. `reason` says why nothing is changed, `error` what went wrong."""
+
+    is_dry_run: bool
+    balancedness_before: float = 1.0
+    balancedness_after: float = 1.0
+    layers: int = 0
+    experts_moved: int = 0
+    bytes_to_move: int = 0
+    reason: str = ""
+    error: str = ""
+    map_version: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
     """What an ingress needs to know of the cluster, published by the supervisor."""
 

@@ -34,13 +34,12 @@ class ResourcePlan:
 def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
     """Share the cluster so that every actor fits. Raises ConfigError if device=cuda and there are too few GPUs.
 
-    Whoever asks for custom resources has nodes that may still be joining, or that an autoscaler adds for actors that
-    wait: there the GPUs of this moment refuse nothing.
-
-    Fronts and replicas compute in turn, so each kind may use all cores: threads are shared within a kind only.
+    CPUs are shared as if all had been scaled up that may be: Ray must find room for them then. Fronts and replicas
+    compute in turn, so each kind may use all cores: threads are shared within a kind only.
     """
     num_replicas = 0 if config.lane == "local" else config.groups * config.replicas
-    num_actors = config.fronts + num_replicas
+    max_replicas = 0 if config.lane == "local" else config.groups * max(config.replicas, config.max_replicas)
+    most_actors = max(config.fronts, config.max_fronts) + max_replicas
     gpus_front, gpus_replica = _or(config.gpus_per_front, 1.0), _or(config.gpus_per_replica, 1.0)
     gpus_wanted = config.fronts * gpus_front + num_replicas * gpus_replica
     expects_nodes = bool(config.front_resources or config.replica_resources)
@@ -52,7 +51,7 @@ def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
         )
     use_gpus = config.device == "cuda" or (config.device == "auto" and machine.cluster_gpus >= gpus_wanted)
     # Two decimals down, so that the sum never exceeds what the cluster has.
-    share = max(0.01, min(1.0, math.floor(100 * machine.cluster_cpus / num_actors) / 100))
+    share = max(0.01, min(1.0, math.floor(100 * machine.cluster_cpus / most_actors) / 100))
     return ResourcePlan(
         device=config.device if use_gpus else "cpu",
         cpus_per_front=_or(config.cpus_per_front, share),

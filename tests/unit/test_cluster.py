@@ -11,6 +11,7 @@ from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.load import ExpertLoad
+from cluster.messages import Wanted
 from cluster.metrics import PREFIX, TABLE, Metrics, cumulative, exposition, merge
 from cluster.model_config import GraniteMoeConfig
 from cluster.resources import Machine, plan_resources
@@ -34,6 +35,9 @@ def test_every_setting_has_an_environment_twin() -> None:
         "dtype": "float32",
         "device": "cpu",
         "enable_prefix_caching": "false",
+        "redundant_experts": "2",
+        "front_resources": '{"a": 1}',
+        "replica_resources": '{"b": 1}',
     }
     for name in ClusterConfig.model_fields:
         environ = {f"OUTCROP_{name.upper()}": values.get(name, "1"), "OUTCROP_MODEL": "1"}
@@ -108,17 +112,26 @@ def test_integrity_notices_a_replica_twice() -> None:
 
 def test_load_adds_up_over_fronts_and_restarts() -> None:
     load = ExpertLoad(1, 4)
-    load.update({"f0": ((1, 0, 0, 3),), "f1": ((1, 1, 0, 0),)})
-    load.update({"f0": ((2, 0, 0, 4),)})
-    load.update({"f0": ((0, 1, 0, 0),), "f1": ()})  # f0 was restarted, f1 has not counted yet
+    load.update({"f0": ((1, 0, 0, 3),), "f1": ((1, 1, 0, 0),)}, now=0)
+    load.update({"f0": ((2, 0, 0, 4),)}, now=1)
+    load.update({"f0": ((0, 1, 0, 0),), "f1": ()}, now=2)  # f0 was restarted, f1 has not counted yet
     assert load.counts == [[3, 2, 0, 4]]
+
+
+def test_recent_load_forgets_what_is_older_than_the_window() -> None:
+    load = ExpertLoad(1, 2, window_s=30)
+    for second in range(100):
+        load.update({"f": ((min(second, 50), max(0, second - 50)),)}, now=second)
+        assert min(second, 30) <= sum(load.recent[0]) <= 31, "it slides in steps of a second"
+    assert load.counts == [[50, 49]]
+    assert load.recent[0][0] == 0
 
 
 def test_balancedness_is_mean_over_max_of_group_loads() -> None:
     expert_map = ExpertMap(0, 2, contiguous_homes(2, 4, 2))
     load = ExpertLoad(2, 4)
     assert load.balancedness(expert_map) == 1.0
-    load.update({"f": ((3, 3, 1, 1), (2, 2, 2, 2))})
+    load.update({"f": ((3, 3, 1, 1), (2, 2, 2, 2))}, now=0)
     assert load.balancedness(expert_map) == pytest.approx((4 / 6 + 1) / 2)
 
 
@@ -159,12 +172,14 @@ def test_the_blueprint_names_every_actor_and_its_experts() -> None:
     config = ClusterConfig(model="m", groups=2, replicas=2, fronts=2)
     stored = CheckpointInfo({}, "bfloat16", 0, 0, 0)
     blueprint = draw_blueprint(config, stored, Path("/m"), model, LAPTOP)
-    assert [f.actor_id for f in blueprint.fronts] == ["front-0", "front-1"]
-    assert [r.actor_id for r in blueprint.replicas] == ["expert-g0-r0", "expert-g0-r1", "expert-g1-r0", "expert-g1-r1"]
-    assert blueprint.replicas[2].experts == ((4, 5, 6, 7), (4, 5, 6, 7))
-    assert blueprint.fronts[0].engine.dtype == "bfloat16"
+    assert blueprint.wanted == Wanted(2, (2, 2))
+    assert blueprint.front(1).actor_id == "front-1"
+    replica = blueprint.replica(1, 0, blueprint.expert_map)
+    assert (replica.actor_id, replica.group) == ("expert-g1-r0", 1)
+    assert replica.experts == ((4, 5, 6, 7), (4, 5, 6, 7))
+    assert blueprint.engine.dtype == "bfloat16"
     local = ClusterConfig(model="m", lane="local")
-    assert draw_blueprint(local, stored, Path("/m"), model, LAPTOP).replicas == ()
+    assert draw_blueprint(local, stored, Path("/m"), model, LAPTOP).wanted == Wanted(1, (0,))
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.members import FIRST_PAUSE_S, LONGEST_PAUSE_S, STABLE_S, Member
-from cluster.messages import EngineOptions, FrontSpec, LaneKeys, ReadyReport, ReplicaSpec
+from cluster.messages import ActorReport, EngineOptions, FrontSpec, LaneKeys, ReadyReport, ReplicaSpec
 
 SPEC = ReplicaSpec("expert-g0-r1", 0, "/m", "cpu", "float32", ((0,),), 1)
 
@@ -60,7 +60,36 @@ def test_pauses_double_in_a_crash_loop_and_start_anew_after_a_long_life(member: 
 def test_specs_fit_whatever_the_actor_is_called() -> None:
     keys = LaneKeys(b"a", b"b", b"c", b"d")
     assert ReplicaSpec("expert-g0-r1.7", 0, "/m", "cpu", "float32", ((0,),), 1, keys).fits(SPEC)
-    assert not ReplicaSpec("expert-g0-r1", 0, "/m", "cpu", "float32", ((1,),), 1).fits(SPEC)
+    assert not ReplicaSpec("expert-g0-r1", 0, "/m", "cpu", "bfloat16", ((0,),), 1).fits(SPEC)
+
+
+def test_a_replica_fits_with_other_experts_since_it_can_be_told_to_hold_some() -> None:
+    assert ReplicaSpec("expert-g0-r1", 0, "/m", "cpu", "float32", ((1,),), 1).fits(SPEC)
+
+
+def test_fronts_fit_fronts() -> None:
+    keys = LaneKeys(b"a", b"b", b"c", b"d")
     engine = EngineOptions("/m", "cpu", "float32", 8, 4, None, 0.9, 8, 2, 2, True, 1)
     assert not FrontSpec("front-0", engine, "zmq").fits(SPEC)
     assert FrontSpec("front-0.1", engine, "zmq", keys).fits(FrontSpec("front-0", engine, "zmq"))
+
+
+def test_a_new_member_is_not_lost_while_it_loads_but_a_successor_is(member: Member, clock: Clock) -> None:
+    member.enter("loading")
+    assert not member.is_lost
+    ready(member)
+    member.bury("killed")
+    assert member.is_lost
+    member.renew()
+    assert member.is_lost
+    ready(member)
+    assert not member.is_lost
+
+
+def test_silence_is_timed_from_the_first_report_that_did_not_come(member: Member, clock: Clock) -> None:
+    assert member.hear(None) == 0
+    clock.now += 4
+    assert member.hear(None) == 4
+    assert member.hear(ActorReport("expert-g0-r1", 0, 0)) == 0
+    clock.now += 4
+    assert member.hear(None) == 0

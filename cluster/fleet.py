@@ -1,0 +1,291 @@
+"""The fleet: the actors that are there and the expert map that tells of them.
+
+It starts and ends actors, lets them join and leave the map, and tells fronts of each new map. What there should be,
+and when, is the supervisor's business.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+
+from cluster import ray_actors
+from cluster.blueprint import Blueprint
+from cluster.expert_map import Identity, ReplicaAddress
+from cluster.members import Member
+from cluster.messages import ActorKind, FrontSpec, ReplicaSpec, Sample, Wanted
+from cluster.metrics import Metrics, cumulative, merge
+from cluster.ray_actors import answer, first_line
+
+logger = logging.getLogger(__name__)
+
+REPORT_TIMEOUT_S = 2.0
+MAP_TIMEOUT_S = 5.0
+SETTLE_TIMEOUT_S = 35.0
+# A process that says nothing for this long is replaced.
+HUNG_S = 15.0
+STOP_S = 3.0
+DRAIN_PERIOD_S = 0.2
+# Ingresses learn within a second that a front takes no more requests, and have fetched its last outputs by then.
+DRAIN_GRACE_S = 1.5
+
+
+class Fleet:
+    def __init__(self, blueprint: Blueprint, namespace: str, metrics: Metrics) -> None:
+        self.blueprint = blueprint
+        self.namespace = namespace
+        self.metrics = metrics
+        self.members: list[Member] = []
+        self.expert_map = blueprint.expert_map
+        self.wanted = blueprint.wanted
+        self.gone: tuple[Sample, ...] = ()  # what actors that are no more have counted
+        # Held while a replica enters the map or a layer moves: nobody joins with experts that have just moved on.
+        self.placing = asyncio.Lock()
+
+    def of_kind(self, kind: ActorKind, state: str | None = None) -> list[Member]:
+        return [m for m in self.members if m.kind == kind and state in (None, m.state)]
+
+    def replicas(self, group: int, state: str | None = None) -> list[Member]:
+        return [m for m in self.of_kind("expert", state) if m.group == group]
+
+    # -- what there should be ------------------------------------------------------------------------------------
+
+    def set_wanted(self, wanted: Wanted) -> tuple[list[Member], list[Member]]:
+        """Add members that are missing, without starting them; returns (added, surplus)."""
+        self.wanted = wanted
+        added, surplus = self._fill("front", None, wanted.fronts)
+        for group, count in enumerate(wanted.replicas):
+            more, less = self._fill("expert", group, count)
+            added, surplus = added + more, surplus + less
+        self.members += added
+        return added, surplus
+
+    def _fill(self, kind: ActorKind, group: int | None, count: int) -> tuple[list[Member], list[Member]]:
+        staying = [m for m in self.members if m.kind == kind and m.group == group and m.state != "draining"]
+        used = {m.slot for m in self.members}
+        free = (spec for spec in self._specs(group) if spec.actor_id not in used)
+        added = [Member(next(free), kind) for _ in range(count - len(staying))]
+        # Those that don't serve go first, then the youngest slots.
+        staying.sort(key=lambda m: (m.state == "ready", -self.members.index(m)))
+        return added, staying[: max(0, len(staying) - count)]
+
+    def _specs(self, group: int | None) -> Iterator[FrontSpec | ReplicaSpec]:
+        return (self._spec(group, index) for index in itertools.count())
+
+    def _spec(self, group: int | None, index: int = 0) -> FrontSpec | ReplicaSpec:
+        return self.blueprint.front(index) if group is None else self.blueprint.replica(group, index, self.expert_map)
+
+    # -- adopting ------------------------------------------------------------------------------------------------
+
+    async def adopt(self) -> None:
+        """Keep the live actors that a supervisor before this one has left; end those that no slot wants."""
+        handles = ray_actors.named_actors(self.namespace)
+        identities = await asyncio.gather(*(_identity(handle) for handle in handles.values()))
+        found = {name: known for name, known in zip(handles, identities, strict=True) if known}
+        self._learn(list(found.values()))
+        self.set_wanted(self.wanted)
+        by_slot = {member.slot: member for member in self.members}
+        for name, handle in handles.items():
+            member, identity = by_slot.get(name.partition(".")[0]), found.get(name)
+            if member and identity and not member.handle and identity.spec.fits(member.spec):
+                await self._adopt_one(member, handle, identity)
+            else:
+                ray_actors.end(handle)
+
+    def _learn(self, identities: list[Identity]) -> None:
+        """Map, wanted numbers and keys of the predecessor, from the actors that fit the configuration."""
+        for known in identities:
+            spec = known.spec
+            if not spec.fits(self._spec(None if isinstance(spec, FrontSpec) else spec.group)):
+                continue
+            self.blueprint = replace(self.blueprint, lane_keys=spec.lane_keys)
+            if known.expert_map and known.expert_map.version > self.expert_map.version:
+                self.expert_map = known.expert_map
+                self.wanted = known.wanted or self.wanted
+
+    async def _adopt_one(self, member: Member, handle: Any, identity: Identity) -> None:
+        member.spec, member.handle = identity.spec, handle
+        member.num_restarts = int(member.spec.actor_id.partition(".")[2] or 0)
+        member.ready = identity.ready
+        if member.kind == "expert":
+            await self._align(member)
+        member.become_ready(identity.ready)
+        logger.info("%s of a predecessor is kept", member.spec.actor_id)
+
+    # -- one member's life ---------------------------------------------------------------------------------------
+
+    async def load(self, member: Member) -> None:
+        """Start the member's actor and let it load. Raises its own ConfigError or ModelError, or a RayError."""
+        if isinstance(member.spec, ReplicaSpec):  # experts may have moved since the spec was written
+            experts = self.expert_map.experts_of(member.spec.group)
+            member.spec = replace(member.spec, experts=experts)
+        member.handle = ray_actors.create(member, self.blueprint.resources, self.namespace)
+        started = time.time()
+        member.enter("loading", member.detail)
+        try:
+            member.ready = await member.handle.load.remote()
+        except RayError as error:
+            raise ray_actors.cause(error) from None
+        seconds = time.time() - started
+        if member.kind == "expert":
+            self.metrics.observe("replica_start_seconds", seconds)
+        logger.info("%s has loaded %d bytes in %.1f s", member.spec.actor_id, member.ready.weight_bytes, seconds)
+
+    async def join(self, member: Member) -> None:
+        """Let a member that has loaded serve: a replica enters the map, a front takes the map."""
+        assert member.ready is not None
+        if member.kind == "front":
+            await self._start_front(member)
+            return
+        async with self.placing:
+            await self._align(member)
+            member.become_ready(member.ready)
+            await self.publish()
+
+    async def _start_front(self, member: Member) -> None:
+        version = self.expert_map.version
+        await member.handle.start.remote(self.expert_map, self.wanted)
+        assert member.ready is not None
+        member.become_ready(member.ready)
+        if self.expert_map.version > version:  # it was not among those that heard of the new one
+            await self._tell_fronts([member])
+
+    async def _align(self, member: Member) -> None:
+        """Have a replica hold what the map has at home in its group."""
+        assert isinstance(member.spec, ReplicaSpec)
+        for layer, experts in enumerate(self.expert_map.experts_of(member.spec.group)):
+            if experts != member.spec.experts[layer]:
+                await member.handle.set_experts.remote(layer, experts)
+                member.hold(layer, experts)
+
+    async def retire(self, member: Member, drain_timeout_s: float) -> None:
+        """Take a member out of service without a failed request, then end it."""
+        was_ready = member.state == "ready"
+        member.enter("draining", "leaving")
+        if was_ready:
+            try:
+                await (self._drain_front(member, drain_timeout_s) if member.kind == "front" else self._leave_map())
+            except Exception as error:  # it may die while it leaves
+                logger.warning("%s did not drain: %s", member.spec.actor_id, first_line(error))
+        await self.close_lanes([member])
+        self.discard(member)
+
+    async def _leave_map(self) -> None:
+        await self.publish()
+        await self.settle()
+
+    async def _drain_front(self, member: Member, timeout_s: float) -> None:
+        """Wait until its last request has ended. What has not by then is replayed on another front."""
+        await answer(member.handle.drain.remote(), REPORT_TIMEOUT_S)
+        await asyncio.sleep(DRAIN_GRACE_S)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            await self._ask(member)
+            if member.state != "draining" or member.report is None or member.report.num_requests == 0:
+                break
+            member.detail = f"{member.report.num_requests} requests left"
+            await asyncio.sleep(DRAIN_PERIOD_S)
+        await asyncio.sleep(DRAIN_GRACE_S)
+
+    def discard(self, member: Member) -> None:
+        """End a member's actor, and forget the member but for what it has counted."""
+        self.kill(member)
+        self._keep_counters(member)
+        if member in self.members:
+            self.members.remove(member)
+        logger.info("%s has left", member.spec.actor_id)
+
+    def kill(self, member: Member) -> None:
+        if member.handle is not None:
+            ray_actors.end(member.handle)
+
+    def bury(self, member: Member, why: str) -> None:
+        """Note that a member's actor is dead."""
+        self._keep_counters(member)
+        member.bury(why)
+        self.metrics.inc("actor_restarts_total", kind=member.kind)
+        logger.warning("%s is lost: %s", member.spec.actor_id, member.detail)
+
+    def _keep_counters(self, member: Member) -> None:
+        if member.report:
+            self.gone = merge((self.gone, cumulative(member.report.samples)))
+
+    async def close_lanes(self, members: list[Member]) -> None:
+        """Let replicas remove the files of their sockets; a killed process can't."""
+        closing = [answer(m.handle.stop.remote(), STOP_S) for m in members if m.kind == "expert" and m.ready]
+        for result in await asyncio.gather(*closing, return_exceptions=True):
+            if isinstance(result, TimeoutError):
+                logger.warning("a replica did not close its lane in %g s", STOP_S)
+
+    # -- expert map ----------------------------------------------------------------------------------------------
+
+    async def publish(self) -> None:
+        """If the live replicas are not those of the map: next version, to every front that serves."""
+        live = tuple(
+            ReplicaAddress(m.spec.actor_id, m.group or 0, (("object_ref", m.spec.actor_id), *m.ready.endpoints))
+            for m in self.of_kind("expert", "ready")
+            if m.ready
+        )
+        if not self.expert_map.version or live != self.expert_map.replicas:
+            self.expert_map = self.expert_map.with_replicas(live)
+            logger.info("expert map version %d: %d replicas", self.expert_map.version, len(live))
+            await self.tell_fronts()
+
+    async def publish_homes(self, layer: int, homes: tuple[tuple[int, ...], ...]) -> None:
+        """The next version of the map, with other homes for a layer; returns when no front uses an older one."""
+        self.expert_map = self.expert_map.with_homes(layer, homes)
+        logger.info("expert map version %d: layer %d has moved", self.expert_map.version, layer)
+        await self.tell_fronts()
+        await self.settle()
+
+    async def tell_fronts(self) -> None:
+        self.expert_map.check_integrity()
+        await self._tell_fronts([*self.of_kind("front", "ready"), *self.of_kind("front", "draining")])
+
+    async def _tell_fronts(self, fronts: list[Member]) -> None:
+        telling = (answer(m.handle.set_expert_map.remote(self.expert_map, self.wanted), MAP_TIMEOUT_S) for m in fronts)
+        await asyncio.gather(*telling, return_exceptions=True)
+
+    async def settle(self) -> None:
+        """Wait until the step that each front was in has ended. Fronts that die or hang don't count."""
+        fronts = [*self.of_kind("front", "ready"), *self.of_kind("front", "draining")]
+        waiting = (answer(m.handle.settle.remote(), SETTLE_TIMEOUT_S) for m in fronts)
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    # -- reports -------------------------------------------------------------------------------------------------
+
+    async def collect(self) -> None:
+        """Ask every member that serves for its report; bury those that are dead."""
+        await asyncio.gather(*(self._ask(m) for m in self.members if m.state in ("ready", "draining")))
+
+    async def _ask(self, member: Member) -> None:
+        try:
+            member.hear(await answer(member.handle.report.remote(), REPORT_TIMEOUT_S))
+            if member.state == "ready":
+                member.detail = ""
+        except (TimeoutError, GetTimeoutError, ActorUnavailableError):
+            silent = member.hear(None)
+            member.detail = f"no answer for {silent:.0f} s"
+            if silent > HUNG_S:
+                self.kill(member)
+                self._lose(member, "hung")
+        except RayActorError as error:
+            self._lose(member, first_line(error))
+
+    def _lose(self, member: Member, why: str) -> None:
+        if member.state == "draining":
+            member.enter("dead", why)  # whoever drains it sees that, and discards it
+        elif member.state == "ready":
+            self.bury(member, why)
+
+
+async def _identity(handle: Any) -> Identity | None:
+    try:
+        return await answer(handle.identity.remote(), REPORT_TIMEOUT_S)  # type: ignore[no-any-return]
+    except (TimeoutError, RayError):
+        return None

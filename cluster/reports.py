@@ -1,0 +1,36 @@
+"""Cluster-wide metrics: what all processes have counted, as one text, and gauges of the fleet."""
+
+from typing import get_args
+
+from cluster.fleet import Fleet
+from cluster.load import ExpertLoad
+from cluster.messages import ActorState, Sample
+from cluster.metrics import Metrics, exposition, merge
+
+
+class Reports:
+    """`ingress` keeps the newest samples of each ingress; actors' samples come with their reports."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.ingress: dict[str, tuple[Sample, ...]] = {}
+
+    def exposition(self, fleet: Fleet | None, load: ExpertLoad | None) -> bytes:
+        """Prometheus text over all processes."""
+        actors: list[tuple[Sample, ...]] = []
+        if fleet:
+            self._publish_gauges(fleet)
+            actors = [fleet.gone, *(m.report.samples for m in fleet.members if m.report)]
+        if fleet and load:
+            self.metrics.set("expert_balancedness", load.balancedness(fleet.expert_map))
+        return exposition(merge([self.metrics.samples(), *actors, *self.ingress.values()]))
+
+    def _publish_gauges(self, fleet: Fleet) -> None:
+        self.metrics.set("expert_map_version", fleet.expert_map.version)
+        for group, wanted in enumerate(fleet.wanted.replicas):
+            self.metrics.set("expert_replicas_wanted", wanted, group=str(group))
+            for state in get_args(ActorState):
+                number = len(fleet.replicas(group, state))
+                self.metrics.set("expert_replicas", number, group=str(group), state=state)
+        for state in get_args(ActorState):
+            self.metrics.set("fronts", len(fleet.of_kind("front", state)), state=state)
