@@ -51,7 +51,7 @@ class Autoscaler:
         ready = [m.spec.actor_id for m in fleet.replicas(group, "ready")]
         busy = sum(totals.busy_seconds.get(r, 0.0) - last.busy_seconds.get(r, 0.0) for r in ready)
         utilisation = min(1.0, max(0.0, busy / (totals.at - last.at) / max(1, len(ready))))
-        limits = Limits(self.config.min_replicas, self.config.max_replicas)
+        limits = Limits(self.config.min_replicas, max(self.config.max_replicas, self.config.replicas))
         state = self._states.get(group, ScalingState())
         decision = scale_group(GroupSignals(utilisation, wanted, len(ready)), limits, state, totals.at, POLICY)
         self._states[group] = decision.state
@@ -68,7 +68,7 @@ class Autoscaler:
             fronts=fleet.wanted.fronts,
             ready=len(ready),
         )
-        limits = Limits(1, max(1, self.config.max_fronts))
+        limits = Limits(1, max(self.config.max_fronts, self.config.fronts))
         decision = scale_fronts(signals, limits, self._states.get(None, ScalingState()), totals.at, POLICY)
         self._states[None] = decision.state
         return decision.desired

@@ -1,10 +1,8 @@
 """The HTTP routes. Bodies are checked by deploy/openai, work is done by Service; here is only HTTP."""
 
-import hmac
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -16,8 +14,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from deploy.cluster_api import cluster_routes
 from deploy.front_client import Overloaded, Unavailable
 from deploy.generation import Generation, GenerationFailed
+from deploy.http import read_body, require_key, service_of
 from deploy.openai import errors
 from deploy.openai.choices import ChoiceDelta
 from deploy.openai.errors import APIError
@@ -29,7 +29,6 @@ from deploy.service import Service
 
 logger = logging.getLogger(__name__)
 
-MIB = 2**20
 PING_S = 15
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; HTTP has none
 
@@ -40,49 +39,13 @@ def create_api(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(open_routes)
     app.include_router(keyed_routes)
+    app.include_router(cluster_routes)
     app.add_exception_handler(APIError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(TaskCancelledError, _on_disconnect)
     app.add_exception_handler(Exception, _on_exception)
     return app
-
-
-def _service(request: Request) -> Service:
-    return request.app.state.service  # type: ignore[no-any-return]
-
-
-def require_key(request: Request) -> None:
-    """Compare the bearer key in constant time. Raises APIError (401)."""
-    key = _service(request).config.api_key
-    if key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if not given or scheme.lower() != "bearer":
-        raise errors.unauthorized(is_missing=True)
-    # Starlette reads headers as Latin-1; clients send the bytes of their UTF-8.
-    if not hmac.compare_digest(given.strip().encode("latin-1"), key.get_secret_value().encode()):
-        raise errors.unauthorized()
-
-
-async def read_body(request: Request) -> bytes:
-    """The JSON body, read no further than the limit. Raises APIError (413, 415)."""
-    # `curl -d` says it sends a form, and is served. A web page is not: by other types than JSON, any page could make
-    # a browser use a server in its reach without asking it first (CORS).
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json" and "origin" in request.headers:
-        raise errors.unsupported_media_type(media_type)
-    limit_mib = _service(request).config.max_body_mib
-    limit = int(limit_mib * MIB)
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
-        raise errors.too_large(limit_mib)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise errors.too_large(limit_mib)
-    return bytes(body)
 
 
 open_routes = APIRouter()
@@ -104,7 +67,7 @@ async def chat_completions(request: Request) -> Response:
 async def _answer(
     request: Request, body: Any, responder_class: Callable[..., CompletionResponder | ChatResponder]
 ) -> Response:
-    service = _service(request)
+    service = service_of(request)
     try:
         generation = await service.generate(body)
     except Overloaded:
@@ -163,13 +126,13 @@ async def _events(generation: Generation, responder: CompletionResponder | ChatR
 
 @keyed_routes.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_model_card(_service(request))]}
+    return {"object": "list", "data": [_model_card(service_of(request))]}
 
 
 @keyed_routes.get("/models/{model_id:path}")
 async def model(request: Request, model_id: str) -> dict[str, Any]:
-    _service(request).check_model(model_id)
-    return _model_card(_service(request))
+    service_of(request).check_model(model_id)
+    return _model_card(service_of(request))
 
 
 def _model_card(service: Service) -> dict[str, Any]:
@@ -183,34 +146,9 @@ def _model_card(service: Service) -> dict[str, Any]:
     }
 
 
-@keyed_routes.get("/cluster")
-async def cluster(request: Request) -> dict[str, Any]:
-    state = _service(request).state
-    rows = [asdict(actor) for actor in state.actors]
-    return {
-        "model": _service(request).config.model_name,
-        "state": state.state,
-        "phase": state.phase,
-        "error": state.error,
-        "started": state.started,
-        "map_version": state.map_version,
-        "kv_cache_tokens": state.kv_cache_tokens,
-        "fronts": [row for row in rows if row["kind"] == "front"],
-        "replicas": [row for row in rows if row["kind"] == "expert"],
-    }
-
-
-@keyed_routes.get("/experts")
-async def experts(request: Request) -> dict[str, Any]:
-    answer = await _service(request).supervisor.experts()
-    if not answer:
-        raise errors.unavailable("The expert map is not known yet")
-    return answer
-
-
 @open_routes.post("/tokenize")
 async def tokenize(request: Request) -> dict[str, Any]:
-    service, body = _service(request), parse_body(await read_body(request), TokenizeRequest)
+    service, body = service_of(request), parse_body(await read_body(request), TokenizeRequest)
     service.check_model(body.model)
     if body.messages is not None:
         text = service.render(body.messages, body.add_generation_prompt, body.continue_final_message)
@@ -223,7 +161,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
 
 @open_routes.post("/detokenize")
 async def detokenize(request: Request) -> dict[str, str]:
-    service, body = _service(request), parse_body(await read_body(request), DetokenizeRequest)
+    service, body = service_of(request), parse_body(await read_body(request), DetokenizeRequest)
     service.check_model(body.model)
     check_token_ids(body.tokens, service.model.vocab_size, "tokens")
     return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
@@ -237,7 +175,7 @@ async def show_version() -> dict[str, str]:
 @open_routes.get("/health")
 async def health(request: Request) -> JSONResponse:
     """200 only when a generation could succeed now."""
-    service = _service(request)
+    service = service_of(request)
     state = service.state
     content: dict[str, Any] = {"state": state.state, "phase": state.phase, "error": state.error}
     if not service.is_ready:
@@ -247,7 +185,7 @@ async def health(request: Request) -> JSONResponse:
 
 @open_routes.get("/metrics")
 async def metrics(request: Request) -> Response:
-    service = _service(request)
+    service = service_of(request)
     text = await service.supervisor.exposition(service.ingress_id, service.metrics.samples())
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig, load_config
-from cluster.messages import ClusterState, Sample
+from cluster.messages import ClusterState, RebalanceReport, Sample, Wanted
 from cluster.supervisor import Supervisor
 from deploy.api import create_api
 from deploy.demo import expand_demo
@@ -53,8 +53,16 @@ class SupervisorDeployment:
     async def state(self) -> ClusterState:
         return self.supervisor.state()
 
+    async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted:
+        return await self.supervisor.scale(fronts, group, replicas)
+
+    async def rebalance(self, dry_run: bool, force: bool) -> RebalanceReport:
+        return await self.supervisor.rebalance(dry_run, force)
+
     async def __del__(self) -> None:
-        # Serve calls this when the replica is stopped on purpose, not when it crashes.
+        # Serve calls this when the replica is stopped on purpose, not when it crashes. Ingresses end at the same time,
+        # and answer first what they have accepted.
+        await self.supervisor.finish()
         await self.supervisor.stop()
 
 
@@ -72,6 +80,12 @@ class _Link:
 
     async def experts(self) -> dict[str, Any]:
         return await self.handle.experts.remote()  # type: ignore[no-any-return]
+
+    async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted:
+        return await self.handle.scale.remote(fronts, group, replicas)  # type: ignore[no-any-return]
+
+    async def rebalance(self, dry_run: bool, force: bool) -> RebalanceReport:
+        return await self.handle.rebalance.remote(dry_run, force)  # type: ignore[no-any-return]
 
 
 @serve.deployment(

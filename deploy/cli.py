@@ -1,4 +1,4 @@
-"""`outcrop serve | chat | status | check`."""
+"""`outcrop serve | chat | status | scale | rebalance | check`."""
 
 import json
 import os
@@ -8,27 +8,15 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.model_config import ModelError
+from deploy.cli_cluster import rebalance, scale, status
+from deploy.cli_http import DEFAULT_URL, Key, Url, connect, console, fail, message_of
 from deploy.demo import expand_demo
 from deploy.flags import with_config_flags
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
-
-Url = Annotated[str, typer.Option(help="Address of the server.", envvar="OUTCROP_URL")]
-Key = Annotated[str | None, typer.Option(help="API key.", envvar="OUTCROP_API_KEY")]
-DEFAULT_URL = "http://127.0.0.1:8000"
-
-
-def _fail(message: str) -> typer.Exit:
-    errors.print("error:", style="bold red", end=" ")
-    errors.print(message, soft_wrap=True, markup=False)
-    return typer.Exit(1)
 
 
 def _load(config_file: Path | None, settings: dict[str, Any]) -> ClusterConfig:
@@ -46,7 +34,7 @@ def serve(config_file: Path | None, **settings: Any) -> None:
     try:
         serve_model(_load(config_file, settings))
     except (ConfigError, ModelError, StartError) as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
 
 
 @app.command()
@@ -59,7 +47,7 @@ def check(config_file: Path | None, **settings: Any) -> None:
         config = _load(config_file, settings)
         found = check_everything(config)
     except (ConfigError, ModelError) as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     console.print(
         f"{config.model_name}: {found.info.total_bytes / 2**20:,.1f} MiB, {found.info.dtype}; {map_line(config, found)}"
     )
@@ -74,7 +62,7 @@ def chat(
 ) -> None:
     """Chat with a running server. An empty line or Ctrl-D ends it."""
     messages = [{"role": "system", "content": system}] if system else []
-    with _client(url, api_key) as client:
+    with connect(url, api_key) as client:
         while question := quick or _ask():
             messages.append({"role": "user", "content": question})
             answer = ""
@@ -99,55 +87,19 @@ def _stream_chat(client: httpx.Client, messages: list[dict[str, str]]) -> Iterat
     try:
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
-                raise _fail(_message(response.read()))
+                raise fail(message_of(response.read()))
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
-                        raise _fail(event["error"]["message"])
+                        raise fail(event["error"]["message"])
                     yield from (choice["delta"].get("content") or "" for choice in event["choices"])
     except httpx.HTTPError as error:
-        raise _fail(f"{client.base_url} does not answer: {error}") from None
+        raise fail(f"{client.base_url} does not answer: {error}") from None
 
 
-def _message(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")
-
-
-@app.command()
-def status(url: Url = DEFAULT_URL, api_key: Key = None) -> None:
-    """Show fronts, expert replicas and the load of experts."""
-    with _client(url, api_key) as client:
-        cluster = _get(client, "/v1/cluster")
-        console.print(
-            f"{cluster['model']}: {cluster['state']} ({cluster['phase']}), map version {cluster['map_version']}"
-        )
-        table = Table("id", "group", "state", "node", "pid", "gpu", "lane", "tokens")
-        for row in cluster["fronts"] + cluster["replicas"]:
-            group = "-" if row["group"] is None else str(row["group"])
-            cells = (row["id"], group, row["state"], row["node"], str(row["pid"]), row["gpu"], row["lane"])
-            table.add_row(*cells, f"{row['tokens']:,}")
-        console.print(table)
-        if cluster["map_version"]:
-            console.print(f"balancedness {_get(client, '/v1/experts')['balancedness']:.3f} (mean/max load over groups)")
-
-
-def _get(client: httpx.Client, path: str) -> Any:
-    try:
-        response = client.get(path)
-    except httpx.HTTPError as error:
-        raise _fail(f"{client.base_url} does not answer: {error}") from None
-    if response.status_code != 200:
-        raise _fail(_message(response.content))
-    return response.json()
-
-
-def _client(url: str, api_key: str | None) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10.0, read=600.0), trust_env=False)
+for command in (status, scale, rebalance):
+    app.command()(command)
 
 
 def main() -> None:

@@ -87,6 +87,7 @@ class _Front:
     aborts: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     streams: dict[str, OutputStream] = field(default_factory=dict)
     outstanding_tokens: int = 0
+    is_draining: bool = False
 
     def add(self, stream: OutputStream) -> None:
         self.streams[stream.request.request_id] = stream
@@ -108,8 +109,9 @@ class FrontClient:
         self._replays: set[asyncio.Task[None]] = set()
 
     def update(self, state: ClusterState) -> None:
-        """Talk to exactly the fronts that the supervisor says are ready."""
-        for name in state.fronts:
+        """Talk to exactly the fronts that the supervisor says serve; those that drain get no new requests."""
+        serving = {*state.fronts, *state.draining}
+        for name in serving:
             if name not in self._fronts:
                 try:
                     front = _Front(name, ray.get_actor(name, state.namespace))
@@ -118,12 +120,18 @@ class FrontClient:
                 front.tasks = asyncio.create_task(self._poll(front)), asyncio.create_task(self._send_aborts(front))
                 self._fronts[name] = front
                 self._fronts_changed.set()
-        for name in set(self._fronts) - set(state.fronts):
+            self._fronts[name].is_draining = name in state.draining
+        for name in set(self._fronts) - serving:
             self._drop(self._fronts[name], "left the cluster")
 
     @property
     def is_available(self) -> bool:
-        return bool(self._fronts)
+        return bool(self._open_fronts())
+
+    def _open_fronts(self) -> list[_Front]:
+        """Those that take requests, the least loaded first."""
+        fronts = (front for front in self._fronts.values() if not front.is_draining)
+        return sorted(fronts, key=lambda front: front.outstanding_tokens)
 
     async def submit(
         self, request_id: str, prompt_token_ids: tuple[int, ...], params: SamplingParams
@@ -135,13 +143,13 @@ class FrontClient:
         stream = OutputStream(GenerationRequest(request_id, self.ingress_id, prompt_token_ids, params))
         deadline = time.monotonic() + FRONT_WAIT_S
         while not await self._place(stream):
-            if self._fronts:
+            if self.is_available:
                 raise Overloaded
             await self._wait_for_front(deadline)
         return stream
 
     async def _place(self, stream: "OutputStream") -> bool:
-        for front in sorted(self._fronts.values(), key=lambda f: f.outstanding_tokens):
+        for front in self._open_fronts():
             if await self._offer(front, stream):
                 return True
         return False
@@ -167,6 +175,7 @@ class FrontClient:
             return False
         if not answer.accepted or self._fronts.get(front.name) is not front:  # it was lost since it has answered
             front.remove(stream)
+            front.is_draining |= answer.reason == "draining"
             return False
         stream.on_close = lambda: self._close(front, stream)
         if stream.is_closed:  # by its client, while a replay was being handed over
@@ -226,7 +235,7 @@ class FrontClient:
             if await self._place(stream):
                 return
             try:
-                await (asyncio.sleep(FULL_PAUSE_S) if self._fronts else self._wait_for_front(deadline))
+                await (asyncio.sleep(FULL_PAUSE_S) if self.is_available else self._wait_for_front(deadline))
             except Unavailable:
                 stream.fail(f"no front has come back within {FRONT_WAIT_S:g} s")
                 return

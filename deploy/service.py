@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cluster.blueprint import max_model_len
 from cluster.config import ClusterConfig
-from cluster.messages import ClusterState
+from cluster.messages import ClusterState, RebalanceReport, Wanted
 from cluster.metrics import Metrics
 from cluster.model_config import read_model_config
 from deploy.front_client import FrontClient
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 STARTING_PERIOD_S = 0.2
 READY_PERIOD_S = 1.0
+REFRESH_TIMEOUT_S = 5.0
 # Longer texts are tokenised in a thread, so that they don't hold up everyone's streams.
 LONG_TEXT = 10_000
 
@@ -35,6 +36,8 @@ class SupervisorLink(Protocol):
     async def push_samples(self, ingress_id: str, samples: tuple[Any, ...]) -> ClusterState: ...
     async def exposition(self, ingress_id: str, samples: tuple[Any, ...]) -> bytes: ...
     async def experts(self) -> dict[str, Any]: ...
+    async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted: ...
+    async def rebalance(self, dry_run: bool, force: bool) -> RebalanceReport: ...
 
 
 class Service:
@@ -56,12 +59,17 @@ class Service:
     async def _follow_state(self) -> None:
         """Keep the supervisor's view of the cluster here, so that no request has to ask for it."""
         while True:
-            try:
-                self.state = await self.supervisor.push_samples(self.ingress_id, self.metrics.samples())
-                self.client.update(self.state)
-            except Exception as error:
-                logger.warning("the supervisor does not answer: %s", error)
+            await self.refresh()
             await asyncio.sleep(READY_PERIOD_S if self.is_ready else STARTING_PERIOD_S)
+
+    async def refresh(self) -> None:
+        """Learn the state of the cluster now, unless the supervisor is silent: then the last one known stays."""
+        try:
+            async with asyncio.timeout(REFRESH_TIMEOUT_S):
+                self.state = await self.supervisor.push_samples(self.ingress_id, self.metrics.samples())
+            self.client.update(self.state)
+        except Exception as error:
+            logger.warning("the supervisor does not answer: %s", error or "timeout")
 
     @property
     def is_ready(self) -> bool:

@@ -98,6 +98,10 @@ def unavailable(reason: str, retry_after_s: int = 5) -> APIError:
     )
 
 
+def conflict(reason: str) -> APIError:
+    return APIError(409, reason, type="conflict_error", code="conflict")
+
+
 def internal(request_id: str) -> APIError:
     message = f"The server failed on request {request_id}; its log says why"
     return APIError(500, message, type="server_error", code="internal_error")
