@@ -84,6 +84,9 @@ class ClusterConfig(BaseModel):
     replica_resources: dict[str, float] = Field(
         {}, description="Custom Ray resources of a replica, as JSON; replicas wait for nodes that have them."
     )
+    ingress_resources: dict[str, float] = Field(
+        {}, description="Custom Ray resources of an ingress and of the supervisor, as JSON."
+    )
     threads_per_front: int | None = Field(None, description="CPU threads of a front.", ge=1)
     threads_per_replica: int | None = Field(None, description="CPU threads of an expert replica.", ge=1)
     load_timeout_s: float = Field(1800.0, description="Time an actor may take to load.", gt=0)
@@ -93,7 +96,7 @@ class ClusterConfig(BaseModel):
     max_stop: int = Field(16, description="Most stop strings in a request.", ge=0)
     max_logprobs: int = Field(20, description="Most alternatives reported per token.", ge=0)
 
-    @field_validator("front_resources", "replica_resources", mode="before")
+    @field_validator("front_resources", "replica_resources", "ingress_resources", mode="before")
     @classmethod
     def _read_resources(cls, value: Any) -> Any:
         """Flags and environment variables carry JSON text."""
@@ -104,7 +107,7 @@ class ClusterConfig(BaseModel):
         except ValueError:
             raise ValueError('is not JSON: write it like {"outcrop_front": 1}') from None
 
-    @field_validator("front_resources", "replica_resources")
+    @field_validator("front_resources", "replica_resources", "ingress_resources")
     @classmethod
     def _are_custom_resources(cls, value: dict[str, float]) -> dict[str, float]:
         for name, amount in value.items():

@@ -30,7 +30,6 @@ UNLIMITED = 1_000_000
     name="supervisor",
     num_replicas=1,
     max_ongoing_requests=1000,
-    ray_actor_options={"num_cpus": 0},
     graceful_shutdown_timeout_s=30,
     logging_config={"enable_access_log": False},
 )
@@ -91,7 +90,6 @@ class _Link:
 @serve.deployment(
     name="ingress",
     max_ongoing_requests=UNLIMITED,
-    ray_actor_options={"num_cpus": 0},
     graceful_shutdown_timeout_s=60,
     logging_config={"enable_access_log": False},
 )
@@ -115,8 +113,11 @@ def build(args: dict[str, Any]) -> Application:
     settings = config.model_dump(exclude_unset=True)
     if config.api_key is not None:
         settings["api_key"] = config.api_key.get_secret_value()
-    supervisor = SupervisorDeployment.bind(  # type: ignore[attr-defined]
+    placement = {"num_cpus": 0, "resources": config.ingress_resources}
+    supervisor = SupervisorDeployment.options(ray_actor_options=placement).bind(  # type: ignore[attr-defined]
         {k: v for k, v in settings.items() if k != "api_key"}
     )
-    ingress = IngressDeployment.options(num_replicas=config.ingress_replicas)  # type: ignore[attr-defined]
+    ingress = IngressDeployment.options(  # type: ignore[attr-defined]
+        num_replicas=config.ingress_replicas, ray_actor_options=placement
+    )
     return cast("Application", ingress.bind(settings, supervisor))

@@ -37,6 +37,7 @@ def test_every_setting_has_an_environment_twin() -> None:
         "enable_prefix_caching": "false",
         "redundant_experts": "2",
         "front_resources": '{"a": 1}',
+        "ingress_resources": '{"c": 1}',
         "replica_resources": '{"b": 1}',
     }
     for name in ClusterConfig.model_fields:
