@@ -19,6 +19,28 @@ class Stream:
     stall: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A row of the table. Stalls are the longest waits for a next event without and with the fault, in seconds."""
+
+    fault: str
+    num_requests: int
+    num_failed: int
+    usual_stall: float
+    stall: float
+
+
+def print_table(rows: list[Outcome]) -> None:
+    width = max(len(row.fault) for row in rows)
+    print(f"\n{'fault':{width}}  requests  failed  usual stall  longest  extra")
+    for row in rows:
+        extra = max(0.0, row.stall - row.usual_stall)
+        print(
+            f"{row.fault:{width}}  {row.num_requests:8d}  {row.num_failed:6d}  {row.usual_stall:9.2f} s"
+            f"  {row.stall:5.2f} s {extra:5.2f} s"
+        )
+
+
 class Load:
     """`num_clients` threads that stream the same greedy request again and again."""
 
@@ -55,6 +77,12 @@ class Load:
         for stream in self.streams:
             stream.stall = 0.0
         return longest
+
+    def check(self, expected: list[list[int]]) -> None:
+        """No request has failed, and every answer is the expected one of its prompt."""
+        assert self.errors == []
+        for i, stream in enumerate(self.streams):
+            assert all(answer == expected[i % len(expected)] for answer in stream.answers), f"client {i}"
 
     @property
     def num_requests(self) -> int:

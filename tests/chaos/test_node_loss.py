@@ -1,0 +1,95 @@
+"""A whole node is lost: several raylets on this machine, one of them killed with everything that runs on it."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.faults import is_whole
+from tests.chaos.load import Load, Outcome, print_table
+from tests.chaos.test_faults import CLIENTS, FLAGS, PROMPTS, TOKENS, expected, model_dir  # noqa: F401 - fixtures
+from tests.e2e.servers import clean_environment, eventually, free_port, serving, session
+
+RAY = Path(sys.executable).with_name("ray")
+ENV = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_max_direct_call_object_size": "4194304"}
+HEAD, EXPERTS = {"outcrop_head": 8}, {"outcrop_expert": 2}
+
+
+class Node:
+    """`ray start --block` in a session of its own."""
+
+    def __init__(self, *arguments: str, resources: dict[str, int]) -> None:
+        command = [RAY, "start", "--block", "--disable-usage-stats", "--num-cpus=4", "--object-store-memory=100000000"]
+        self.process = subprocess.Popen(
+            [*command, f"--resources={json.dumps(resources)}", *arguments],
+            env=clean_environment(ENV),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def kill(self) -> None:
+        """As if its power had gone: nothing of it can say goodbye."""
+        for process in session(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+@contextmanager
+def ray_nodes(num_expert_nodes: int) -> Iterator[tuple[str, list[Node], list[str]]]:
+    """Yields the cluster's address, its expert nodes, and the arguments that add another one."""
+    temp_dir, port = tempfile.mkdtemp(prefix="oc-", dir="/tmp"), free_port()
+    address = f"127.0.0.1:{port}"
+    head = ("--head", f"--port={port}", "--node-ip-address=127.0.0.1", f"--temp-dir={temp_dir}")
+    join = [f"--address={address}", "--node-ip-address=127.0.0.1"]
+    nodes = [Node(*head, "--include-dashboard=false", resources=HEAD)]
+    try:
+        eventually(lambda: is_listening(port), "the head node listens", 60)
+        nodes += [Node(*join, resources=EXPERTS) for _ in range(num_expert_nodes)]
+        yield address, nodes[1:], join
+    finally:
+        for node in reversed(nodes):
+            node.kill()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.timeout(400)
+def test_a_node_with_two_replicas_is_lost(model_dir: Path, expected: list[list[int]]) -> None:  # noqa: F811
+    on_head, on_experts = json.dumps({"outcrop_head": 1}), json.dumps({"outcrop_expert": 1})
+    flags = ["--groups", "2", "--replicas", "2", "--cpus-per-front", "0", "--cpus-per-replica", "0"]
+    flags += ["--front-resources", on_head, "--ingress-resources", on_head, "--replica-resources", on_experts]
+    with ray_nodes(2) as (address, nodes, join):  # noqa: SIM117 - the server is to end first, and visibly so
+        with serving(model_dir, *flags, *FLAGS, env=ENV | {"RAY_ADDRESS": address}) as server:
+            pids = {p.pid for p in session(nodes[0].process.pid)}
+            victims = [r["id"] for r in server.get("/v1/cluster").json()["replicas"] if r["pid"] in pids]
+            assert len(victims) == 2, "two replicas run on the node that will be lost"
+            with Load(server, CLIENTS, TOKENS, PROMPTS) as load:
+                load.wait_for(1)
+                load.take_stall()
+                load.wait_for(1)
+                usual = load.take_stall()
+                nodes[0].kill()
+                load.wait_for(3)
+                stall = load.take_stall()
+                nodes[0] = Node(*join, resources=EXPERTS)
+                eventually(lambda: is_whole(server), "the lost replicas are on the new node", 120)
+                load.wait_for(1)
+            print_table([Outcome("lose a node", load.num_requests, len(load.errors), usual, stall)])
+            load.check(expected)
+            server.wait_idle()
