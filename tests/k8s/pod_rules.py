@@ -1,0 +1,124 @@
+"""Rules for each pod by itself, see rules.py."""
+
+from collections.abc import Iterator
+
+from tests.k8s.manifests import Object, containers, one, pod_templates, ray_groups
+
+RAY_SETTINGS = {"OUTCROP_API_KEY", "RAY_max_direct_call_object_size"}
+STOP_MARGIN_S = 30
+DRAIN = "outcrop-drain"
+
+
+def pods_are_restricted(found: list[Object]) -> Iterator[str]:
+    """Namespaces that enforce the Pod Security Standard `restricted` refuse anything else, and so do we."""
+    for where, template in _pods(found):
+        pod = template["spec"].get("securityContext", {})
+        if not pod.get("runAsNonRoot") or pod.get("runAsUser") == 0:
+            yield f"{where}: may run as root"
+        if pod.get("seccompProfile", {}).get("type") != "RuntimeDefault":
+            yield f"{where}: no seccompProfile RuntimeDefault"
+        for container in containers(template):
+            if not _is_confined(container.get("securityContext", {})):
+                yield f"{where} {container['name']}: escalation is allowed or capabilities are kept"
+    for service in (each for each in found if each["kind"] == "RayService"):
+        cluster = service["spec"]["rayClusterConfig"]
+        added = cluster.get("autoscalerOptions", {}).get("securityContext", {})
+        if cluster.get("enableInTreeAutoscaling") and not _is_confined(added):
+            yield "autoscalerOptions.securityContext: the container that KubeRay adds to the head is not restricted"
+
+
+def _is_confined(context: Object) -> bool:
+    drops = context.get("capabilities", {}).get("drop", ())
+    return context.get("allowPrivilegeEscalation") is False and "ALL" in drops and not context.get("privileged")
+
+
+def containers_have_bounds(found: list[Object]) -> Iterator[str]:
+    """Ray counts a pod's CPUs, memory and GPUs from its limits; memory requested below its limit gets pods killed."""
+    for where, template in _pods(found):
+        for container in containers(template):
+            resources = container.get("resources", {})
+            requests, limits = resources.get("requests", {}), resources.get("limits", {})
+            if not {"cpu", "memory"} <= set(requests) or not {"cpu", "memory"} <= set(limits):
+                yield f"{where} {container['name']}: cpu and memory need requests and limits"
+            for name in (set(requests) | set(limits)) - {"cpu"}:
+                if (least := requests.get(name)) != (most := limits.get(name)):
+                    yield f"{where} {container['name']}: {name} is requested as {least} of {most}"
+
+
+def images_are_pinned(found: list[Object]) -> Iterator[str]:
+    """`latest`, or no tag, makes pods of one cluster differ: Ray refuses to connect other versions."""
+    for where, template in _pods(found):
+        for container in containers(template):
+            _, _, tag = container["image"].rpartition("/")[2].partition(":")
+            if tag in ("", "latest"):
+                yield f"{where} {container['name']}: image {container['image']} has no fixed tag"
+
+
+def services_leave_settings_alone(found: list[Object]) -> Iterator[str]:
+    """Kubernetes sets OUTCROP_* variables for a Service called outcrop-*; OUTCROP_* variables are settings."""
+    for where, template in _pods(found):
+        if template["spec"].get("enableServiceLinks") is not False:
+            yield f"{where}: enableServiceLinks is not false"
+
+
+def only_who_needs_it_may_ask_the_api_server(found: list[Object]) -> Iterator[str]:
+    """Only the autoscaler, in the head, has business with the API server."""
+    for service in (each for each in found if each["kind"] == "RayService"):
+        for name, group in ray_groups(service):
+            mounts = group["template"]["spec"].get("automountServiceAccountToken", True)
+            is_needed = name == "head" and bool(service["spec"]["rayClusterConfig"].get("enableInTreeAutoscaling"))
+            if mounts is not is_needed:
+                yield f"{name}: automountServiceAccountToken is {mounts}"
+
+
+def ray_containers_have_the_same_settings(found: list[Object]) -> Iterator[str]:
+    """Serve builds the application, which reads the API key, on any node; Ray's settings must agree on all nodes."""
+    for name, group in ray_groups(one(found, "RayService")):
+        missing = RAY_SETTINGS - {each["name"] for each in group["template"]["spec"]["containers"][0].get("env", ())}
+        if missing:
+            yield f"{name}: {', '.join(sorted(missing))} is not in the environment"
+
+
+def workers_say_when_they_are_ready(found: list[Object]) -> Iterator[str]:
+    """KubeRay's own probe asks for an HTTP proxy only: too little for pods that serve, never true for the others."""
+    for name, group in _workers(found):
+        wanted = "http" if _serves_http(group) else "node"
+        probe = group["template"]["spec"]["containers"][0].get("readinessProbe", {})
+        if probe.get("exec", {}).get("command") != ["outcrop-ready", wanted]:
+            yield f"{name}: the readiness probe is not `outcrop-ready {wanted}`"
+
+
+def pods_that_serve_drain(found: list[Object]) -> Iterator[str]:
+    """On SIGTERM Ray stops at once: preStop must wait for requests, and the grace period must be longer than that."""
+    for name, group in _workers(found):
+        pod = group["template"]["spec"]
+        hook = pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])
+        if _serves_http(group) and hook[0] != DRAIN:
+            yield f"{name}: serves HTTP and has no preStop that drains"
+        if pod.get("terminationGracePeriodSeconds", 30) < int(hook[-1]) + STOP_MARGIN_S:
+            yield f"{name}: terminationGracePeriodSeconds leaves no {STOP_MARGIN_S} s after a drain of {hook[-1]} s"
+
+
+def _pods(found: list[Object]) -> Iterator[tuple[str, Object]]:
+    for each in found:
+        yield from pod_templates(each)
+
+
+def _workers(found: list[Object]) -> Iterator[tuple[str, Object]]:
+    return (each for each in ray_groups(one(found, "RayService")) if each[0] != "head")
+
+
+def _serves_http(group: Object) -> bool:
+    return group["template"]["metadata"]["labels"].get("outcrop-http") == "true"
+
+
+RULES = (
+    pods_are_restricted,
+    containers_have_bounds,
+    images_are_pinned,
+    services_leave_settings_alone,
+    only_who_needs_it_may_ask_the_api_server,
+    ray_containers_have_the_same_settings,
+    workers_say_when_they_are_ready,
+    pods_that_serve_drain,
+)
