@@ -97,6 +97,14 @@ def test_the_operators_rules_are_the_same() -> None:
     assert yaml.safe_load((PROMETHEUS / "prometheusrule.yaml").read_text())["spec"] == RULES
 
 
+def test_the_operator_scrapes_the_pods_of_the_service() -> None:
+    spec = yaml.safe_load((PROMETHEUS / "podmonitor.yaml").read_text())["spec"]
+    service = yaml.safe_load((ROOT / "k8s/base/service.yaml").read_text())["spec"]
+    assert spec["selector"]["matchLabels"] == service["selector"]
+    (endpoint,), (port,) = spec["podMetricsEndpoints"], service["ports"]
+    assert (endpoint["port"], endpoint["path"]) == (port["targetPort"], "/metrics")
+
+
 def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
     section = OPERATIONS.partition("\n## Alerts\n")[2].partition("\n## ")[0]
     assert re.findall(r"^### (Outcrop\w+)$", section, re.MULTILINE) == list(ALERTS)
