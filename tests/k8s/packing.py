@@ -31,10 +31,10 @@ def _place(demand: Resources, pods: list[Resources]) -> bool:
 def _pods(service: Object, count: str) -> Iterator[Resources]:
     for name, group in ray_groups(service):
         if name != "head":
-            yield from [_offer(group)] * group.get(count, 0)
+            yield from [offer(group)] * group.get(count, 0)
 
 
-def _offer(group: Object) -> Resources:
+def offer(group: Object) -> Resources:
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     offer = {"CPU": _cpus(limits.get("cpu", "0")), "GPU": float(limits.get("nvidia.com/gpu", 0))}
     with suppress(AssertionError, ValueError):  # another rule says so

@@ -1,0 +1,98 @@
+"""The overlay `production` on a Ray of several nodes on this machine: prints where each actor has landed, as JSON.
+
+Nodes have the CPUs, GPUs (Ray takes our word for them) and custom resources that the worker groups' pods would have.
+The application comes from the overlay's serveConfigV2, with the demo model on the CPU and one of each kind. Nodes of
+fronts and experts join after the application has been deployed, as pods do.
+"""
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from tempfile import TemporaryDirectory
+
+import ray
+from ray import serve
+from ray._private.state import actors
+from ray.cluster_utils import Cluster
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from tests.k8s import serve_config
+from tests.k8s.manifests import Object, one, overlay, ray_groups
+from tests.k8s.packing import offer
+
+SMALL = {"model": "demo", "device": "cpu", "ingress_replicas": 1, "fronts": 1, "groups": 2, "replicas": 1}
+FEWER = {"min_replicas": 1, "threads_per_front": 1, "threads_per_replica": 1, "autoscale": False}
+STORE = 90 * 2**20
+READY_S = 120
+
+
+def main() -> None:
+    service = one(overlay("production"), "RayService")
+    groups = [group for name, group in ray_groups(service) if name != "head"]
+    with TemporaryDirectory(prefix="outcrop-", dir="/tmp") as temp_dir:  # short: paths of sockets have 107 characters
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "temp_dir": temp_dir}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            ray.init(cluster.address, log_to_driver=False)
+            names = {ray.nodes()[0]["NodeID"]: "head"}
+            _join(cluster, groups[:1], names)
+            port = _deploy(service)
+            _wait_for_health(port, 503)
+            _join(cluster, groups[1:], names)
+            _wait_for_health(port, 200)
+            print(json.dumps(_places(names)))
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def _join(cluster: Cluster, groups: list[Object], names: dict[str, str]) -> None:
+    for group in groups:
+        have = offer(group)
+        cpus, gpus = have.pop("CPU"), have.pop("GPU")
+        node = cluster.add_node(num_cpus=cpus, num_gpus=gpus, resources=have, object_store_memory=STORE)
+        names[node.node_id] = group["groupName"]
+
+
+def _deploy(service: Object) -> int:
+    config = serve_config.parsed(service)
+    config["applications"][0]["args"] |= SMALL | FEWER
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    del config["http_options"]
+    # What Ray's dashboard does with what KubeRay sends.
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+    return port
+
+
+def _wait_for_health(port: int, wanted: int) -> None:
+    deadline = time.monotonic() + READY_S
+    while (status := _health(port)) != wanted:
+        assert time.monotonic() < deadline, f"/health says {status}, not {wanted}"
+        time.sleep(0.5)
+
+
+def _health(port: int) -> int | None:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def _places(names: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for actor in actors().values():
+        if actor["State"] == "ALIVE":
+            found.setdefault(names[actor["Address"]["NodeID"]], []).append(actor["Name"] or actor["ActorClassName"])
+    return found
+
+
+if __name__ == "__main__":
+    main()
