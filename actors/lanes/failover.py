@@ -26,6 +26,8 @@ class Latency:
     def deadline(self, num_tokens: int) -> float:
         """Seconds after which a dispatch is hedged: a multiple of what such a dispatch takes."""
         bucket = num_tokens.bit_length()
+        if bucket in self._seconds:
+            return max(DEADLINE_FLOOR_S, DEADLINE_FACTOR * self._seconds[bucket])
         if not self._seconds:
             return FIRST_DEADLINE_S
         nearest = min(self._seconds, key=lambda known: (abs(known - bucket), known))

@@ -56,7 +56,7 @@ class Part:
         return len(self.x_PD)
 
 
-class LayerHomes:
+class HomeTable:
     """A layer's experts -> groups, for whole arrays of tokens at a time.
 
     Tokens of an expert with several homes are spread over them by a function of the token's own routing, so that what
@@ -81,7 +81,7 @@ class LayerHomes:
 
 
 def split(
-    layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, homes: "LayerHomes", map_version: int
+    layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, homes: "HomeTable", map_version: int
 ) -> list[Part]:
     """One part for each group that got a token, in the order of groups."""
     x_TD, gates_TK = x_TD.cpu(), gates_TK.cpu()
@@ -105,7 +105,7 @@ def split(
 
 
 def checked(frame: wire.Buffer, part: Part) -> Tensor:
-    """The partial sums of an answer. Raises NotHeldError or CorruptAnswerError."""
+    """The partial sums of an answer, float32, in memory of their own. Raises NotHeldError or CorruptAnswerError."""
     try:
         answer = wire.unpack_partial(frame)
     except wire.WireError as error:
@@ -117,6 +117,7 @@ def checked(frame: wire.Buffer, part: Part) -> Tensor:
         raise CorruptAnswerError(answer.text)
     if partial_PD.shape != part.x_PD.shape or partial_PD.dtype != part.x_PD.dtype:
         raise CorruptAnswerError(f"partial sums of shape {tuple(partial_PD.shape)}, {partial_PD.dtype}")
-    if not math.isfinite(float(partial_PD.sum(dtype=torch.float32))):
+    sums_PD = partial_PD.to(torch.float32, copy=True)
+    if not math.isfinite(float(sums_PD.sum())):
         raise CorruptAnswerError("partial sums are not finite")
-    return partial_PD
+    return sums_PD

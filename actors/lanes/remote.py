@@ -19,7 +19,7 @@ from actors.lanes import wire
 from actors.lanes.dispatcher import Dispatcher
 from actors.lanes.failover import Breaker, Latency
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
-from actors.lanes.parts import CorruptAnswerError, LayerHomes, NotHeldError, Part, Sent, checked, split
+from actors.lanes.parts import CorruptAnswerError, HomeTable, NotHeldError, Part, Sent, checked, split
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.metrics import Metrics
 
@@ -61,7 +61,7 @@ class RemoteDispatcher(Dispatcher):
         self._connecting = threading.Lock()
         self._map_changed = threading.Condition()
         self._map: ExpertMap | None = None
-        self._homes: list[LayerHomes] = []
+        self._homes: list[HomeTable] = []
         self._num_bytes: Counter[tuple[str, str]] = Counter()  # (lane, direction)
 
     @property
@@ -76,7 +76,7 @@ class RemoteDispatcher(Dispatcher):
                 return
             self.lane.connect(expert_map.replicas)  # may wait for a handshake: dispatches go on meanwhile
             self._breaker.keep_only({r.replica_id for r in expert_map.replicas})
-            homes = [LayerHomes(layer) for layer in expert_map.homes]
+            homes = [HomeTable(layer) for layer in expert_map.homes]
             with self._map_changed:
                 self._homes = homes
                 self._map = expert_map
@@ -111,7 +111,7 @@ class RemoteDispatcher(Dispatcher):
         for part in pending.parts:
             partial_PD = self._receive(part).to(device)
             if sum_TD is None and part.rows_P is None:
-                sum_TD = partial_PD.to(torch.float32, copy=True)
+                sum_TD = partial_PD  # nobody else has it: the sum may grow in it
                 continue
             if sum_TD is None:
                 sum_TD = torch.zeros_like(pending.like_TD, dtype=torch.float32)
@@ -149,6 +149,8 @@ class RemoteDispatcher(Dispatcher):
             for r in self._map.replicas_of(part.group)
             if r.replica_id not in part.tried and not self._breaker.is_open(r.replica_id)
         ]
+        if len(replicas) == 1:
+            return replicas[0]
         return min(
             replicas, key=lambda r: (self._outstanding[r.replica_id], self._num_sent[r.replica_id]), default=None
         )
@@ -238,7 +240,7 @@ class RemoteDispatcher(Dispatcher):
         if self._fallback is None:
             raise DispatchError(f"no replica of expert group {part.group} answers")
         self.metrics.inc("local_fallback_tokens_total", part.num_tokens)
-        return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK)
+        return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK).float()
 
     def _reroute(self, part: Part) -> Tensor:
         """The experts have moved: wait for the map that says where to, and dispatch the part by it."""
@@ -246,4 +248,4 @@ class RemoteDispatcher(Dispatcher):
             if not self._map_changed.wait_for(lambda: self.map_version > part.map_version, timeout=MAP_WAIT_S):
                 return self._compute_here(part)
         self.metrics.inc("failovers_total", reason="not_held")
-        return self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK))
+        return self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK)).float()

@@ -66,12 +66,12 @@ def unpack_dispatch(frame: Buffer) -> Dispatch:
     x_end = _DISPATCH.size + num_tokens * hidden * dtype.itemsize
     gates_end = x_end + num_tokens * top_k * dtype.itemsize
     _check_length(frame, gates_end + num_tokens * top_k * 2)
-    return Dispatch(
-        layer,
-        _tensor(frame, dtype, _DISPATCH.size, (num_tokens, hidden)),
-        _tensor(frame, dtype, x_end, (num_tokens, top_k)),
-        _tensor(frame, torch.int16, gates_end, (num_tokens, top_k)),
-    )
+    # One look at x and gates together, then two views: these few calls are all that a small message costs.
+    count = num_tokens * (hidden + top_k)
+    flat = torch.frombuffer(frame, dtype=dtype, count=count, offset=_DISPATCH.size)
+    x_TD = flat.as_strided((num_tokens, hidden), (hidden, 1))
+    gates_TK = flat.as_strided((num_tokens, top_k), (top_k, 1), num_tokens * hidden)
+    return Dispatch(layer, x_TD, gates_TK, _tensor(frame, torch.int16, gates_end, num_tokens, top_k))
 
 
 def pack_partial(partial_TD: Tensor, compute_seconds: float) -> bytes:
@@ -94,7 +94,7 @@ def unpack_partial(frame: Buffer) -> Partial:
     _check_sizes(num_tokens, hidden, 1)
     dtype = _dtype(code)
     _check_length(frame, _PARTIAL.size + num_tokens * hidden * dtype.itemsize)
-    partial_TD = _tensor(frame, dtype, _PARTIAL.size, (num_tokens, hidden))
+    partial_TD = _tensor(frame, dtype, _PARTIAL.size, num_tokens, hidden)
     return Partial(OK, partial_TD, -1, "", nanoseconds / 1e9)
 
 
@@ -123,9 +123,10 @@ def _check_length(frame: Buffer, expected: int) -> None:
         raise WireError(f"message of {len(frame)} bytes where its header says {expected}")
 
 
-def _tensor(frame: Buffer, dtype: torch.dtype, offset: int, shape: tuple[int, int]) -> Tensor:
-    return torch.frombuffer(frame, dtype=dtype, count=shape[0] * shape[1], offset=offset).view(shape)
+def _tensor(frame: Buffer, dtype: torch.dtype, offset: int, rows: int, columns: int) -> Tensor:
+    return torch.frombuffer(frame, dtype=dtype, count=rows * columns, offset=offset).view(rows, columns)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's bytes as an array, which join() reads where they are."""
+    return tensor.cpu().contiguous().view(torch.uint8).numpy()

@@ -9,7 +9,7 @@ import itertools
 import os
 import struct
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import zmq
@@ -23,6 +23,8 @@ NUMBER = struct.Struct("<Q")
 HELLO = b"hello"  # a body that asks the server for its name
 HANDSHAKE_S = 2.0
 LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+# How long a single read of the socket waits. Only then is the monitor asked: it would cost each answer another poll.
+SLICE_MS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +43,20 @@ class _Link:
     waiting: set[int] = field(default_factory=set)
     answers: dict[int, memoryview] = field(default_factory=dict)
     is_lost: bool = False
-    poller: zmq.Poller = field(default_factory=zmq.Poller)
 
-    def __post_init__(self) -> None:
-        self.poller.register(self.socket, zmq.POLLIN)
-        self.poller.register(self.monitor, zmq.POLLIN)
-
-    def take_in(self, ready: Container[zmq.Socket[bytes]]) -> None:
-        """Read an answer, or the news that the connection is gone, from those of the sockets that are ready."""
-        if self.socket in ready:
-            frames = self.socket.recv_multipart(copy=False)
-            if len(frames) == 2 and len(frames[0]) == NUMBER.size:
-                (number,) = NUMBER.unpack(frames[0].buffer)
-                if number in self.waiting:
-                    self.answers[number] = frames[1].buffer
-        elif self.monitor in ready:
-            recv_monitor_message(self.monitor)
-            self.is_lost = True
+    def take_in(self, *, wait: bool = False) -> None:
+        """Read an answer, or else the news that the connection is gone. If told to wait, for SLICE_MS at most."""
+        try:
+            frames = self.socket.recv_multipart(0 if wait else zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            if self.monitor.poll(0):
+                recv_monitor_message(self.monitor)
+                self.is_lost = True
+            return
+        if len(frames) == 2 and len(frames[0]) == NUMBER.size:
+            (number,) = NUMBER.unpack(frames[0].buffer)
+            if number in self.waiting:
+                self.answers[number] = frames[1].buffer
 
     def close(self) -> None:
         self.socket.disable_monitor()
@@ -100,6 +99,7 @@ class ZmqLane(Lane):
             return None
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
+        socket.rcvtimeo = SLICE_MS
         if endpoint.startswith("tcp:"):
             socket.curve_serverkey = self._keys.server_public
             socket.curve_publickey = self._keys.client_public
@@ -160,18 +160,18 @@ class ZmqLane(Lane):
             self._read(list(by_link), remaining)
 
     def _read(self, links: list[_Link], timeout_s: float) -> None:
-        """Take in what has come on one of the links; waits until something has, or the time is up."""
-        milliseconds = max(1, int(timeout_s * 1000)) if timeout_s else 0
-        if len(links) == 1:
-            links[0].take_in(dict(links[0].poller.poll(milliseconds)))
+        """Take in what has come on the links; waits until something has, or a slice or the time is over."""
+        if len(links) == 1 and 1000 * timeout_s >= SLICE_MS:
+            links[0].take_in(wait=True)
             return
         poller = zmq.Poller()
         for link in links:
             poller.register(link.socket, zmq.POLLIN)
             poller.register(link.monitor, zmq.POLLIN)
-        ready = dict(poller.poll(milliseconds))
+        ready = dict(poller.poll(max(1, int(timeout_s * 1000)) if timeout_s else 0))
         for link in links:
-            link.take_in(ready)
+            if link.socket in ready or link.monitor in ready:
+                link.take_in()
 
     def _link_of(self, ticket: Ticket) -> _Link | None:
         link = self._links.get(ticket.replica_id)

@@ -91,15 +91,18 @@ class ZmqServer:
 
     def _drain(self, poller: zmq.Poller) -> Iterator[_Waiting]:
         """Dispatches that wait now, a turn for each socket; ROUTER sockets take turns between their peers."""
-        if not poller.poll(STOP_CHECK_MS):
-            return
+        ready = [socket for socket, _ in poller.poll(STOP_CHECK_MS)]
         for _ in range(MAX_DRAIN):
-            ready = [socket for socket in self._sockets if int(socket.get(zmq.EVENTS)) & zmq.POLLIN]
             if not ready:
                 return
-            for socket in ready:
-                if message := self._parse(socket, socket.recv_multipart(copy=False)):
-                    yield message
+            for socket in tuple(ready):
+                try:
+                    frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
+                except zmq.Again:
+                    ready.remove(socket)
+                else:
+                    if message := self._parse(socket, frames):
+                        yield message
 
     def _parse(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> _Waiting | None:
         if len(frames) != 3 or len(frames[1]) != NUMBER.size:
