@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.chaos.faults import is_whole
+from tests.chaos.faults import pids as all_pids
 from tests.chaos.load import Load, Outcome, print_table
 from tests.chaos.test_faults import CLIENTS, FLAGS, PROMPTS, TOKENS, expected, model_dir  # noqa: F401 - fixtures
-from tests.e2e.servers import clean_environment, eventually, free_port, serving, session
+from tests.e2e.servers import Server, clean_environment, eventually, free_port, session
 
 RAY = Path(sys.executable).with_name("ray")
 ENV = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_max_direct_call_object_size": "4194304"}
@@ -56,7 +58,9 @@ def ray_nodes(num_expert_nodes: int) -> Iterator[tuple[str, list[Node], list[str
     nodes = [Node(*head, "--include-dashboard=false", resources=HEAD)]
     try:
         eventually(lambda: is_listening(port), "the head node listens", 60)
-        nodes += [Node(*join, resources=EXPERTS) for _ in range(num_expert_nodes)]
+        for number in range(num_expert_nodes):  # one by one: two at once may choose the same ports
+            nodes.append(Node(*join, resources=EXPERTS))
+            eventually(lambda: num_raylets(temp_dir) == number + 2, "the node has joined", 60)  # noqa: B023
         yield address, nodes[1:], join
     finally:
         for node in reversed(nodes):
@@ -69,13 +73,19 @@ def is_listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def num_raylets(temp_dir: str) -> int:
+    return len(list(Path(temp_dir).glob("session_latest/sockets/raylet*")))
+
+
 @pytest.mark.timeout(400)
 def test_a_node_with_two_replicas_is_lost(model_dir: Path, expected: list[list[int]]) -> None:  # noqa: F811
     on_head, on_experts = json.dumps({"outcrop_head": 1}), json.dumps({"outcrop_expert": 1})
     flags = ["--groups", "2", "--replicas", "2", "--cpus-per-front", "0", "--cpus-per-replica", "0"]
     flags += ["--front-resources", on_head, "--ingress-resources", on_head, "--replica-resources", on_experts]
-    with ray_nodes(2) as (address, nodes, join):  # noqa: SIM117 - the server is to end first, and visibly so
-        with serving(model_dir, *flags, *FLAGS, env=ENV | {"RAY_ADDRESS": address}) as server:
+    with ray_nodes(2) as (address, nodes, join):
+        server = Server(model_dir, *flags, *FLAGS, env=ENV | {"RAY_ADDRESS": address})
+        try:
+            server.wait_ready()
             pids = {p.pid for p in session(nodes[0].process.pid)}
             victims = [r["id"] for r in server.get("/v1/cluster").json()["replicas"] if r["pid"] in pids]
             assert len(victims) == 2, "two replicas run on the node that will be lost"
@@ -93,3 +103,9 @@ def test_a_node_with_two_replicas_is_lost(model_dir: Path, expected: list[list[i
             print_table([Outcome("lose a node", load.num_requests, len(load.errors), usual, stall)])
             load.check(expected)
             server.wait_idle()
+            actors = [*all_pids(server, "fronts"), *all_pids(server, "replicas")]
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(60) == 0, server.log
+            eventually(lambda: not any(map(psutil.pid_exists, actors)), "a cluster that is not ours is left as it was")
+        finally:
+            server.kill()
