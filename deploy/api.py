@@ -25,6 +25,7 @@ from deploy.openai.parsing import parse_body
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from deploy.openai.responses import SSE_DONE, ChatResponder, CompletionResponder, Usage, dump, sse
 from deploy.openai.sampling import check_token_ids
+from deploy.page import HEADERS, PAGE
 from deploy.service import Service
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,11 @@ def _model_card(service: Service) -> dict[str, Any]:
         "root": service.config.model,
         "max_model_len": service.max_model_len,
     }
+
+
+@open_routes.get("/")
+async def page() -> Response:
+    return Response(PAGE, media_type="text/html; charset=utf-8", headers=HEADERS)
 
 
 @open_routes.post("/tokenize")

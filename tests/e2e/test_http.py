@@ -60,7 +60,7 @@ class TestSmallEndpoints:
         ("method", "path", "status"),
         [
             ("GET", "/v1/nothing", 404),
-            ("POST", "/", 404),
+            ("POST", "/", 405),
             ("GET", "/v1/models/gpt-9", 404),
             ("GET", "/v1/models/%00%ff", 404),
             ("GET", COMPLETIONS, 405),
