@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 REPORT_TIMEOUT_S = 2.0
 MAP_TIMEOUT_S = 5.0
 SETTLE_TIMEOUT_S = 35.0
+LOAD_LAYER_S = 120.0
 # A process that says nothing for this long is replaced.
 HUNG_S = 15.0
 STOP_S = 3.0
@@ -160,7 +161,7 @@ class Fleet:
         assert isinstance(member.spec, ReplicaSpec)
         for layer, experts in enumerate(self.expert_map.experts_of(member.spec.group)):
             if experts != member.spec.experts[layer]:
-                await member.handle.set_experts.remote(layer, experts)
+                await answer(member.handle.set_experts.remote(layer, experts), LOAD_LAYER_S)
                 member.hold(layer, experts)
 
     async def retire(self, member: Member, drain_timeout_s: float) -> None:

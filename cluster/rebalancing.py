@@ -8,14 +8,12 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from cluster.expert_map import ExpertMap
-from cluster.fleet import Fleet
+from cluster.fleet import LOAD_LAYER_S, Fleet
 from cluster.members import Member
 from cluster.placement import Plan
 from cluster.ray_actors import answer
 
 logger = logging.getLogger(__name__)
-
-LOAD_TIMEOUT_S = 120.0
 
 
 class RebalanceError(RuntimeError):
@@ -74,5 +72,5 @@ def _holds_other(member: Member, layer: int, experts: list[tuple[int, ...]]) -> 
 
 async def _tell(member: Member, layer: int, experts: list[tuple[int, ...]]) -> Any:
     wanted = experts[member.group or 0]
-    await answer(member.handle.set_experts.remote(layer, wanted), LOAD_TIMEOUT_S)
+    await answer(member.handle.set_experts.remote(layer, wanted), LOAD_LAYER_S)
     member.hold(layer, wanted)

@@ -60,6 +60,9 @@ class Supervisor:
 
     def start(self) -> None:
         """Bring the cluster up in the background; state() tells how far it is."""
+        if ray_actors.named_actors(self.namespace):
+            # Requests go on with the fronts that ingresses know: nothing "starts".
+            self._enter("recovering", "looking for actors of a predecessor")
         self._spawn(self._bring_up())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -92,15 +95,17 @@ class Supervisor:
     async def _bring_up(self) -> None:
         try:
             async with asyncio.timeout(self.config.load_timeout_s):
-                self._fleet = Fleet(await self._draw_blueprint(), self.namespace, self.metrics)
-                self._enter("starting", "looking for actors of a predecessor")
-                await self._fleet.adopt()
-                await self._start_all(self._fleet)
+                fleet = self._fleet = Fleet(await self._draw_blueprint(), self.namespace, self.metrics)
+                await fleet.adopt()
+                if any(member.handle for member in fleet.members):
+                    await self._take_over(fleet)
+                else:
+                    await self._start_all(fleet)
         except Exception as error:
             await self._fail(error)
             return
-        self._enter("ready", "ready")
-        self._spawn(self._watch(self._fleet))
+        self._judge(fleet)
+        self._spawn(self._watch(fleet))
 
     async def _fail(self, error: Exception) -> None:
         told = isinstance(error, ConfigError | ModelError)
@@ -127,20 +132,27 @@ class Supervisor:
         self._load = ExpertLoad(model.num_hidden_layers, model.num_local_experts, self.config.load_window_s)
         return draw_blueprint(self.config, info, model_dir, model, ray_actors.machine(), keys)
 
+    async def _take_over(self, fleet: Fleet) -> None:
+        """Go on with what lives; the watch brings back what has died meanwhile."""
+        for member in fleet.members:
+            if member.handle is None:
+                member.bury("lost while nobody watched")
+        await fleet.publish()
+        await self._collect(fleet)
+
     async def _start_all(self, fleet: Fleet) -> None:
-        missing = [m for m in fleet.members if m.handle is None]
         self._enter("starting", "loading weights")
         progress = asyncio.create_task(self._follow_progress(fleet))
         try:
-            await asyncio.gather(*(fleet.load(m) for m in missing))
+            await asyncio.gather(*(fleet.load(m) for m in fleet.members))
         finally:
             progress.cancel()
-        for member in missing:  # all at once: the first map is complete
-            if member.kind == "expert" and member.ready:
-                member.become_ready(member.ready)
+        for member in fleet.of_kind("expert"):  # all at once: the first map is complete
+            assert member.ready is not None
+            member.become_ready(member.ready)
         await fleet.publish()
         self._enter("starting", "warming up")
-        await asyncio.gather(*(fleet.join(m) for m in missing if m.kind == "front"))
+        await asyncio.gather(*(fleet.join(m) for m in fleet.of_kind("front")))
         await self._collect(fleet)
 
     async def _follow_progress(self, fleet: Fleet) -> None:

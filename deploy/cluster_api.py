@@ -13,7 +13,7 @@ from deploy.openai import errors
 from deploy.openai.fields import refuse
 from deploy.openai.parsing import parse_body
 from deploy.openai.requests import Strict
-from deploy.service import Service
+from deploy.service import SERVING, Service
 
 cluster_routes = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
 
@@ -125,5 +125,5 @@ def _check_limits(name: str, number: int | None, least: int, most: int) -> None:
 
 
 def _check_running(service: Service) -> None:
-    if service.state.state not in ("ready", "degraded", "recovering"):
+    if service.state.state not in SERVING:
         raise errors.unavailable(f"The cluster is {service.state.state}: {service.state.phase}")

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 STARTING_PERIOD_S = 0.2
 READY_PERIOD_S = 1.0
+# "recovering": there may be no front for the moment, or the supervisor may not know yet which there are.
+SERVING = ("ready", "degraded", "recovering")
 REFRESH_TIMEOUT_S = 5.0
 # Longer texts are tokenised in a thread, so that they don't hold up everyone's streams.
 LONG_TEXT = 10_000
@@ -67,14 +69,15 @@ class Service:
         try:
             async with asyncio.timeout(REFRESH_TIMEOUT_S):
                 self.state = await self.supervisor.push_samples(self.ingress_id, self.metrics.samples())
-            self.client.update(self.state)
+            if self.state.fronts or self.state.state != "recovering":
+                self.client.update(self.state)  # a supervisor that has just been restarted may not know the fronts yet
         except Exception as error:
             logger.warning("the supervisor does not answer: %s", error or "timeout")
 
     @property
     def is_ready(self) -> bool:
         """True if a generation could succeed now."""
-        return self.state.state in ("ready", "degraded") and self.client.is_available
+        return self.state.state in SERVING and self.client.is_available
 
     async def generate(self, request: CompletionRequest | ChatCompletionRequest) -> Generation:
         """Check, tokenise and submit. Raises APIError, Overloaded or Unavailable."""
@@ -83,7 +86,7 @@ class Service:
         prompts = await self._prompts(request)
         plans = [self._plan(request, prompt, at, n) for at, prompt in enumerate(prompts) for n in range(request.n)]
         # Without a front for the moment, requests wait for the one that is being restarted.
-        if self.state.state not in ("ready", "degraded", "recovering"):
+        if self.state.state not in SERVING:
             raise unavailable(f"The model is not ready: {self.state.phase}")
         generation = Generation(plans, self.client, self.metrics)
         await generation.submit()
