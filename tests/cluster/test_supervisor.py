@@ -154,14 +154,16 @@ async def test_a_new_supervisor_keeps_the_actors_of_one_that_crashed(ray_session
         os.kill(pids["expert-g1-r0"], signal.SIGKILL)  # lost while nobody was watching
         second = Supervisor(first.config, first.namespace)
         second.start()
-        await until(lambda: second.state().state in ("ready", "failed"))
+        seen: set[str] = set()
+        await until(lambda: seen.add(second.state().state) is None and second.state().state in ("ready", "failed"))
         try:
             assert second.state().error is None
+            assert "starting" not in seen, "requests go on meanwhile"
             kept = {a.id: a.pid for a in second.state().actors}
             assert kept["front-0"] == pids["front-0"]
             assert kept["expert-g0-r0"] == pids["expert-g0-r0"]
-            assert kept["expert-g1-r0"] != pids["expert-g1-r0"]
-            assert second.state().map_version == 2
+            assert kept["expert-g1-r0.1"] != pids["expert-g1-r0"]
+            assert second.state().map_version == 3, "one without the lost replica, one with the new"
             await submit(front(second), "a", max_tokens=4)
             assert len(tokens((await collect(front(second)))["a"])) == 4
         finally:
