@@ -7,7 +7,7 @@ PORT ?= 8000
 CHECKPOINTS := checkpoints
 SHAPE ?= 1b-a400m
 
-.PHONY: serve test lint format chaos bench clean
+.PHONY: serve test lint format chaos chaos-long bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,9 @@ lint: $(VENV)/.installed-dev  ## Format, lint, types, import boundaries
 
 chaos: $(VENV)/.installed-dev  ## Break things under load and print what clients saw
 	$(BIN)/python -m pytest tests/chaos -s
+
+chaos-long: $(VENV)/.installed-dev  ## Half an hour of random faults, and what is left behind
+	CHAOS_SECONDS=1800 $(BIN)/python -m pytest tests/chaos/test_endurance.py -s
 
 $(CHECKPOINTS)/$(SHAPE)/config.json: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.make_checkpoint $(SHAPE) $(CHECKPOINTS)/$(SHAPE)

@@ -8,6 +8,7 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.metrics import PREFIX, TABLE
 from deploy.api import keyed_routes, open_routes
+from deploy.cluster_api import cluster_routes
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def test_operations_lists_every_metric_as_it_is_and_no_other() -> None:
 
 @pytest.mark.parametrize("text", [API, README], ids=["docs/api.md", "README.md"])
 def test_every_route_is_documented(text: str) -> None:
-    paths = {route.path for router in (open_routes, keyed_routes) for route in router.routes}  # type: ignore[attr-defined]
+    paths = {route.path for router in (open_routes, keyed_routes, cluster_routes) for route in router.routes}  # type: ignore[attr-defined]
     for path in paths:
         assert path.replace("{model_id:path}", "{id}") in text
 
