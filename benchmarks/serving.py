@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,18 +29,9 @@ import typer
 from benchmarks.lanes import expert_cluster, make_engine
 from benchmarks.report import environment, table
 from cluster.model_config import read_model_config
+from deploy.load_test import Results, percentile, stream_all
 
 START_S = 180
-
-
-@dataclass(slots=True)
-class Streams:
-    """What one round of concurrent streams saw, in seconds."""
-
-    seconds: float = 0.0
-    num_tokens: int = 0
-    first: list[float] = field(default_factory=list)
-    between: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,29 +77,6 @@ def prompt_of(number: int, length: int) -> list[int]:
     return [(7 * number + 13 * j) % 4000 + 300 for j in range(length)]
 
 
-async def stream_all(url: str, streams: int, prompt: int, tokens: int) -> Streams:
-    result = Streams()
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False, limits=limits) as client:
-        started = time.perf_counter()
-        await asyncio.gather(*(_stream(client, result, prompt_of(i, prompt), tokens) for i in range(streams)))
-        result.seconds = time.perf_counter() - started
-    return result
-
-
-async def _stream(client: httpx.AsyncClient, result: Streams, prompt: list[int], tokens: int) -> None:
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    last, is_first = time.perf_counter(), True
-    async with client.stream("POST", "/v1/completions", json=body | {"return_token_ids": True}) as response:
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            now = time.perf_counter()
-            (result.first if is_first else result.between).append(now - last)
-            last, is_first = now, False
-            result.num_tokens += sum(len(c["token_ids"]) for c in json.loads(line.removeprefix("data: "))["choices"])
-
-
 def offline_all(engine: Any, streams: int, prompt: int, tokens: int) -> float:
     """Seconds for the same requests in an engine in this process."""
     from cluster.messages import GenerationRequest, SamplingParams
@@ -124,24 +92,25 @@ def offline_all(engine: Any, streams: int, prompt: int, tokens: int) -> float:
 
 def measure(url: str, engine: Any, streams: int, prompt: int, tokens: int, rounds: int) -> Figure:
     offline_all(engine, min(streams, 2), prompt, 4)
-    asyncio.run(stream_all(url, min(streams, 2), prompt, 4))
-    http: list[Streams] = []
+    prompts = [prompt_of(i, prompt) for i in range(streams)]
+    asyncio.run(stream_all(url, prompts[:2], 4))
+    http: list[Results] = []
     ratios = []
     for _ in range(rounds):
         offline = offline_all(engine, streams, prompt, tokens)
-        http.append(asyncio.run(stream_all(url, streams, prompt, tokens)))
+        http.append(asyncio.run(stream_all(url, prompts, tokens)))
         assert http[-1].num_tokens == streams * tokens, "a stream was cut short"
         ratios.append(offline / http[-1].seconds)
-    first = sorted(1000 * s for round_ in http for s in round_.first)
-    between = sorted(1000 * s for round_ in http for s in round_.between)
+    first = [1000 * seconds for results in http for seconds in results.first]
+    between = [1000 * seconds for results in http for seconds in results.between]
     return Figure(
         streams,
         statistics.median(r.num_tokens / r.seconds for r in http),
         statistics.median(ratios),
-        first[len(first) // 2],
-        first[int(0.95 * (len(first) - 1))],
-        between[len(between) // 2],
-        between[int(0.95 * (len(between) - 1))],
+        percentile(first, 0.5),
+        percentile(first, 0.95),
+        percentile(between, 0.5),
+        percentile(between, 0.95),
     )
 
 

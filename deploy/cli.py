@@ -1,4 +1,4 @@
-"""`outcrop serve | chat | status | scale | rebalance | check`."""
+"""`outcrop serve | chat | status | scale | rebalance | bench | check`."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import typer
 
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.model_config import ModelError
+from deploy.cli_bench import bench
 from deploy.cli_cluster import rebalance, scale, status
 from deploy.cli_http import DEFAULT_URL, Key, Url, connect, console, fail, message_of
 from deploy.demo import expand_demo
@@ -98,7 +99,7 @@ def _stream_chat(client: httpx.Client, messages: list[dict[str, str]]) -> Iterat
         raise fail(f"{client.base_url} does not answer: {error}") from None
 
 
-for command in (status, scale, rebalance):
+for command in (status, scale, rebalance, bench):
     app.command()(command)
 
 

@@ -1,7 +1,9 @@
 """What operators do over HTTP and on the command line: scale, rebalance, look."""
 
+import json
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -95,3 +97,17 @@ def test_status_shows_every_actor(server: Server) -> None:
     for expected in ("front-0", "expert-g0-r0", "expert-g1-r0", "ready", "balancedness"):
         assert expected in shown.stdout
     assert outcrop(server, "scale").returncode == 1
+
+
+def test_bench_measures_a_server(server: Server, tmp_path: Path) -> None:
+    report = tmp_path / "bench.json"
+    sizes = ("--requests", "6", "--concurrency", "3", "--input-len", "9", "--output-len", "5")
+    done = outcrop(server, "bench", *sizes, "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    assert "6 requests in" in done.stdout
+    figures = json.loads(report.read_text())
+    assert (figures["output_tokens"], figures["failed"]) == (30, 0)
+    assert 0 < figures["milliseconds"]["ttft"]["p50"] <= figures["milliseconds"]["request"]["p99"]
+    refused = outcrop(server, "bench", "--input-len", "5000")
+    assert refused.returncode == 1
+    assert "--input-len=5000" in refused.stderr
