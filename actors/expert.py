@@ -14,6 +14,7 @@ import ray
 
 from actors.process import limit_threads, release_free_memory
 from cluster.expert_map import Identity
+from cluster.logs import set_up_logs
 from cluster.messages import ActorReport, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
 
@@ -30,6 +31,7 @@ class ExpertActor:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         limit_threads(spec.num_threads)
+        set_up_logs(spec.actor_id, spec.logs.style, spec.logs.level)
         self.spec = spec
         self.metrics = Metrics()
         self.replica: Replica | None = None

@@ -12,6 +12,7 @@ from actors.expert import where_am_i
 from actors.front_loop import FrontLoop, Mailbox
 from actors.process import limit_threads
 from cluster.expert_map import ExpertMap, Identity
+from cluster.logs import set_up_logs
 from cluster.messages import (
     ActorReport,
     FrontSpec,
@@ -29,6 +30,7 @@ POLL_S = 10.0
 class FrontActor:
     def __init__(self, spec: FrontSpec, namespace: str) -> None:
         limit_threads(spec.engine.num_threads)
+        set_up_logs(spec.actor_id, spec.logs.style, spec.logs.level)
         self.spec = spec
         self.loop = FrontLoop(spec, namespace)
         self.mailboxes: dict[str, Mailbox] = {}

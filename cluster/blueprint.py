@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError
 from cluster.expert_map import ExpertMap, contiguous_homes
-from cluster.messages import EngineOptions, FrontSpec, LaneKeys, ReplicaSpec, Wanted
+from cluster.messages import EngineOptions, FrontSpec, LaneKeys, LogOptions, ReplicaSpec, Wanted
 from cluster.model_config import GraniteMoeConfig
 from cluster.resources import Machine, ResourcePlan, plan_resources
 
@@ -23,13 +23,14 @@ class Blueprint:
     engine: EngineOptions
     lane: str
     lane_keys: LaneKeys | None
+    logs: LogOptions
     expert_map: ExpertMap
     wanted: Wanted
     slots_per_layer: int
     bytes_per_expert: int
 
     def front(self, index: int) -> FrontSpec:
-        return FrontSpec(f"front-{index}", self.engine, self.lane, self.lane_keys)
+        return FrontSpec(f"front-{index}", self.engine, self.lane, self.lane_keys, self.logs)
 
     def replica(self, group: int, index: int, expert_map: ExpertMap) -> ReplicaSpec:
         """A replica that holds what the map has at home in its group."""
@@ -42,6 +43,7 @@ class Blueprint:
             expert_map.experts_of(group),
             self.resources.threads_per_replica,
             self.lane_keys,
+            self.logs,
         )
 
 
@@ -100,6 +102,7 @@ def draw_blueprint(
         engine,
         config.lane,
         lane_keys,
+        LogOptions(config.log_format, config.log_level),
         expert_map,
         Wanted(config.fronts, (num_replicas,) * config.groups),
         model.num_local_experts + config.redundant_experts,

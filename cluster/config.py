@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from cluster.logs import Format, Level
 from cluster.model_config import describe
 
 ENV_PREFIX = "OUTCROP_"
@@ -90,6 +91,9 @@ class ClusterConfig(BaseModel):
     threads_per_front: int | None = Field(None, description="CPU threads of a front.", ge=1)
     threads_per_replica: int | None = Field(None, description="CPU threads of an expert replica.", ge=1)
     load_timeout_s: float = Field(1800.0, description="Time an actor may take to load.", gt=0)
+
+    log_level: Level = Field("info", description="Least level of Outcrop's own log lines.")
+    log_format: Format = Field("text", description="Log lines for people (text) or collectors (json).")
 
     max_body_mib: float = Field(8.0, description="Largest request body, in MiB.", gt=0)
     max_choices: int = Field(16, description="Largest `n` times number of prompts.", ge=1)

@@ -6,6 +6,8 @@ Knows no Ray, no torch and no HTTP. Token ids are plain ints, times are seconds,
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from cluster.logs import Format, Level
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 ActorKind = Literal["front", "expert"]
 ActorState = Literal["starting", "loading", "ready", "draining", "dead"]
@@ -116,6 +118,14 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class LogOptions:
+    """As set_up_logs (cluster/logs.py) takes them."""
+
+    style: Format = "text"
+    level: Level = "info"
+
+
+@dataclass(frozen=True, slots=True)
 class LaneKeys:
     """CURVE key pairs (Z85) of one application: replicas prove the server's, fronts the client's."""
 
@@ -131,6 +141,7 @@ class FrontSpec:
     engine: EngineOptions
     lane: str
     lane_keys: LaneKeys | None = None
+    logs: LogOptions = LogOptions()
 
     def fits(self, wanted: object) -> bool:
         """True if an actor with this spec can do the work of one with the other: names and keys don't matter."""
@@ -150,6 +161,7 @@ class ReplicaSpec:
     experts: tuple[tuple[int, ...], ...]
     num_threads: int
     lane_keys: LaneKeys | None = None
+    logs: LogOptions = LogOptions()
 
     def fits(self, wanted: object) -> bool:
         """As FrontSpec.fits. Experts don't matter either: an actor can be told to hold others."""

@@ -26,6 +26,7 @@ from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, Det
 from deploy.openai.responses import SSE_DONE, ChatResponder, CompletionResponder, Usage, dump, sse
 from deploy.openai.sampling import check_token_ids
 from deploy.page import HEADERS, PAGE
+from deploy.request_id import RequestId
 from deploy.service import Service
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def create_api(service: Service) -> FastAPI:
     """The whole application around one Service."""
     app = FastAPI(title="Outcrop", version=version("outcrop"), docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
+    app.add_middleware(RequestId)
     app.include_router(open_routes)
     app.include_router(keyed_routes)
     app.include_router(cluster_routes)
@@ -68,15 +70,15 @@ async def chat_completions(request: Request) -> Response:
 async def _answer(
     request: Request, body: Any, responder_class: Callable[..., CompletionResponder | ChatResponder]
 ) -> Response:
-    service = service_of(request)
+    service, request_id = service_of(request), request.state.request_id
     try:
-        generation = await service.generate(body)
+        generation = await service.generate(body, request_id)
     except Overloaded:
         service.metrics.inc("requests_failed_total", reason="overloaded")
         raise errors.overloaded() from None
     except Unavailable:
         raise errors.unavailable("No front serves now") from None
-    responder = responder_class(body, service.tokenizer, service.config.model_name)
+    responder = responder_class(body, service.tokenizer, service.config.model_name, request_id)
     if body.stream:
         return _EventStream(generation, responder)
     return await _whole(generation, responder)
@@ -88,7 +90,7 @@ async def _whole(generation: Generation, responder: CompletionResponder | ChatRe
         async for delta in generation.deltas():
             deltas[delta.index].append(delta)
     except GenerationFailed as error:
-        logger.error("request %s failed: %s", responder.id, error)
+        logger.error("request failed: %s", error, extra={"request_id": responder.request_id})
         raise errors.internal(responder.id) from None
     finally:
         generation.close()
@@ -121,7 +123,7 @@ async def _events(generation: Generation, responder: CompletionResponder | ChatR
             yield sse(responder.usage_chunk(Usage.of(generation.choices, responder.request.n)))
         yield SSE_DONE
     except GenerationFailed as error:
-        logger.error("request %s failed in its stream: %s", responder.id, error)
+        logger.error("request failed in its stream: %s", error, extra={"request_id": responder.request_id})
         yield sse(errors.internal(responder.id).body())
 
 
@@ -222,4 +224,4 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 
 async def _on_exception(request: Request, error: Exception) -> Response:
     logger.exception("unexpected error on %s %s", request.method, request.url.path, exc_info=error)
-    return _json_error(errors.internal(request.headers.get("x-request-id", "unknown")))
+    return _json_error(errors.internal(request.state.request_id))

@@ -4,7 +4,6 @@ Two deployments: the supervisor, one replica, that owns fronts and expert replic
 number of replicas, that speaks HTTP. Deleting the application stops what the supervisor started.
 """
 
-import logging
 from typing import Any, cast
 
 from fastapi import FastAPI
@@ -14,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig, load_config
+from cluster.logs import set_up_logs
 from cluster.messages import ClusterState, RebalanceReport, Sample, Wanted
 from cluster.supervisor import Supervisor
 from deploy.api import create_api
@@ -35,9 +35,10 @@ UNLIMITED = 1_000_000
 )
 class SupervisorDeployment:
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
-        logging.getLogger("cluster").setLevel(logging.INFO)
+        settings = ClusterConfig(**config)
+        set_up_logs("supervisor", settings.log_format, settings.log_level)
         namespace = f"outcrop-{serve.get_replica_context().app_name}"
-        self.supervisor = Supervisor(ClusterConfig(**config), namespace)
+        self.supervisor = Supervisor(settings, namespace)
         self.supervisor.start()
 
     async def push_samples(self, ingress_id: str, samples: tuple[Sample, ...]) -> ClusterState:
@@ -97,6 +98,7 @@ class _Link:
 class IngressDeployment:
     async def __init__(self, config: dict[str, Any], supervisor: Handle) -> None:  # type: ignore[misc]
         settings = ClusterConfig(**config)
+        set_up_logs("ingress", settings.log_format, settings.log_level)
         self.service = Service(settings, resolve_model(settings.model), _Link(supervisor))
 
     def __serve_build_asgi_app__(self) -> FastAPI:

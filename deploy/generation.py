@@ -1,6 +1,7 @@
 """One generation request: its prompts and choices, handed to fronts, their deltas merged as they come."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -10,6 +11,8 @@ from cluster.messages import SamplingParams
 from cluster.metrics import Metrics
 from deploy.front_client import FrontClient, OutputStream
 from deploy.openai.choices import Choice, ChoiceDelta
+
+logger = logging.getLogger(__name__)
 
 
 class GenerationFailed(RuntimeError):  # noqa: N818
@@ -28,8 +31,10 @@ class Plan:
 class Generation:
     """Start with submit(); then read deltas(); always close()."""
 
-    def __init__(self, plans: list[Plan], client: FrontClient, metrics: Metrics) -> None:
-        self.id = uuid.uuid4().hex
+    def __init__(self, plans: list[Plan], client: FrontClient, metrics: Metrics, request_id: str) -> None:
+        # Clients may send one id twice; fronts must not take the second request for the first.
+        self.id = f"{request_id}-{uuid.uuid4().hex[:8]}"
+        self.request_id = request_id
         self.choices = [plan.choice for plan in plans]
         self._plans = plans
         self._client = client
@@ -86,10 +91,17 @@ class Generation:
             if not delta.is_empty:
                 arrived.put_nowait(delta)
             if choice.finish_reason is not None:
-                self._metrics.observe("e2e_request_latency_seconds", time.monotonic() - self._started)
-                self._metrics.inc("request_success_total", finished_reason=choice.finish_reason)
+                self._finished(choice, choice.finish_reason)
                 break
         stream.close()
+
+    def _finished(self, choice: Choice, reason: str) -> None:
+        seconds = time.monotonic() - self._started
+        self._metrics.observe("e2e_request_latency_seconds", seconds)
+        self._metrics.inc("request_success_total", finished_reason=reason)
+        extra = {"request_id": self.request_id, "choice": choice.index, "finish_reason": reason}
+        tokens = {"prompt_tokens": len(choice.prompt_token_ids), "completion_tokens": choice.num_tokens}
+        logger.info("request finished", extra=extra | tokens | {"seconds": round(seconds, 3)})
 
     def _observe(self, last: float | None, has_token: bool) -> float | None:
         """Record the time since the last token; returns the time of this one."""

@@ -79,7 +79,7 @@ class Service:
         """True if a generation could succeed now."""
         return self.state.state in SERVING and self.client.is_available
 
-    async def generate(self, request: CompletionRequest | ChatCompletionRequest) -> Generation:
+    async def generate(self, request: CompletionRequest | ChatCompletionRequest, request_id: str) -> Generation:
         """Check, tokenise and submit. Raises APIError, Overloaded or Unavailable."""
         self.check_model(request.model)
         check_limits(request, self.config, self.model.vocab_size)
@@ -88,7 +88,7 @@ class Service:
         # Without a front for the moment, requests wait for the one that is being restarted.
         if self.state.state not in SERVING:
             raise unavailable(f"The model is not ready: {self.state.phase}")
-        generation = Generation(plans, self.client, self.metrics)
+        generation = Generation(plans, self.client, self.metrics, request_id)
         await generation.submit()
         return generation
 

@@ -60,8 +60,12 @@ class CompletionResponder:
     request: CompletionRequest
     tokenizer: Tokenizer
     model: str
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def id(self) -> str:
+        return f"cmpl-{self.request_id}"
 
     def response(self, choices: Iterable[Sequence[ChoiceDelta]], usage: Usage) -> Json:
         """The whole answer; `choices` holds the deltas of each choice."""
@@ -102,8 +106,12 @@ class ChatResponder:
     request: ChatCompletionRequest
     tokenizer: Tokenizer
     model: str
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def id(self) -> str:
+        return f"chatcmpl-{self.request_id}"
 
     def response(self, choices: Iterable[Sequence[ChoiceDelta]], usage: Usage) -> Json:
         """The whole answer; `choices` holds the deltas of each choice."""

@@ -79,7 +79,7 @@ FAULTS: dict[str, Fault] = {
     "kill one replica": lambda s: kill(pids(s, "replicas", 0)[0]),
     "kill one replica of each group": lambda s: kill(pids(s, "replicas", 0)[0], pids(s, "replicas", 1)[1]),
     "kill a whole group": lambda s: kill(*pids(s, "replicas", 1)),
-    "freeze one replica for 3 s": lambda s: freeze(pids(s, "replicas", 0)[0], 3),
+    "freeze one replica for 10 s": lambda s: freeze(pids(s, "replicas", 0)[0], 10),
     "kill one front of two": lambda s: kill(pids(s, "fronts")[0]),
     "kill all fronts": lambda s: kill(*pids(s, "fronts")),
     "kill the supervisor": lambda s: kill(supervisor_pid(s)),

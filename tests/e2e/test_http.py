@@ -195,3 +195,13 @@ async def test_24_requests_at_once_answer_as_each_alone(http: httpx.Client, serv
     assert [text_of(response) for response in together] == alone
     assert len(set(alone)) == 24
     server.wait_idle()
+
+
+def test_the_request_id_of_a_client_comes_back_and_a_bad_one_is_replaced(http: httpx.Client) -> None:
+    body = {"prompt": "Hi", "max_tokens": 2, "temperature": 0}
+    for _ in range(2):  # the same id twice is no mistake
+        answer = http.post("/v1/completions", json=body, headers={"X-Request-Id": "trace-7"})
+        assert answer.headers["x-request-id"] == "trace-7"
+        assert answer.json()["id"] == "cmpl-trace-7"
+    assert http.get("/v1/models", headers={"X-Request-Id": "a b"}).headers["x-request-id"] not in ("", "a b")
+    assert http.post("/v1/completions", json={}).headers["x-request-id"], "errors have one as well"

@@ -36,6 +36,8 @@ def test_every_setting_has_an_environment_twin() -> None:
         "device": "cpu",
         "enable_prefix_caching": "false",
         "redundant_experts": "2",
+        "log_level": "info",
+        "log_format": "json",
         "front_resources": '{"a": 1}',
         "ingress_resources": '{"c": 1}',
         "replica_resources": '{"b": 1}',
