@@ -16,7 +16,7 @@ from tests.chaos.load import Load, Outcome, print_table
 from tests.chaos.test_faults import CLIENTS, FLAGS, PROMPTS, TOKENS, expected, model_dir  # noqa: F401 - fixtures
 from tests.e2e.servers import Server, eventually, serving
 
-SECONDS = float(os.environ.get("CHAOS_SECONDS", "40"))
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "20"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 # Ray keeps idle workers and connections for a while; a leak grows with each fault.
 TOLERANCE = 1.25

@@ -71,7 +71,17 @@ def check(server: Server, expected: list[list[int]], name: str, fault: Fault) ->
     server.wait_idle()
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# Seconds each: the others are run by `make chaos`.
+SHORT = {
+    "kill one replica",
+    "kill a whole group",
+    "kill one front of two",
+    "kill a front, a replica and the supervisor",
+    "rebalance",
+}
+
+
+@pytest.mark.parametrize("fault", [f if f in SHORT else pytest.param(f, marks=pytest.mark.long) for f in FAULTS])
 def test_no_request_fails_and_no_token_changes(server: Server, expected: list[list[int]], fault: str) -> None:
     check(server, expected, fault, FAULTS[fault])
 
@@ -86,6 +96,8 @@ def test_the_only_replica_of_a_group_and_the_only_front(model_dir: Path, expecte
         assert server.metric("expert_tokens_total", group="0", replica="expert-g0-r0") > before, "it is used again"
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_one_replica_after_the_other(server: Server, expected: list[list[int]]) -> None:
     """20 in a row, each as soon as its predecessor's successor serves."""
 
@@ -97,6 +109,7 @@ def test_one_replica_after_the_other(server: Server, expected: list[list[int]]) 
     check(server, expected, "kill 20 replicas in a row", kill_many)
 
 
+@pytest.mark.long
 def test_over_object_refs(model_dir: Path, expected: list[list[int]]) -> None:
     with serving(model_dir, "--groups", "2", "--replicas", "2", "--lane", "object_ref", *FLAGS) as server:
         check(server, expected, "object_ref: kill one replica", lambda s: kill(pids(s, "replicas", 0)[0]))
