@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from actors.process import limit_threads, release_free_memory
+from actors.process import gently, limit_threads, release_free_memory
 from cluster.expert_map import Identity
 from cluster.logs import set_up_logs
 from cluster.messages import ActorReport, LoadProgress, ReadyReport, ReplicaSpec
@@ -30,7 +30,7 @@ class ExpertActor:
     """Computes one message at a time; calls of the group "control" are answered meanwhile."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
-        limit_threads(spec.num_threads)
+        gently(lambda: limit_threads(spec.num_threads))
         set_up_logs(spec.actor_id, spec.logs.style, spec.logs.level)
         self.spec = spec
         self.metrics = Metrics()
@@ -42,13 +42,20 @@ class ExpertActor:
 
     def load(self) -> ReadyReport:
         """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lane."""
+        started = time.monotonic()
+        self.replica = gently(self._read)
+        endpoints = self._listen(self.replica)
+        seconds = time.monotonic() - started
+        self.ready = ReadyReport(self.spec.actor_id, *where_am_i(), self._total, seconds, endpoints=endpoints)
+        return self.ready
+
+    def _read(self) -> "Replica":
         from actors.model.device import torch_device, torch_dtype
         from actors.model.loader import TensorReader, load_experts, read_layer_experts
         from actors.replica import Replica
         from cluster.checkpoint import check_checkpoint
         from cluster.model_config import read_model_config
 
-        started = time.monotonic()
         model_dir = Path(self.spec.model_path)
         config = read_model_config(model_dir)
         info = check_checkpoint(model_dir, config)
@@ -56,14 +63,10 @@ class ExpertActor:
         device, dtype = torch_device(self.spec.device), torch_dtype(self.spec.dtype)
         store = load_experts(model_dir, config, self.spec.experts, device, dtype, self._advance)
         reader = TensorReader(info, device, dtype, lambda _: None)
-        self.replica = Replica(
+        release_free_memory()
+        return Replica(
             self.spec, store, lambda layer, ids: read_layer_experts(reader, config, layer, ids), self.metrics
         )
-        release_free_memory()
-        endpoints = self._listen(self.replica)
-        seconds = time.monotonic() - started
-        self.ready = ReadyReport(self.spec.actor_id, *where_am_i(), self._total, seconds, endpoints=endpoints)
-        return self.ready
 
     def _advance(self, num_bytes: int) -> None:
         self._loaded += num_bytes
@@ -92,7 +95,8 @@ class ExpertActor:
     def set_experts(self, layer: int, ids: tuple[int, ...]) -> int:
         """See Replica.set_experts. The supervisor loads first, publishes second, retires third."""
         assert self.replica is not None
-        return self.replica.set_experts(layer, ids)
+        replica = self.replica
+        return gently(lambda: replica.set_experts(layer, ids))
 
     @ray.method(concurrency_group="control")
     def identity(self) -> Identity | None:

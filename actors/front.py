@@ -10,7 +10,7 @@ import time
 
 from actors.expert import where_am_i
 from actors.front_loop import FrontLoop, Mailbox
-from actors.process import limit_threads
+from actors.process import gently, limit_threads
 from cluster.expert_map import ExpertMap, Identity
 from cluster.logs import set_up_logs
 from cluster.messages import (
@@ -29,7 +29,7 @@ POLL_S = 10.0
 
 class FrontActor:
     def __init__(self, spec: FrontSpec, namespace: str) -> None:
-        limit_threads(spec.engine.num_threads)
+        gently(lambda: limit_threads(spec.engine.num_threads))
         set_up_logs(spec.actor_id, spec.logs.style, spec.logs.level)
         self.spec = spec
         self.loop = FrontLoop(spec, namespace)
@@ -41,7 +41,7 @@ class FrontActor:
     async def load(self) -> ReadyReport:
         """Read the front's weights and size its KV cache. Serving starts with start()."""
         started = time.monotonic()
-        weight_bytes, kv_tokens, kv_bytes = await asyncio.to_thread(self.loop.load)
+        weight_bytes, kv_tokens, kv_bytes = await asyncio.to_thread(gently, self.loop.load)
         seconds = time.monotonic() - started
         self.ready = ReadyReport(self.spec.actor_id, *where_am_i(), weight_bytes, seconds, kv_tokens, kv_bytes)
         return self.ready

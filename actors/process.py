@@ -1,8 +1,15 @@
-"""What an actor asks of its own process: threads and memory."""
+"""What an actor asks of its own process: threads, priority and memory."""
 
 import contextlib
 import ctypes
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+LOW_PRIORITY = 10
 
 
 def limit_threads(num_threads: int) -> None:
@@ -15,6 +22,20 @@ def limit_threads(num_threads: int) -> None:
     import torch
 
     torch.set_num_threads(num_threads)
+
+
+def gently(work: Callable[[], T]) -> T:
+    """Run `work` at low priority: a replica that joins under load must not hold up those that compute on its cores.
+
+    In a thread of its own, because only the superuser may raise a priority again (on Linux each thread has its own).
+    """
+    with ThreadPoolExecutor(1, initializer=_lower_priority) as pool:
+        return pool.submit(work).result()
+
+
+def _lower_priority() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
 
 
 def release_free_memory() -> None:

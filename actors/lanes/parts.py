@@ -72,12 +72,11 @@ class HomeTable:
 
     def of(self, ids_TK: NDArray[np.int16]) -> NDArray[np.int16]:
         """The group of each choice; meaningless where an id is negative."""
-        home_TK: NDArray[np.int16] = self._home_ER[ids_TK, 0]
-        if not self._is_redundant:
-            return home_TK
-        key_T1 = ids_TK.sum(axis=1, keepdims=True, dtype=np.int32)
-        home_TK = self._home_ER[ids_TK, key_T1 % self._num_homes_E[ids_TK]]
-        return home_TK
+        which: Any = 0
+        if self._is_redundant:
+            key_T1 = ids_TK.sum(axis=1, keepdims=True, dtype=np.int32)
+            which = key_T1 % self._num_homes_E[ids_TK]
+        return self._home_ER[ids_TK, which]  # type: ignore[no-any-return]
 
 
 def split(
