@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
-LOW_PRIORITY = 10
+# A third of the weight of others: low enough not to be felt, high enough that the dead are soon replaced.
+LOW_PRIORITY = 5
 
 
 def limit_threads(num_threads: int) -> None:
