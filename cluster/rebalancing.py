@@ -1,16 +1,20 @@
-"""Carries a placement plan out on a running fleet, layer by layer: load first, publish second, retire third."""
+"""Rebalances a running fleet by recent load, layer by layer: load first, publish second, retire third."""
 
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayActorError
 
+from cluster.config import ClusterConfig
 from cluster.expert_map import ExpertMap
 from cluster.fleet import LOAD_LAYER_S, Fleet
+from cluster.load import ExpertLoad
 from cluster.members import Member
-from cluster.placement import Plan
+from cluster.messages import RebalanceReport
+from cluster.placement import Plan, plan_rebalance
 from cluster.ray_actors import answer
 
 logger = logging.getLogger(__name__)
@@ -18,6 +22,65 @@ logger = logging.getLogger(__name__)
 
 class RebalanceError(RuntimeError):
     """A layer could not be moved; the layers before it are, and the map says so."""
+
+
+class Rebalancer:
+    """One rebalance at a time; by itself if `rebalance_interval_s` says so."""
+
+    def __init__(self, config: ClusterConfig, load: ExpertLoad) -> None:
+        self._config = config
+        self._load = load
+        self._lock = asyncio.Lock()
+        self._due_at = time.monotonic() + (config.rebalance_interval_s or 0)
+
+    def is_due(self) -> bool:
+        """True once for each interval."""
+        interval = self._config.rebalance_interval_s
+        if interval is None or time.monotonic() < self._due_at:
+            return False
+        self._due_at = time.monotonic() + interval
+        return True
+
+    async def rebalance(self, fleet: Fleet, dry_run: bool, force: bool) -> RebalanceReport:
+        """Move experts to where recent load wants them, or tell what that would be. `force` takes every improvement,
+        however balanced the load is already.
+        """
+        if dry_run:
+            return _report(self._plan(fleet, force), fleet, is_dry_run=True)
+        if self._lock.locked():
+            return RebalanceReport(False, error="another rebalance is running", map_version=fleet.expert_map.version)
+        async with self._lock:
+            started, error = time.monotonic(), ""
+            plan = self._plan(fleet, force)
+            if plan.is_worthwhile:
+                try:
+                    await carry_out(plan, fleet)
+                except RebalanceError as failure:
+                    error = str(failure)
+            return replace(_report(plan, fleet), error=error, seconds=time.monotonic() - started)
+
+    def _plan(self, fleet: Fleet, force: bool) -> Plan:
+        return plan_rebalance(
+            self._load.recent,
+            fleet.expert_map.homes,
+            slots_per_layer=fleet.blueprint.slots_per_layer,
+            bytes_per_expert=fleet.blueprint.bytes_per_expert,
+            replicas=[len(fleet.replicas(group, "ready")) for group in range(fleet.expert_map.num_groups)],
+            **({"threshold": 1.0, "min_gain": 0.0} if force else {"threshold": self._config.rebalance_threshold}),
+        )
+
+
+def _report(plan: Plan, fleet: Fleet, is_dry_run: bool = False) -> RebalanceReport:
+    return RebalanceReport(
+        is_dry_run,
+        plan.before,
+        plan.after,
+        len(plan.changed_layers),
+        len(plan.moves),
+        plan.bytes_to_move,
+        plan.reason,
+        map_version=fleet.expert_map.version,
+    )
 
 
 async def carry_out(plan: Plan, fleet: Fleet) -> None:

@@ -25,9 +25,8 @@ from cluster.members import Member
 from cluster.messages import ClusterState, LaneKeys, LoadProgress, RebalanceReport, Sample, Wanted
 from cluster.metrics import Metrics
 from cluster.model_config import ModelError, read_model_config
-from cluster.placement import Plan, plan_rebalance
 from cluster.ray_actors import answer, first_line
-from cluster.rebalancing import RebalanceError, carry_out
+from cluster.rebalancing import Rebalancer
 from cluster.reports import Reports
 from cluster.signals import Autoscaler
 
@@ -52,8 +51,7 @@ class Supervisor:
         self._fleet: Fleet | None = None
         self._load: ExpertLoad | None = None
         self._autoscaler = Autoscaler(config)
-        self._rebalancing = asyncio.Lock()
-        self._next_rebalance = time.monotonic() + (config.rebalance_interval_s or 0)
+        self._rebalancer: Rebalancer | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -130,6 +128,7 @@ class Supervisor:
         info = await asyncio.to_thread(check_checkpoint, model_dir, model)
         keys = _new_keys() if self.config.lane in ("auto", "zmq") else None
         self._load = ExpertLoad(model.num_hidden_layers, model.num_local_experts, self.config.load_window_s)
+        self._rebalancer = Rebalancer(self.config, self._load)
         return draw_blueprint(self.config, info, model_dir, model, ray_actors.machine(), keys)
 
     async def _take_over(self, fleet: Fleet) -> None:
@@ -182,7 +181,8 @@ class Supervisor:
                         member.renew()
                         member.work = self._spawn(self._start(fleet, member))
                 self._autoscale(fleet)
-                self._rebalance_if_due()
+                if self._rebalancer and self._rebalancer.is_due():
+                    self._spawn(self._rebalance_unasked())
                 self._judge(fleet)
             except Exception:
                 logger.exception("watching goes on after an unexpected error")
@@ -264,47 +264,11 @@ class Supervisor:
     # -- rebalancing ---------------------------------------------------------------------------------------------
 
     async def rebalance(self, dry_run: bool = False, force: bool = False) -> RebalanceReport:
-        """Move experts to where recent load wants them, or tell what that would be. `force` takes every improvement,
-        however balanced the load is already. Raises RuntimeError while the cluster is not up.
-        """
+        """See Rebalancer.rebalance. Raises RuntimeError while the cluster is not up."""
         fleet = self._running()
-        if self._rebalancing.locked() and not dry_run:
-            return RebalanceReport(dry_run, error="another rebalance is running", map_version=fleet.expert_map.version)
-        if dry_run:
-            return await self._report_plan(fleet, force)
-        async with self._rebalancing:
-            return await self._rebalance(fleet, force)
-
-    async def _report_plan(self, fleet: Fleet, force: bool) -> RebalanceReport:
-        return _report(await self._plan(fleet, force), fleet, is_dry_run=True)
-
-    async def _rebalance(self, fleet: Fleet, force: bool) -> RebalanceReport:
-        started = time.monotonic()
-        plan, error = await self._plan(fleet, force), ""
-        if plan.is_worthwhile:
-            try:
-                await carry_out(plan, fleet)
-            except RebalanceError as failure:
-                error = str(failure)
-        return replace(_report(plan, fleet), error=error, seconds=time.monotonic() - started)
-
-    async def _plan(self, fleet: Fleet, force: bool) -> Plan:
         await self._collect(fleet)
-        assert self._load is not None
-        return plan_rebalance(
-            self._load.recent,
-            fleet.expert_map.homes,
-            slots_per_layer=fleet.blueprint.slots_per_layer,
-            bytes_per_expert=fleet.blueprint.bytes_per_expert,
-            replicas=[len(fleet.replicas(group, "ready")) for group in range(fleet.expert_map.num_groups)],
-            **({"threshold": 1.0, "min_gain": 0.0} if force else {"threshold": self.config.rebalance_threshold}),
-        )
-
-    def _rebalance_if_due(self) -> None:
-        interval = self.config.rebalance_interval_s
-        if interval and time.monotonic() >= self._next_rebalance:
-            self._next_rebalance = time.monotonic() + interval
-            self._spawn(self._rebalance_unasked())
+        assert self._rebalancer is not None
+        return await self._rebalancer.rebalance(fleet, dry_run, force)
 
     async def _rebalance_unasked(self) -> None:
         report = await self.rebalance()
@@ -365,19 +329,6 @@ class Supervisor:
         """An ingress reports its metrics and learns the state of the cluster in one call."""
         self.reports.ingress[ingress_id] = samples
         return self.state()
-
-
-def _report(plan: Plan, fleet: Fleet, is_dry_run: bool = False) -> RebalanceReport:
-    return RebalanceReport(
-        is_dry_run,
-        plan.before,
-        plan.after,
-        len(plan.changed_layers),
-        len(plan.moves),
-        plan.bytes_to_move,
-        plan.reason,
-        map_version=fleet.expert_map.version,
-    )
 
 
 def _new_keys() -> LaneKeys:
