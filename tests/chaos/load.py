@@ -17,6 +17,7 @@ class Stream:
     answers: list[list[int]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     stall: float = 0.0
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +29,17 @@ class Outcome:
     num_failed: int
     usual_stall: float
     stall: float
+    recovered: float  # throughput after healing, of that before the fault
 
 
 def print_table(rows: list[Outcome]) -> None:
     width = max(len(row.fault) for row in rows)
-    print(f"\n{'fault':{width}}  requests  failed  usual stall  longest  extra")
+    print(f"\n{'fault':{width}}  requests  failed  usual stall  longest  extra  throughput after")
     for row in rows:
         extra = max(0.0, row.stall - row.usual_stall)
         print(
             f"{row.fault:{width}}  {row.num_requests:8d}  {row.num_failed:6d}  {row.usual_stall:9.2f} s"
-            f"  {row.stall:5.2f} s {extra:5.2f} s"
+            f"  {row.stall:5.2f} s {extra:5.2f} s  {row.recovered:10.2f}"
         )
 
 
@@ -70,6 +72,15 @@ class Load:
         while any(len(s.answers) < n and not s.errors for s, n in zip(self.streams, wanted, strict=True)):
             assert time.monotonic() < deadline, "the load makes no progress"
             time.sleep(0.02)
+
+    def throughput(self, seconds: float) -> float:
+        """Tokens per second, over the next so many seconds."""
+        before, started = self._num_tokens(), time.monotonic()
+        time.sleep(seconds)
+        return (self._num_tokens() - before) / (time.monotonic() - started)
+
+    def _num_tokens(self) -> int:
+        return sum(stream.num_tokens for stream in self.streams)
 
     def take_stall(self) -> float:
         """The longest stall since the last call."""
@@ -119,4 +130,5 @@ class Load:
                 if "error" in event:
                     raise RuntimeError(event["error"]["message"])
                 ids += event["choices"][0]["token_ids"]
+                stream.num_tokens += len(event["choices"][0]["token_ids"])
         raise RuntimeError("the stream ended without [DONE]")

@@ -66,16 +66,18 @@ def test_random_faults_leave_nothing_behind(model_dir: Path, expected: list[list
                 FAULTS[name](server)
                 eventually(lambda: is_whole(server), "healed", 60)
             load.wait_for(1)
-            before, deadline, num_faults = usage(server), time.monotonic() + SECONDS, 0
+            rate, before = load.throughput(3), usage(server)
+            deadline, num_faults = time.monotonic() + SECONDS, 0
             while time.monotonic() < deadline and not load.errors:
                 FAULTS[dice.choice(list(FAULTS))](server)
                 num_faults += 1
                 eventually(lambda: is_whole(server), "healed", 90)
                 time.sleep(dice.random())
             load.wait_for(1)
-            after = usage(server)
-            stall = load.take_stall()
-        print_table([Outcome(f"{num_faults} random faults", load.num_requests, len(load.errors), 0.0, stall)])
+            after, stall = usage(server), load.take_stall()
+            recovered = load.throughput(3) / rate
+        name = f"{num_faults} random faults"
+        print_table([Outcome(name, load.num_requests, len(load.errors), 0.0, stall, recovered)])
         for field in fields(Usage):
             print(f"{field.name:20} {getattr(before, field.name):7d} -> {getattr(after, field.name):7d}")
         load.check(expected)

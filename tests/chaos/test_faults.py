@@ -20,6 +20,7 @@ from tests.e2e.servers import Server, eventually, serving
 MODEL = os.environ.get("CHAOS_MODEL")
 TOKENS = int(os.environ.get("CHAOS_TOKENS", "48"))
 CLIENTS = 16
+RATE_S = 3.0
 # The longest is computed in several chunks: faults hit prefill and decode.
 PROMPTS = [[(11 * i + 7 * j) % 250 for i in range(length)] for j, length in enumerate((5, 30, 180, 12))]
 FLAGS = ("--dtype", "float32", "--max-num-batched-tokens", "64")
@@ -60,14 +61,16 @@ def check(server: Server, expected: list[list[int]], name: str, fault: Fault) ->
     with Load(server, CLIENTS, TOKENS, PROMPTS) as load:
         load.wait_for(1)
         load.take_stall()
-        load.wait_for(2)
+        before = load.throughput(RATE_S)
+        load.wait_for(1)
         usual = load.take_stall()
         fault(server)
         load.wait_for(2)
         stall = load.take_stall()
         eventually(lambda: is_whole(server), "the cluster has healed", 60)
         load.wait_for(1)
-    ROWS.append(Outcome(name, load.num_requests, len(load.errors), usual, stall))
+        recovered = load.throughput(RATE_S) / before
+    ROWS.append(Outcome(name, load.num_requests, len(load.errors), usual, stall, recovered))
     load.check(expected)
     server.wait_idle()
 

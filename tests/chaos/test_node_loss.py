@@ -92,7 +92,7 @@ def test_a_node_with_two_replicas_is_lost(model_dir: Path, expected: list[list[i
             with Load(server, CLIENTS, TOKENS, PROMPTS) as load:
                 load.wait_for(1)
                 load.take_stall()
-                load.wait_for(1)
+                before = load.throughput(3)
                 usual = load.take_stall()
                 nodes[0].kill()
                 load.wait_for(3)
@@ -100,7 +100,8 @@ def test_a_node_with_two_replicas_is_lost(model_dir: Path, expected: list[list[i
                 nodes[0] = Node(*join, resources=EXPERTS)
                 eventually(lambda: is_whole(server), "the lost replicas are on the new node", 120)
                 load.wait_for(1)
-            print_table([Outcome("lose a node", load.num_requests, len(load.errors), usual, stall)])
+                recovered = load.throughput(3) / before
+            print_table([Outcome("lose a node", load.num_requests, len(load.errors), usual, stall, recovered)])
             load.check(expected)
             server.wait_idle()
             actors = [*all_pids(server, "fronts"), *all_pids(server, "replicas")]
