@@ -1,13 +1,24 @@
-"""Matrices packed once, at load, into the layout that oneDNN computes with: decode reads them up to twice as fast.
+"""bfloat16 matrices on a CPU, in the form that the CPU computes fastest with. The plain matrix is the oracle of each
+(tests/unit/test_packed.py).
 
-bfloat16 on the CPU only; the plain matrices are the oracle (tests/unit/test_packed.py). Packing keeps the size: the
-plain matrix can be dropped. Shapes: T tokens, D input width, O output width.
+With bfloat16 instructions, a matrix is packed once, at load, into the layout that oneDNN computes with: decode reads it
+up to twice as fast. Packing keeps the size: the plain matrix can be dropped. Without such instructions, torch computes
+bfloat16 products row by row of x; from a few rows on it is faster to widen the matrix to float32 piece by piece.
+
+Shapes: T tokens, D input width, O output width.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# With fewer rows than this, widening costs more than it saves, the more so with several threads that must be woken.
+WIDEN_ROWS = 8
+# Values of a widened piece: 1 MiB of float32 stays in the caches between being written and being read.
+PIECE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +32,39 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise(x_TD, self.packed, self.bias_O, "none", [], "")  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True, slots=True)
+class WidenedLinear:
+    """Called as Linear is. Sums are float32 throughout, and rounded once."""
+
+    weight_OD: Tensor
+    bias_O: Tensor | None = None
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        if x_TD.shape[0] < WIDEN_ROWS:
+            return F.linear(x_TD, self.weight_OD, self.bias_O)
+        wide_TD = x_TD.float()
+        pieces = self.weight_OD.split(max(1, PIECE // self.weight_OD.shape[1]))
+        y_TO = torch.cat([F.linear(wide_TD, piece.float()) for piece in pieces], dim=1)
+        if self.bias_O is not None:
+            y_TO += self.bias_O
+        return y_TO.to(x_TD.dtype)
+
+
+FastLinear = PackedLinear | WidenedLinear
+
+
 def can_pack(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
-def pack(weight_OD: Tensor, bias_O: Tensor | None = None) -> PackedLinear:
-    """Raises RuntimeError where can_pack() is False."""
+@cache
+def has_bfloat16() -> bool:
+    """Whether this CPU and this build of torch multiply bfloat16 matrices natively."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(weight_OD: Tensor, bias_O: Tensor | None = None) -> FastLinear:
+    """In memory of its own. For matrices that can_pack() accepts."""
+    if not has_bfloat16():
+        return WidenedLinear(weight_OD.clone(), bias_O)
     return PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), None), bias_O)

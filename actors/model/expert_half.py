@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.kernels.packed import PackedLinear, can_pack, pack
+from actors.kernels.packed import FastLinear, can_pack, pack
 from cluster.model_config import GraniteMoeConfig
 
 Activation = Callable[[Tensor], Tensor]
@@ -62,7 +62,7 @@ class LayerExperts:
         return LayerExperts(ids, torch.stack(gate_up), torch.stack(down))
 
     def packed(self) -> "LayerExperts | PackedExperts":
-        """The same experts in a faster layout, where there is one."""
+        """The same experts in a faster form, where there is one."""
         if not can_pack(self.down_EDF):
             return self
         return PackedExperts(self.ids, tuple(map(pack, self.gate_up_EFD)), tuple(map(pack, self.down_EDF)))
@@ -73,8 +73,8 @@ class PackedExperts:
     """One layer's experts on a CPU, each a pair of packed matrices."""
 
     ids: tuple[int, ...]
-    gate_up_E: tuple[PackedLinear, ...]
-    down_E: tuple[PackedLinear, ...]
+    gate_up_E: tuple[FastLinear, ...]
+    down_E: tuple[FastLinear, ...]
 
     def regrouped(self, ids: tuple[int, ...], more: LayerExperts) -> "PackedExperts":
         """As LayerExperts.regrouped. Nothing is copied: each expert has matrices of its own."""

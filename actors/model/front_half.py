@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.kernels.packed import PackedLinear
 from actors.lanes.dispatcher import Dispatcher
 from actors.model.attention import AttentionPlan, plan_attention
 from actors.model.batch import StepBatch
-from actors.model.layers import Linear, rms_norm
+from actors.model.layers import AnyLinear, rms_norm
 from actors.model.moe import moe_block
 from actors.model.paged_kv import PagedKV, routed_dtype
 from actors.model.rope import Rotary, apply_rotary
@@ -27,10 +26,10 @@ class LayerWeights:
     """`qkv` is q, k and v stacked in this order: one matrix product instead of three."""
 
     attention_norm_D: Tensor
-    qkv: Linear | PackedLinear
-    out: Linear | PackedLinear
+    qkv: AnyLinear
+    out: AnyLinear
     moe_norm_D: Tensor
-    router_ED: Tensor
+    router: AnyLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class FrontWeights:
     embed_VD: Tensor
     layers: tuple[LayerWeights, ...]
     norm_D: Tensor
-    head: Linear | PackedLinear
+    head: AnyLinear
 
 
 class FrontHalf:
@@ -66,7 +65,7 @@ class FrontHalf:
             h_TD = self._attention(number, layer, h_TD, angles, batch.slots_T, kv, plan)
             x_TD = torch.add(x_TD, h_TD, alpha=residual)
             h_TD = rms_norm(x_TD, layer.moe_norm_D, eps)
-            h_TD, ids_TK = moe_block(number, h_TD, layer.router_ED, self.config.num_experts_per_tok, dispatcher)
+            h_TD, ids_TK = moe_block(number, h_TD, layer.router, self.config.num_experts_per_tok, dispatcher)
             x_TD = torch.add(x_TD, h_TD, alpha=residual)
             routed.append(ids_TK)
         ids_TLK = torch.stack(routed, dim=1).to(routed_dtype(self.config.num_local_experts))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.kernels.packed import PackedLinear, can_pack, pack
+from actors.kernels.packed import FastLinear, WidenedLinear, can_pack, has_bfloat16, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,19 @@ class Linear:
         return F.linear(x_TD, self.weight_OD, self.bias_O)
 
 
-def packed_if_possible(linear: Linear) -> Linear | PackedLinear:
-    """The same matrix in a faster layout, where there is one."""
+AnyLinear = Linear | FastLinear
+
+
+def packed_if_possible(linear: Linear) -> AnyLinear:
+    """The same matrix in a faster form, where there is one."""
     return pack(linear.weight_OD, linear.bias_O) if can_pack(linear.weight_OD) else linear
+
+
+def in_place(linear: Linear) -> AnyLinear:
+    """A faster form that computes with the plain matrix itself, for one that is needed or small anyway."""
+    if can_pack(linear.weight_OD) and not has_bfloat16():
+        return WidenedLinear(linear.weight_OD, linear.bias_O)
+    return linear
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -15,10 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from actors.kernels.packed import PackedLinear
 from actors.model.expert_half import ExpertStore, LayerExperts
 from actors.model.front_half import FrontHalf, FrontWeights, LayerWeights
-from actors.model.layers import Linear, packed_if_possible
+from actors.model.layers import AnyLinear, Linear, in_place, packed_if_possible
 from cluster.checkpoint import CheckpointInfo, check_checkpoint, layer_shapes
 from cluster.model_config import GraniteMoeConfig
 
@@ -72,14 +71,14 @@ def load_front(
     """Everything but the experts. Raises ModelError."""
     reader = TensorReader(check_checkpoint(model_dir, config), device, dtype, progress)
     embed_VD = reader.read("embed")
-    # A tied head stays plain: packed, it would be in memory twice.
-    head = Linear(embed_VD) if config.tie_word_embeddings else packed_if_possible(Linear(reader.read("head")))
+    # A tied head is not packed: it would be in memory twice.
+    head = in_place(Linear(embed_VD)) if config.tie_word_embeddings else packed_if_possible(Linear(reader.read("head")))
     layers = tuple(_front_layer(reader, config, layer) for layer in range(config.num_hidden_layers))
     return FrontHalf(config, FrontWeights(embed_VD, layers, reader.read("norm"), head))
 
 
 def _front_layer(reader: TensorReader, config: GraniteMoeConfig, layer: int) -> LayerWeights:
-    def linear(*names: str) -> Linear | PackedLinear:
+    def linear(*names: str) -> AnyLinear:
         keys = [f"layers.{layer}.{name}" for name in names]
         bias = reader.read_stacked(*(f"{key}_bias" for key in keys)) if config.attention_bias else None
         return packed_if_possible(Linear(reader.read_stacked(*keys), bias))
@@ -89,7 +88,7 @@ def _front_layer(reader: TensorReader, config: GraniteMoeConfig, layer: int) -> 
         qkv=linear("q", "k", "v"),
         out=linear("o"),
         moe_norm_D=reader.read(f"layers.{layer}.moe_norm"),
-        router_ED=reader.read(f"layers.{layer}.router"),
+        router=in_place(Linear(reader.read(f"layers.{layer}.router"))),
     )
 
 

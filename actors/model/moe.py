@@ -4,24 +4,24 @@ Shapes: T tokens, D hidden, E experts, K top-k.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from actors.lanes.dispatcher import Dispatcher
+from actors.model.layers import AnyLinear
 
 
-def route(x_TD: Tensor, router_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def route(x_TD: Tensor, router: AnyLinear, top_k: int) -> tuple[Tensor, Tensor]:
     """Each token's experts and their gates: (ids_TK int64, gates_TK as x).
 
     Logits in the model's type, compared and normalised in float32 over the chosen k only.
     """
-    logits_TE = F.linear(x_TD, router_ED).float()
+    logits_TE = router(x_TD).float()
     top_TK, ids_TK = logits_TE.topk(top_k, dim=-1)
     return ids_TK, torch.softmax(top_TK, dim=-1).to(x_TD.dtype)
 
 
-def moe_block(layer: int, x_TD: Tensor, router_ED: Tensor, top_k: int, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
+def moe_block(layer: int, x_TD: Tensor, router: AnyLinear, top_k: int, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
     """The block's output [T, D] and the experts that made it [T, K]."""
-    ids_TK, gates_TK = route(x_TD, router_ED, top_k)
+    ids_TK, gates_TK = route(x_TD, router, top_k)
     pending = dispatcher.dispatch(layer, x_TD, ids_TK, gates_TK)
     return dispatcher.combine(pending), ids_TK
