@@ -28,10 +28,14 @@ def main(
 
     content: dict[str, Any] = json.loads(results.read_text())
     axes = [axis for axis in TITLES if any(f["axis"] == axis for f in content["figures"])]
-    figure, panels = pyplot.subplots(1, len(axes), figsize=(3.2 * len(axes), 3), squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, len(axes), figsize=(max(4.2, 3.2 * len(axes)), 3), squeeze=False, layout="constrained"
+    )
     for axis, panel in zip(axes, panels[0], strict=True):
         draw(panel, TITLES[axis], [f for f in content["figures"] if f["axis"] == axis])
-    figure.suptitle(f"Decode step over zmq, {content['dtype']}, {content['environment']['cores']} cores")
+    figure.suptitle(
+        f"Decode step over zmq, {content['dtype']}, {content['environment']['cores']} cores", fontsize="medium"
+    )
     figure.savefig(picture, metadata={"Date": None})
 
 
