@@ -22,7 +22,8 @@ def open_page(browser: Browser, server: Server, scheme: str, width: int, height:
     page = browser.new_page(
         viewport={"width": width, "height": height},
         color_scheme="dark" if scheme == "dark" else "light",
-        device_scale_factor=2 if width < 600 else 1,
+        device_scale_factor=1.5 if width < 600 else 1,
+        is_mobile=width < 600,
     )
     page.goto(server.url)
     expect(page.locator("#state")).to_have_text("ready")
@@ -44,9 +45,8 @@ def shoot(page: Page, name: str, full: bool = False) -> None:
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with serving("demo", "--served-model-name", "demo") as server, sync_playwright() as playwright:
-        server.get("/v1/cluster")
         browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
-        page = open_page(browser, server, "light", 1360, 860)
+        page = open_page(browser, server, "light", 1360, 900)
         page.get_by_role("button", name="One more replica of group 1").click()
         for question in QUESTIONS[:2]:
             ask(page, question)
@@ -56,7 +56,7 @@ def main() -> None:
             ask(page, question)
         page.hover(".cell >> nth=10")
         shoot(page, "page-light")
-        page = open_page(browser, server, "dark", 1360, 860)
+        page = open_page(browser, server, "dark", 1360, 900)
         for question in QUESTIONS[4:]:
             ask(page, question)
         page.get_by_label("this chat").check()
