@@ -33,7 +33,7 @@ class Outcome:
 
 
 def print_table(rows: list[Outcome]) -> None:
-    width = max(len(row.fault) for row in rows)
+    width = max((len(row.fault) for row in rows), default=0)
     print(f"\n{'fault':{width}}  requests  failed  usual stall  longest  extra  throughput after")
     for row in rows:
         extra = max(0.0, row.stall - row.usual_stall)
