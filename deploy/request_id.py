@@ -1,10 +1,12 @@
-"""An id for each request: the client's X-Request-Id or a new one, in the answer's headers and in our logs."""
+"""An id for each request: the client's X-Request-Id or a new one, in the answer's id and in our logs. Serve's proxy puts the
+header on the answer.
+"""
 
 import re
 import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 HEADER = "x-request-id"
 USABLE = re.compile(r"[\w.:+/=-]{1,128}")
@@ -23,10 +25,4 @@ class RequestId:
         given = Headers(scope=scope).get(HEADER, "")
         request_id = given if USABLE.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = request_id
-            await send(message)
-
-        await self.app(scope, receive, send_with_id)
+        await self.app(scope, receive, send)
