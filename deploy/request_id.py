@@ -1,5 +1,6 @@
-"""An id for each request: the client's X-Request-Id or a new one, in the answer's id and in our logs. Serve's proxy puts the
-header on the answer.
+"""An id for each request: the client's X-Request-Id or a new one, in the answer's id and in our logs.
+
+Serve's proxy puts the header on the answer.
 """
 
 import re
