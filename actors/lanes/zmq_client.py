@@ -74,7 +74,7 @@ class ZmqLane(Lane):
         self._context = zmq.Context()
         self._links: dict[str, _Link] = {}
         # Links of replicas that have left: open until their last answer has come, closed by the thread that uses them.
-        self._retired: dict[str, _Link] = {}
+        self._retired: list[tuple[str, _Link]] = []
         self._numbers = itertools.count(1)
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
@@ -86,7 +86,7 @@ class ZmqLane(Lane):
                 links[replica.replica_id] = known
             elif link := self._open(replica):
                 links[replica.replica_id] = link
-        self._retired |= {name: link for name, link in self._links.items() if link is not links.get(name)}
+        self._retired.extend((name, link) for name, link in self._links.items() if link is not links.get(name))
         self._links = links
 
     def is_connected(self, replica_id: str) -> bool:
@@ -174,15 +174,18 @@ class ZmqLane(Lane):
                 link.take_in()
 
     def _link_of(self, ticket: Ticket) -> _Link | None:
-        link = self._links.get(ticket.replica_id)
-        if link is None or ticket.number not in link.waiting:
-            link = self._retired.get(ticket.replica_id, link)
-        return link
+        current = self._links.get(ticket.replica_id)
+        if current and ticket.number in current.waiting:
+            return current
+        # A name may have several: it left, came back over a new connection, and left again.
+        retired = (link for name, link in self._retired if name == ticket.replica_id and ticket.number in link.waiting)
+        return next(retired, current)
 
     def _close_retired(self) -> None:
-        for name, link in tuple(self._retired.items()):
+        for entry in tuple(self._retired):
+            _, link = entry
             if link.is_lost or not link.waiting:
-                del self._retired[name]
+                self._retired.remove(entry)
                 link.close()
 
     def forget(self, ticket: Ticket) -> None:
@@ -209,9 +212,9 @@ class ZmqLane(Lane):
         return True
 
     def close(self) -> None:
-        for link in (*self._links.values(), *self._retired.values()):
+        for link in (*self._links.values(), *(link for _, link in self._retired)):
             link.close()
-        self._links, self._retired = {}, {}
+        self._links, self._retired = {}, []
         self._context.term()
 
 
