@@ -77,6 +77,7 @@ def num_raylets(temp_dir: str) -> int:
     return len(list(Path(temp_dir).glob("session_latest/sockets/raylet*")))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_node_with_two_replicas_is_lost(model_dir: Path, expected: list[list[int]]) -> None:  # noqa: F811
     on_head, on_experts = json.dumps({"outcrop_head": 1}), json.dumps({"outcrop_expert": 1})
