@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError, TaskCancelledError
@@ -21,10 +21,13 @@ from cluster.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# How long requests wait for a front while none is there, and how often one is replayed.
+# How long requests wait for a front while none is there, how long until they ask again, and how often one is replayed.
 FRONT_WAIT_S = 60.0
-FULL_PAUSE_S = 0.2
+PAUSE_S = 0.2
 MAX_REPLAYS = 3
+
+# Why a front has not taken a request.
+Refusal = Literal["full", "draining", "lost"]
 
 
 class Overloaded(Exception):  # noqa: N818 - an answer, not a failure
@@ -143,26 +146,33 @@ class FrontClient:
         stream = OutputStream(GenerationRequest(request_id, self.ingress_id, prompt_token_ids, params))
         deadline = time.monotonic() + FRONT_WAIT_S
         while not await self._place(stream):
-            if self.is_available:
-                raise Overloaded
             await self._wait_for_front(deadline)
         return stream
 
     async def _place(self, stream: "OutputStream") -> bool:
+        """Whether a front has taken it. Raises Overloaded where all fronts are full: one that is lost or drains only
+        now isn't, another one may take its place.
+        """
+        refusals: set[Refusal] = set()
         for front in self._open_fronts():
-            if await self._offer(front, stream):
+            refusal = await self._offer(front, stream)
+            if refusal is None:
                 return True
+            refusals.add(refusal)
+        if refusals == {"full"}:
+            raise Overloaded
         return False
 
     async def _wait_for_front(self, deadline: float) -> None:
+        """Until a front joins, or, where some are there that have not taken the request, for a moment."""
         self._fronts_changed.clear()
-        try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                await self._fronts_changed.wait()
-        except TimeoutError:
-            raise Unavailable from None
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise Unavailable
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._fronts_changed.wait(), min(left, PAUSE_S) if self.is_available else left)
 
-    async def _offer(self, front: _Front, stream: "OutputStream") -> bool:
+    async def _offer(self, front: _Front, stream: "OutputStream") -> Refusal | None:
         front.add(stream)
         try:
             answer: Submitted = await front.handle.submit.remote(stream.request)
@@ -172,15 +182,15 @@ class FrontClient:
         except RayError as error:
             logger.warning("front %s did not take a request: %s", front.name, str(error).partition("\n")[0])
             self._close(front, stream)  # it may have taken it, and only the answer was lost
-            return False
-        if not answer.accepted or self._fronts.get(front.name) is not front:  # it was lost since it has answered
+            return "lost"
+        if not answer.accepted or self._fronts.get(front.name) is not front:
             front.remove(stream)
             front.is_draining |= answer.reason == "draining"
-            return False
+            return answer.reason or "lost"  # since it has answered
         stream.on_close = lambda: self._close(front, stream)
         if stream.is_closed:  # by its client, while a replay was being handed over
             stream.close()
-        return True
+        return None
 
     def _close(self, front: _Front, stream: "OutputStream") -> None:
         front.remove(stream)
@@ -232,10 +242,12 @@ class FrontClient:
         self.metrics.inc("front_replays_total")
         deadline = time.monotonic() + FRONT_WAIT_S
         while not stream.is_closed:
-            if await self._place(stream):
-                return
             try:
-                await (asyncio.sleep(FULL_PAUSE_S) if self.is_available else self._wait_for_front(deadline))
+                if await self._place(stream):
+                    return
+                await self._wait_for_front(deadline)
+            except Overloaded:  # it was admitted once: now it waits for its turn
+                await asyncio.sleep(PAUSE_S)
             except Unavailable:
                 stream.fail(f"no front has come back within {FRONT_WAIT_S:g} s")
                 return
