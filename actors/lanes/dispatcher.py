@@ -23,3 +23,6 @@ class Dispatcher(ABC):
     @abstractmethod
     def combine(self, pending: Any) -> Tensor:
         """Sum of gate * expert(x) over each token's experts, shape [T, D], dtype of x."""
+
+    def forget(self, pending: Any) -> None:  # noqa: B027 - nothing to do where nothing was sent
+        """Give up what was dispatched and will not be combined."""

@@ -106,6 +106,18 @@ class RemoteDispatcher(Dispatcher):
         return _Pending(x_TD, parts, started, lanes[0] if lanes else "local")
 
     def combine(self, pending: _Pending) -> Tensor:
+        try:
+            return self._combine(pending)
+        finally:
+            self.forget(pending)
+
+    def forget(self, pending: _Pending) -> None:
+        for part in pending.parts:
+            for sent in tuple(part.sent):
+                self._drop(part, sent)
+                self.lane.forget(sent.ticket)
+
+    def _combine(self, pending: _Pending) -> Tensor:
         device = pending.like_TD.device
         sum_TD: Tensor | None = None
         for part in pending.parts:
@@ -157,23 +169,18 @@ class RemoteDispatcher(Dispatcher):
 
     def _receive(self, part: Part) -> Tensor:
         """The part's partial sums, from whichever replica answers well, or else computed here."""
-        try:
-            while part.sent or self._send(part):
-                is_last = self._choose(part) is None
-                try:
-                    return self._first_good(part, self._patience(part, is_last))
-                except LaneTimeout:
-                    for sent in part.sent:
-                        self._give_up(sent.replica, "timeout")
-                    if is_last or not self._send(part):
-                        break
-                except NotHeldError:
-                    return self._reroute(part)
-            return self._compute_here(part)
-        finally:
-            for sent in tuple(part.sent):
-                self._drop(part, sent)
-                self.lane.forget(sent.ticket)
+        while part.sent or self._send(part):
+            is_last = self._choose(part) is None
+            try:
+                return self._first_good(part, self._patience(part, is_last))
+            except LaneTimeout:
+                for sent in part.sent:
+                    self._give_up(sent.replica, "timeout")
+                if is_last or not self._send(part):
+                    break
+            except NotHeldError:
+                return self._reroute(part)
+        return self._compute_here(part)
 
     def _patience(self, part: Part, is_last: bool) -> float:
         """Seconds to wait for the newest message; longer if there is no other replica to turn to."""

@@ -146,6 +146,7 @@ class ZmqLane(Lane):
 
     def _wait(self, by_link: dict[_Link, list[Ticket]], timeout_s: float) -> tuple[Ticket, memoryview]:
         deadline = time.monotonic() + timeout_s
+        has_looked = False
         while True:
             for link, tickets in by_link.items():
                 for ticket in tickets:
@@ -155,9 +156,10 @@ class ZmqLane(Lane):
                 if link.is_lost:
                     raise LaneError(f"{link.endpoint}: disconnected", tickets[0])
             remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            if remaining <= 0 and has_looked:  # without time left, what has come already still counts
                 raise LaneTimeout(f"no answer within {timeout_s:.3f} s")
-            self._read(list(by_link), remaining)
+            self._read(list(by_link), max(0.0, remaining))
+            has_looked = True
 
     def _read(self, links: list[_Link], timeout_s: float) -> None:
         """Take in what has come on the links; waits until something has, or a slice or the time is over."""

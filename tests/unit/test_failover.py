@@ -135,6 +135,21 @@ def test_a_part_goes_to_another_replica_and_the_broken_one_is_left_alone(
     assert not any(dispatcher._outstanding.values()), "nothing may count as outstanding for ever"
 
 
+def test_what_is_given_up_leaves_nothing_outstanding() -> None:
+    lane = ScriptedLane(a=echo, b=echo, c=echo, d=echo)
+    dispatcher = make(lane)
+    dispatcher.forget(dispatcher.dispatch(0, X, IDS, GATES))
+    assert [ticket.replica for ticket in lane.forgotten] == ["a", "c"]
+    assert not any(dispatcher._outstanding.values())
+
+
+def test_a_step_that_fails_leaves_nothing_outstanding() -> None:
+    dispatcher = make(ScriptedLane(a=LaneError, b=LaneError, c=echo, d=echo))
+    with pytest.raises(DispatchError):
+        compute(dispatcher)
+    assert not any(dispatcher._outstanding.values()), "the part of group 1 is given up as well"
+
+
 def test_an_unreachable_replica_is_skipped_at_once() -> None:
     dispatcher = make(ScriptedLane(b=echo, c=echo, d=echo))
     assert torch.equal(compute(dispatcher), EXPECTED)

@@ -209,6 +209,16 @@ def test_a_late_answer_is_ignored(server: ZmqServer, echo: Echo, connect: Connec
     assert torch.equal(ask(lane, server), X)
 
 
+def test_without_time_left_an_answer_that_has_come_still_counts(server: ZmqServer, connect: Connect) -> None:
+    """The wait for an earlier part, or for another micro-batch, has used the time of this one up."""
+    lane = connect()
+    ticket = lane.send(address(server, "ipc"), MESSAGE)
+    assert lane._links["r0"].socket.poll(5000), "the answer has come"
+    assert lane.receive([ticket], 0.0)[0] == ticket
+    with pytest.raises(LaneTimeout):
+        lane.receive([ticket], 0.0)
+
+
 def test_the_first_of_several_replicas_to_answer_wins(server: ZmqServer, echo: Echo, connect: Connect) -> None:
     """Hedging: the same dispatch to a replica that hangs and to one that does not."""
     other = ZmqServer("r1", Echo(), KEYS, "127.0.0.1", "/tmp")
