@@ -7,6 +7,7 @@ from pathlib import Path
 from actors.engine.engine import Engine
 from actors.engine.kv_cache import BlockAllocator
 from actors.engine.memory import num_kv_blocks
+from actors.engine.overlap import Overlap
 from actors.engine.scheduler import Scheduler
 from actors.lanes.auto import AutoLane
 from actors.lanes.dispatcher import Dispatcher
@@ -64,7 +65,8 @@ def build_engine(
     num_blocks = num_kv_blocks(options, config, dtype, device)
     kv = PagedKV(config, num_blocks, options.block_size, device, dtype)
     scheduler = make_scheduler(options, num_blocks)
-    return BuiltFront(Engine(model, kv, dispatcher, scheduler, metrics), remote, loading.total)
+    overlap = Overlap(options.overlap if remote else "never")
+    return BuiltFront(Engine(model, kv, dispatcher, scheduler, metrics, overlap), remote, loading.total)
 
 
 def make_lane(spec: FrontSpec, namespace: str) -> Lane:

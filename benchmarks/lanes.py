@@ -17,7 +17,9 @@ from cluster.messages import LaneKeys, ReadyReport, ReplicaSpec
 from cluster.model_config import GraniteMoeConfig, read_model_config
 
 NAMESPACE = "bench"
-LANES = ("local", "object_ref", "zmq", "tcp")
+# Two micro-batches in flight, on a lane.
+OVERLAP = "+overlap"
+LANES = ("local", "object_ref", "zmq", "zmq" + OVERLAP, "tcp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Cluster:
 
     def dispatcher(self, lane: str, metrics: Any) -> Any:
         """`zmq` goes over ipc, `tcp` is zmq over tcp with CURVE, `object_ref` over Ray actor calls."""
+        lane = lane.removesuffix(OVERLAP)
         from actors.lanes.object_ref import ObjectRefLane
         from actors.lanes.remote import RemoteDispatcher
         from actors.lanes.zmq_client import ZmqLane
@@ -97,6 +100,7 @@ def make_engine(model_dir: Path, config: GraniteMoeConfig, dtype: Any, max_token
 
     from actors.engine.engine import Engine
     from actors.engine.kv_cache import BlockAllocator
+    from actors.engine.overlap import Overlap
     from actors.engine.scheduler import Scheduler
     from actors.model.loader import load_front
     from actors.model.paged_kv import PagedKV
@@ -111,4 +115,4 @@ def make_engine(model_dir: Path, config: GraniteMoeConfig, dtype: Any, max_token
         max_num_seqs=256,
         max_model_len=config.max_context,
     )
-    return Engine(front, kv, None, scheduler, Metrics())  # type: ignore[arg-type]
+    return Engine(front, kv, None, scheduler, Metrics(), Overlap("never"))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch: fronts and replicas c
 
 import typer
 
-from benchmarks.lanes import LANES, expert_cluster, local_dispatcher, make_engine
+from benchmarks.lanes import LANES, OVERLAP, expert_cluster, local_dispatcher, make_engine
 from benchmarks.report import environment, table
 from cluster.model_config import read_model_config
 
@@ -43,13 +43,15 @@ class Stopwatch:
         self._logits = engine.model.logits
         engine.model.logits = self._timed("head", self._logits)
 
-    def use(self, dispatcher: Any) -> None:
+    def use(self, lane: str, dispatcher: Any) -> None:
         """Let the engine dispatch through `dispatcher`, timed."""
         watch = self
+        self._engine.overlap.mode = "always" if lane.endswith(OVERLAP) else "never"
 
         class Timed:
             dispatch = staticmethod(watch._timed("dispatch", dispatcher.dispatch))
             combine = staticmethod(watch._timed("combine", dispatcher.combine))
+            forget = staticmethod(dispatcher.forget)
 
         self._engine.dispatcher = Timed()
 
@@ -110,7 +112,7 @@ def measure(engine: Any, dispatchers: dict[str, Any], cases: dict[str, tuple[int
         shares: dict[str, dict[str, float]] = {}
         for _ in range(rounds):
             for lane, dispatcher in dispatchers.items():
-                watch.use(dispatcher)
+                watch.use(lane, dispatcher)
                 watch.seconds.clear()
                 started = time.perf_counter()
                 seconds[lane].append(run(engine))
@@ -125,7 +127,9 @@ def measure(engine: Any, dispatchers: dict[str, Any], cases: dict[str, tuple[int
 
 def main(
     checkpoint: Path,
-    lanes: Annotated[str, typer.Option(help="Comma-separated: local, object_ref, zmq (ipc), tcp.")] = ",".join(LANES),
+    lanes: Annotated[
+        str, typer.Option(help="Comma-separated: local, object_ref, zmq (ipc), tcp; with +overlap, two micro-batches.")
+    ] = ",".join(LANES),
     batches: str = "1,8,32",
     prompts: str = "512,2048",
     context: int = 128,

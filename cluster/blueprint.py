@@ -94,6 +94,7 @@ def draw_blueprint(
         max_num_seqs=config.max_num_seqs,
         max_num_waiting=config.max_num_waiting,
         enable_prefix_caching=config.enable_prefix_caching,
+        overlap=config.overlap,
         num_threads=resources.threads_per_front,
     )
     num_replicas = 0 if config.lane == "local" else config.replicas

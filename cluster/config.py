@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from cluster.logs import Format, Level
+from cluster.messages import OverlapMode
 from cluster.model_config import describe
 
 ENV_PREFIX = "OUTCROP_"
@@ -63,6 +64,10 @@ class ClusterConfig(BaseModel):
     load_window_s: float = Field(300.0, description="Age up to which expert load counts for balance.", gt=0)
     ingress_replicas: int = Field(1, description="HTTP ingress replicas.", ge=1, le=64)
     lane: Lane = Field("auto", description="How tokens travel to experts.")
+
+    overlap: OverlapMode = Field(
+        "auto", description="Compute steps as two micro-batches, one at attention while the other is at the experts."
+    )
 
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Type of weights and activations.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where fronts and experts compute.")

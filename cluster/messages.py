@@ -8,6 +8,8 @@ from typing import Literal
 
 from cluster.logs import Format, Level
 
+OverlapMode = Literal["auto", "always", "never"]
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 ActorKind = Literal["front", "expert"]
 ActorState = Literal["starting", "loading", "ready", "draining", "dead"]
@@ -114,6 +116,7 @@ class EngineOptions:
     max_num_seqs: int
     max_num_waiting: int
     enable_prefix_caching: bool
+    overlap: OverlapMode
     num_threads: int
 
 

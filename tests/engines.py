@@ -6,12 +6,13 @@ import torch
 
 from actors.engine.engine import Engine
 from actors.engine.kv_cache import BlockAllocator
+from actors.engine.overlap import Overlap
 from actors.engine.scheduler import Scheduler
 from actors.lanes.dispatcher import Dispatcher
 from actors.lanes.local import LocalDispatcher
 from actors.model.loader import load_experts, load_front
 from actors.model.paged_kv import PagedKV
-from cluster.messages import GenerationRequest, RequestOutput, SamplingParams
+from cluster.messages import GenerationRequest, OverlapMode, RequestOutput, SamplingParams
 from cluster.metrics import Metrics
 from cluster.model_config import read_model_config
 
@@ -28,6 +29,7 @@ def make_engine(
     max_num_seqs: int = 8,
     prefix_caching: bool = True,
     dtype: torch.dtype = torch.float32,
+    overlap: OverlapMode = "never",
 ) -> Engine:
     config = read_model_config(model_dir)
     if dispatcher is None:
@@ -41,7 +43,7 @@ def make_engine(
     )
     front = load_front(model_dir, config, CPU, dtype, lambda _: None)
     kv = PagedKV(config, num_blocks, block_size, CPU, dtype)
-    return Engine(front, kv, dispatcher, scheduler, Metrics())
+    return Engine(front, kv, dispatcher, scheduler, Metrics(), Overlap(overlap))
 
 
 class Result:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.batch_builder import build_batch
+from actors.engine.overlap import Overlap
 from actors.engine.sampler import sample, token_logprob
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
@@ -29,13 +30,20 @@ LOGIT_ROWS = 64
 
 class Engine:
     def __init__(
-        self, model: FrontHalf, kv: PagedKV, dispatcher: Dispatcher, scheduler: Scheduler, metrics: Metrics
+        self,
+        model: FrontHalf,
+        kv: PagedKV,
+        dispatcher: Dispatcher,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        overlap: Overlap,
     ) -> None:
         self.model = model
         self.kv = kv
         self.dispatcher = dispatcher
         self.scheduler = scheduler
         self.metrics = metrics
+        self.overlap = overlap
         self.sequences: dict[str, Sequence] = {}
         config = model.config
         self.expert_counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.int64)
@@ -81,9 +89,16 @@ class Engine:
     @torch.inference_mode()
     def _compute(self, chunks: list[Chunk]) -> list[RequestOutput]:
         batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.device)
-        hidden_RD, ids_TLK = self.model.forward(batch, self.kv, self.dispatcher)
+        hidden_RD, ids_TLK = self._forward(batch)
         self._count_experts(ids_TLK)
         return self._postprocess(chunks, hidden_RD)
+
+    def _forward(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        overlap = self.overlap.is_wanted(batch.num_tokens)
+        started = time.monotonic()
+        result = self.model.forward(batch, self.kv, self.dispatcher, overlap=overlap)
+        self.overlap.observe(batch.num_tokens, overlap, time.monotonic() - started)
+        return result
 
     def _postprocess(self, chunks: list[Chunk], hidden_RD: Tensor) -> list[RequestOutput]:
         last_rows = self._score_prompts(chunks, hidden_RD)

@@ -5,7 +5,9 @@ Shapes: T tokens of the step, R rows that need logits, D hidden, L layers, K top
 G key/value heads, C head dimension, V vocabulary. Multipliers as in transformers' modeling_granitemoe.py.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,13 @@ from actors.lanes.dispatcher import Dispatcher
 from actors.model.attention import AttentionPlan, plan_attention
 from actors.model.batch import StepBatch
 from actors.model.layers import AnyLinear, rms_norm
-from actors.model.moe import moe_block
+from actors.model.moe import interleave, route
 from actors.model.paged_kv import PagedKV, routed_dtype
 from actors.model.rope import Rotary, apply_rotary
 from cluster.model_config import GraniteMoeConfig
+
+# Final hidden states of the rows that need logits [R, D], every token's experts [T, L, K].
+Way = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +55,23 @@ class FrontHalf:
         self.dtype = weights.embed_VD.dtype
         self.rotary = Rotary(config, self.device)
 
-    def forward(self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher, *, overlap: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Compute one step and write its keys, values and routing to the cache.
 
         Returns the final hidden states of `batch.rows_R` [R, D], for `logits`, and every token's experts [T, L, K].
+        With `overlap`, the step's halves are two micro-batches: one is at attention while the other is at the experts.
         """
+        micro_batches = batch.halves() if overlap else (batch,)
+        ways = interleave([self._layers(each, kv, dispatcher) for each in micro_batches], dispatcher)
+        if len(ways) == 1:
+            return ways[0]
+        hidden_RD, ids_TLK = (torch.cat(parts) for parts in zip(*ways, strict=True))
+        return hidden_RD, ids_TLK
+
+    def _layers(self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher) -> Generator[Any, Tensor, Way]:
+        """One micro-batch's way through the layers: yields what was dispatched, is sent what it combines to."""
         eps, residual = self.config.rms_norm_eps, self.config.residual_multiplier
         x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD) * self.config.embedding_multiplier
         angles = self.rotary.angles(batch.positions_T, self.dtype)
@@ -65,7 +82,8 @@ class FrontHalf:
             h_TD = self._attention(number, layer, h_TD, angles, batch.slots_T, kv, plan)
             x_TD = torch.add(x_TD, h_TD, alpha=residual)
             h_TD = rms_norm(x_TD, layer.moe_norm_D, eps)
-            h_TD, ids_TK = moe_block(number, h_TD, layer.router, self.config.num_experts_per_tok, dispatcher)
+            ids_TK, gates_TK = route(h_TD, layer.router, self.config.num_experts_per_tok)
+            h_TD = yield dispatcher.dispatch(number, h_TD, ids_TK, gates_TK)
             x_TD = torch.add(x_TD, h_TD, alpha=residual)
             routed.append(ids_TK)
         ids_TLK = torch.stack(routed, dim=1).to(routed_dtype(self.config.num_local_experts))

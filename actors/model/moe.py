@@ -3,11 +3,16 @@
 Shapes: T tokens, D hidden, E experts, K top-k.
 """
 
+from collections.abc import Generator
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from actors.lanes.dispatcher import Dispatcher
 from actors.model.layers import AnyLinear
+
+T = TypeVar("T")
 
 
 def route(x_TD: Tensor, router: AnyLinear, top_k: int) -> tuple[Tensor, Tensor]:
@@ -20,8 +25,25 @@ def route(x_TD: Tensor, router: AnyLinear, top_k: int) -> tuple[Tensor, Tensor]:
     return ids_TK, torch.softmax(top_TK, dim=-1).to(x_TD.dtype)
 
 
-def moe_block(layer: int, x_TD: Tensor, router: AnyLinear, top_k: int, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
-    """The block's output [T, D] and the experts that made it [T, K]."""
-    ids_TK, gates_TK = route(x_TD, router, top_k)
-    pending = dispatcher.dispatch(layer, x_TD, ids_TK, gates_TK)
-    return dispatcher.combine(pending), ids_TK
+def interleave(micro_batches: list[Generator[Any, Tensor, T]], dispatcher: Dispatcher) -> list[T]:
+    """Take micro-batches through the layers in turn: each computes while the experts of the others are at work.
+
+    A micro-batch yields what it has dispatched and goes on with what that combines to. They stay in their order, so a
+    later one finds in the KV cache what an earlier one has written in the same layer. Returns their results.
+    """
+    open_: dict[int, Any] = {}
+    results: list[T] = []
+    try:
+        for number, each in enumerate(micro_batches):
+            open_[number] = next(each)
+        while open_:
+            for number, each in enumerate(micro_batches):
+                combined_TD = dispatcher.combine(open_.pop(number))
+                try:
+                    open_[number] = each.send(combined_TD)
+                except StopIteration as end:
+                    results.append(end.value)
+    finally:
+        for pending in open_.values():
+            dispatcher.forget(pending)
+    return results

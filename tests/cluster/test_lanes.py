@@ -9,7 +9,7 @@ import torch
 
 from actors.model.fallback import CheckpointExperts
 from cluster.expert_map import ExpertMap
-from cluster.messages import SamplingParams
+from cluster.messages import OverlapMode, SamplingParams
 from cluster.model_config import read_model_config
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.cluster.hosts import ExpertHost, connect, place
@@ -26,6 +26,7 @@ def num_groups_of(name: str) -> list[int]:
 
 
 LANES = ["object_ref", "zmq", "tcp"]
+LANES_AND_OVERLAP: list[tuple[str, OverlapMode]] = [("object_ref", "never"), ("zmq", "never"), ("zmq", "always")]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -38,11 +39,11 @@ def test_tokens_equal_transformers_with_any_number_of_groups(
     assert len({token for tokens in expected for token in tokens}) > 8, "the reference must vary"
     for num_groups in num_groups_of(name):
         expert_map = place(hosts, model_dir, num_groups)
-        for lane in ("object_ref", "zmq"):
+        for lane, overlap in LANES_AND_OVERLAP:
             dispatcher = connect(expert_map, lane)
-            results = run(make_engine(model_dir, dispatcher=dispatcher, budget=16), REQUESTS)
+            results = run(make_engine(model_dir, dispatcher=dispatcher, budget=16, overlap=overlap), REQUESTS)
             tokens = [results[str(i)].token_ids for i in range(len(PROMPTS))]
-            assert tokens == expected, f"{num_groups} groups over {lane}"
+            assert tokens == expected, f"{num_groups} groups over {lane}, overlap {overlap}"
             dispatcher.lane.close()
 
 

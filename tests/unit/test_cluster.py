@@ -32,6 +32,7 @@ def test_every_setting_has_an_environment_twin() -> None:
         "api_key": "k",
         "max_num_batched_tokens": "512",
         "lane": "local",
+        "overlap": "always",
         "dtype": "float32",
         "device": "cpu",
         "enable_prefix_caching": "false",

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,12 +40,14 @@ def greedy(prompts: list[list[int]]) -> dict[str, tuple[list[int], SamplingParam
         {"num_blocks": 24, "budget": 9},
         {"block_size": 1, "num_blocks": 300},
         {"prefix_caching": False},
+        {"overlap": "always"},
+        {"overlap": "always", "budget": 7, "num_blocks": 24},
     ],
     ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "plain",
 )
 @pytest.mark.parametrize("stagger", [0, 2])
 def test_schedule_never_changes_greedy_tokens(
-    model_dir: Path, expected: list[list[int]], options: dict[str, int], stagger: int
+    model_dir: Path, expected: list[list[int]], options: dict[str, Any], stagger: int
 ) -> None:
     engine = make_engine(model_dir, **options)
     results = run(engine, greedy(PROMPTS), stagger)
