@@ -1,10 +1,12 @@
 """The routes of operators: what the cluster is, which experts are busy, scale, rebalance."""
 
+from collections.abc import Awaitable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field, PlainValidator, model_validator
+from ray.exceptions import RayActorError
 
 from cluster.config import ClusterConfig
 from cluster.messages import Wanted
@@ -15,6 +17,7 @@ from deploy.openai.parsing import parse_body
 from deploy.openai.requests import Strict
 from deploy.service import SERVING, Service
 
+T = TypeVar("T")
 cluster_routes = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
 
 
@@ -68,7 +71,7 @@ async def cluster(request: Request) -> dict[str, Any]:
 
 @cluster_routes.get("/experts")
 async def experts(request: Request) -> dict[str, Any]:
-    answer = await service_of(request).supervisor.experts()
+    answer = await _answer(service_of(request).supervisor.experts())
     if not answer:
         raise errors.unavailable("The expert map is not known yet")
     return answer
@@ -80,7 +83,7 @@ async def scale(request: Request) -> dict[str, Any]:
     service, body = service_of(request), parse_body(await read_body(request), ScaleRequest)
     _check_scale(body, service.config)
     _check_running(service)
-    wanted: Wanted = await service.supervisor.scale(body.fronts, body.group, body.replicas)
+    wanted: Wanted = await _answer(service.supervisor.scale(body.fronts, body.group, body.replicas))
     return {"wanted": asdict(wanted)}
 
 
@@ -92,7 +95,7 @@ async def rebalance(request: Request) -> dict[str, Any]:
     if service.config.lane == "local":
         raise errors.invalid_request("lane='local' has all experts in the front: there is nothing to rebalance")
     _check_running(service)
-    report = await service.supervisor.rebalance(body.dry_run, body.force)
+    report = await _answer(service.supervisor.rebalance(body.dry_run, body.force))
     if report.error:
         raise errors.conflict(report.error)
     return {
@@ -106,6 +109,14 @@ async def rebalance(request: Request) -> dict[str, Any]:
         "map_version": report.map_version,
         "seconds": report.seconds,
     }
+
+
+async def _answer(asked: Awaitable[T]) -> T:
+    """The supervisor's answer. Raises APIError (503) if it dies over it: another one takes over within seconds."""
+    try:
+        return await asked
+    except RayActorError:
+        raise errors.unavailable("The supervisor was lost and is being restarted: ask again") from None
 
 
 def _check_scale(body: ScaleRequest, config: ClusterConfig) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +66,7 @@ class Service:
             await asyncio.sleep(READY_PERIOD_S if self.is_ready else STARTING_PERIOD_S)
 
     async def refresh(self) -> None:
-        """Learn the state of the cluster now, unless the supervisor is silent: then the last one known stays."""
+        """Learn the state of the cluster now. If the supervisor is silent, the actors last known go on serving."""
         try:
             async with asyncio.timeout(REFRESH_TIMEOUT_S):
                 self.state = await self.supervisor.push_samples(self.ingress_id, self.metrics.samples())
@@ -73,6 +74,8 @@ class Service:
                 self.client.update(self.state)  # a supervisor that has just been restarted may not know the fronts yet
         except Exception as error:
             logger.warning("the supervisor does not answer: %s", error or "timeout")
+            if self.state.state == "ready":
+                self.state = replace(self.state, state="degraded", phase="the supervisor does not answer")
 
     @property
     def is_ready(self) -> bool:

@@ -38,7 +38,12 @@ def supervisor_pid(server: Server) -> int:
 
 
 def post(server: Server, path: str, body: dict[str, object]) -> dict[str, object]:
-    answer = httpx.post(server.url + path, json=body, timeout=60, trust_env=False)
+    """503: the supervisor is being restarted."""
+    for _ in range(60):
+        answer = httpx.post(server.url + path, json=body, timeout=60, trust_env=False)
+        if answer.status_code != 503:
+            break
+        time.sleep(0.5)
     assert answer.status_code == 200, answer.text
     found: dict[str, object] = answer.json()
     return found

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.faults import FAULTS, Fault, freeze, is_whole, kill, pids
+from tests.chaos.faults import FAULTS, Fault, freeze, is_whole, kill, pids, scale, supervisor_pid
 from tests.chaos.load import Load, Outcome, print_table
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.e2e.servers import Server, eventually, serving
 
 MODEL = os.environ.get("CHAOS_MODEL")
-TOKENS = int(os.environ.get("CHAOS_TOKENS", "48"))
+TOKENS = int(os.environ.get("CHAOS_TOKENS", "32"))
 CLIENTS = 16
 RATE_S = 3.0
 # The longest is computed in several chunks: faults hit prefill and decode.
@@ -82,6 +82,15 @@ SHORT = {"kill a front, a replica and the supervisor", "rebalance"}
 @pytest.mark.parametrize("fault", [f if f in SHORT else pytest.param(f, marks=pytest.mark.long) for f in FAULTS])
 def test_no_request_fails_and_no_token_changes(server: Server, expected: list[list[int]], fault: str) -> None:
     check(server, expected, fault, FAULTS[fault])
+
+
+def test_a_lost_supervisor_is_shown_until_another_has_taken_over(server: Server) -> None:
+    eventually(lambda: is_whole(server), "all actors are ready", 60)
+    kill(supervisor_pid(server))
+    eventually(lambda: server.get("/v1/cluster").json()["phase"] == "the supervisor does not answer", "shown", 20)
+    assert server.get("/health").status_code == 200, "requests are served all the same"
+    scale(server, group="all", replicas=2)  # waits for the successor
+    assert is_whole(server)
 
 
 def test_the_only_replica_of_a_group_and_the_only_front(model_dir: Path, expected: list[list[int]]) -> None:
