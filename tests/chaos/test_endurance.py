@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.chaos.conftest import CLIENTS, FLAGS, PROMPTS, TOKENS
 from tests.chaos.faults import FAULTS, is_whole
 from tests.chaos.load import Load, Outcome, print_table
-from tests.chaos.test_faults import CLIENTS, FLAGS, PROMPTS, TOKENS, expected, model_dir  # noqa: F401 - fixtures
 from tests.e2e.servers import Server, eventually, serving
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "20"))
@@ -58,7 +58,7 @@ def usage(server: Server) -> Usage:
 
 @pytest.mark.long
 @pytest.mark.timeout(SECONDS + 400)
-def test_random_faults_leave_nothing_behind(model_dir: Path, expected: list[list[int]]) -> None:  # noqa: F811
+def test_random_faults_leave_nothing_behind(model_dir: Path, expected: list[list[int]]) -> None:
     dice = random.Random(SEED)
     with serving(model_dir, "--groups", "2", "--replicas", "2", "--fronts", "2", *FLAGS) as server:
         with Load(server, CLIENTS, TOKENS, PROMPTS) as load:

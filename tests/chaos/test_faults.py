@@ -1,8 +1,6 @@
 """Faults under streaming load: no request fails, and no token changes. Prints a table of stalls (`make chaos`).
 
 Stalls are reported, not asserted: these machines are shared. What must hold is 0 failed requests and equal tokens.
-The model is a small one whose tokens transformers tells; CHAOS_MODEL names another checkpoint, whose tokens are those
-of an undisturbed run, CHAOS_TOKENS how many of them a request asks for.
 """
 
 import os
@@ -12,18 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.conftest import CLIENTS, FLAGS, PROMPTS, TOKENS
 from tests.chaos.faults import FAULTS, Fault, freeze, is_whole, kill, pids, scale, supervisor_pid
 from tests.chaos.load import Load, Outcome, print_table
-from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.e2e.servers import Server, eventually, serving
 
-MODEL = os.environ.get("CHAOS_MODEL")
-TOKENS = int(os.environ.get("CHAOS_TOKENS", "32"))
-CLIENTS = 16
-RATE_S = 3.0
-# The longest is computed in several chunks: faults hit prefill and decode.
-PROMPTS = [[(11 * i + 7 * j) % 250 for i in range(length)] for j, length in enumerate((5, 30, 180, 12))]
-FLAGS = ("--dtype", "float32", "--max-num-batched-tokens", "64")
+# Throughput before and after is counted over so many seconds.
+RATE_S = float(os.environ.get("CHAOS_RATE_S", "3"))
 ROWS: list[Outcome] = []
 
 
@@ -31,23 +24,6 @@ ROWS: list[Outcome] = []
 def table() -> Iterator[None]:
     yield
     print_table(ROWS)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if MODEL:
-        return Path(MODEL)
-    return write_checkpoint(MODELS["granite"], tmp_path_factory.mktemp("granite"))
-
-
-@pytest.fixture(scope="module")
-def expected(model_dir: Path) -> list[list[int]]:
-    if MODEL:
-        with serving(model_dir, "--groups", "2", *FLAGS) as server, Load(server, len(PROMPTS), TOKENS, PROMPTS) as load:
-            load.wait_for(1)
-        return [stream.answers[0] for stream in load.streams]
-    reference = load_reference(model_dir)
-    return [generate(reference, prompt, TOKENS) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")

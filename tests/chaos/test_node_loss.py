@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.chaos.conftest import CLIENTS, FLAGS, PROMPTS, TOKENS
 from tests.chaos.faults import is_whole
 from tests.chaos.faults import pids as all_pids
 from tests.chaos.load import Load, Outcome, print_table
-from tests.chaos.test_faults import CLIENTS, FLAGS, PROMPTS, TOKENS, expected, model_dir  # noqa: F401 - fixtures
 from tests.e2e.servers import Server, clean_environment, eventually, free_port, session
 
 RAY = Path(sys.executable).with_name("ray")
@@ -79,7 +79,7 @@ def num_raylets(temp_dir: str) -> int:
 
 @pytest.mark.long
 @pytest.mark.timeout(400)
-def test_a_node_with_two_replicas_is_lost(model_dir: Path, expected: list[list[int]]) -> None:  # noqa: F811
+def test_a_node_with_two_replicas_is_lost(model_dir: Path, expected: list[list[int]]) -> None:
     on_head, on_experts = json.dumps({"outcrop_head": 1}), json.dumps({"outcrop_expert": 1})
     flags = ["--groups", "2", "--replicas", "2", "--cpus-per-front", "0", "--cpus-per-replica", "0"]
     flags += ["--front-resources", on_head, "--ingress-resources", on_head, "--replica-resources", on_experts]

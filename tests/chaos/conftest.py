@@ -1,0 +1,39 @@
+"""The model that chaos tests serve, and the tokens that it must give whatever happens.
+
+A small one whose tokens transformers tells; CHAOS_MODEL names another checkpoint, whose tokens are those of an
+undisturbed run. CHAOS_TOKENS: how many of them a request asks for.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.load import Load
+from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
+from tests.e2e.servers import serving
+
+MODEL = os.environ.get("CHAOS_MODEL")
+TOKENS = int(os.environ.get("CHAOS_TOKENS", "32"))
+CLIENTS = 16
+# The longest is computed in several chunks: faults hit prefill and decode.
+PROMPTS = [[(11 * i + 7 * j) % 250 for i in range(length)] for j, length in enumerate((5, 30, 180, 12))]
+FLAGS = ("--dtype", "float32", "--max-num-batched-tokens", "64")
+
+
+@pytest.fixture(scope="package")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if MODEL:
+        return Path(MODEL)
+    return write_checkpoint(MODELS["granite"], tmp_path_factory.mktemp("granite"))
+
+
+@pytest.fixture(scope="package")
+def expected(model_dir: Path) -> list[list[int]]:
+    """The answer to each prompt."""
+    if MODEL:
+        with serving(model_dir, "--groups", "2", *FLAGS) as server, Load(server, len(PROMPTS), TOKENS, PROMPTS) as load:
+            load.wait_for(1)
+        return [stream.answers[0] for stream in load.streams]
+    reference = load_reference(model_dir)
+    return [generate(reference, prompt, TOKENS) for prompt in PROMPTS]
