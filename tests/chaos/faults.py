@@ -14,9 +14,18 @@ Fault = Callable[[Server], None]
 
 
 def pids(server: Server, kind: str, group: int | None = None) -> list[int]:
-    """Processes of the ready members of a kind ("fronts" or "replicas")."""
-    rows = server.get("/v1/cluster").json()[kind]
-    return [row["pid"] for row in rows if row["state"] == "ready" and (group is None or row["group"] == group)]
+    """Processes of the ready members of a kind ("fronts" or "replicas"). Waits for one: the fault before may have
+    taken them all, and be noticed only now.
+    """
+    found: list[int] = []
+
+    def look() -> bool:
+        rows = server.get("/v1/cluster").json()[kind]
+        found[:] = [r["pid"] for r in rows if r["state"] == "ready" and group in (None, r["group"])]
+        return bool(found)
+
+    eventually(look, f"some of the {kind} are ready", 60)
+    return found
 
 
 def kill(*victims: int) -> None:
@@ -33,8 +42,16 @@ def freeze(pid: int, seconds: float) -> None:
 
 
 def supervisor_pid(server: Server) -> int:
-    (found,) = [p.pid for p in server.processes() if "supervisor" in " ".join(p.cmdline())]
-    return found
+    """Waits for it, as pids() does."""
+
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = [p.pid for p in server.processes() if "supervisor" in " ".join(p.cmdline())]
+        return len(found) == 1
+
+    eventually(look, "there is a supervisor", 60)
+    return found[0]
 
 
 def post(server: Server, path: str, body: dict[str, object]) -> dict[str, object]:
@@ -82,7 +99,7 @@ def rebalance(server: Server) -> None:
 # Against 2 fronts and 2 groups x 2 replicas.
 FAULTS: dict[str, Fault] = {
     "kill one replica": lambda s: kill(pids(s, "replicas", 0)[0]),
-    "kill one replica of each group": lambda s: kill(pids(s, "replicas", 0)[0], pids(s, "replicas", 1)[1]),
+    "kill one replica of each group": lambda s: kill(pids(s, "replicas", 0)[0], pids(s, "replicas", 1)[-1]),
     "kill a whole group": lambda s: kill(*pids(s, "replicas", 1)),
     "freeze one replica for 10 s": lambda s: freeze(pids(s, "replicas", 0)[0], 10),
     "kill one front of two": lambda s: kill(pids(s, "fronts")[0]),
