@@ -2,8 +2,9 @@
 (tests/unit/test_packed.py).
 
 With bfloat16 instructions, a matrix is packed once, at load, into the layout that oneDNN computes with: decode reads it
-up to twice as fast. Packing keeps the size: the plain matrix can be dropped. Without such instructions, torch computes
-bfloat16 products row by row of x; from a few rows on it is faster to widen the matrix to float32 piece by piece.
+up to twice as fast. Without such instructions, it is packed for our own kernels (native.py). Packing keeps the size:
+the plain matrix can be dropped. Where the kernels have not been built, torch computes bfloat16 products row by row of
+x; from a few rows on it is faster to widen the matrix to float32 piece by piece.
 
 Shapes: T tokens, D input width, O output width.
 """
@@ -14,6 +15,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from actors.kernels import native
+from actors.kernels.native import NativeLinear
 
 # With fewer rows than this, widening costs more than it saves, the more so with several threads that must be woken.
 WIDEN_ROWS = 8
@@ -50,7 +54,7 @@ class WidenedLinear:
         return y_TO.to(x_TD.dtype)
 
 
-FastLinear = PackedLinear | WidenedLinear
+FastLinear = PackedLinear | NativeLinear | WidenedLinear
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -63,8 +67,15 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def use_native() -> bool:
+    """Whether our own kernels are the best choice here: oneDNN comes first where the CPU has bfloat16 instructions."""
+    return not has_bfloat16() and bool(native.instruction_sets())
+
+
 def pack(weight_OD: Tensor, bias_O: Tensor | None = None) -> FastLinear:
     """In memory of its own. For matrices that can_pack() accepts."""
-    if not has_bfloat16():
-        return WidenedLinear(weight_OD.clone(), bias_O)
-    return PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), None), bias_O)
+    if use_native():
+        return NativeLinear(native.pack(weight_OD), weight_OD.shape[0], bias_O, native.fastest())
+    if has_bfloat16():
+        return PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), None), bias_O)
+    return WidenedLinear(weight_OD.clone(), bias_O)

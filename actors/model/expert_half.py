@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.kernels.packed import FastLinear, can_pack, pack
+from actors.kernels.native import NativeExperts, fastest
+from actors.kernels.packed import FastLinear, can_pack, pack, use_native
 from cluster.model_config import GraniteMoeConfig
 
 Activation = Callable[[Tensor], Tensor]
@@ -61,10 +62,12 @@ class LayerExperts:
             return LayerExperts(ids, self.gate_up_EFD[:0], self.down_EDF[:0])
         return LayerExperts(ids, torch.stack(gate_up), torch.stack(down))
 
-    def packed(self) -> "LayerExperts | PackedExperts":
+    def packed(self, activation: Activation) -> "AnyExperts":
         """The same experts in a faster form, where there is one."""
         if not can_pack(self.down_EDF):
             return self
+        if use_native() and activation is F.silu:
+            return FusedExperts(self.ids, NativeExperts.of(self.gate_up_EFD, self.down_EDF, fastest()))
         return PackedExperts(self.ids, tuple(map(pack, self.gate_up_EFD)), tuple(map(pack, self.down_EDF)))
 
 
@@ -99,11 +102,28 @@ class PackedExperts:
         return y_PD
 
 
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """One layer's experts on a CPU, all computed in one call."""
+
+    ids: tuple[int, ...]
+    experts: NativeExperts
+
+    def regrouped(self, ids: tuple[int, ...], more: LayerExperts) -> "FusedExperts":
+        """As PackedExperts.regrouped."""
+        both = self.experts + NativeExperts.of(more.gate_up_EFD, more.down_EDF, self.experts.isa)
+        rows = {expert: row for row, expert in enumerate((*self.ids, *more.ids))}
+        return FusedExperts(ids, both.select([rows[expert] for expert in ids]))
+
+
+AnyExperts = LayerExperts | PackedExperts | FusedExperts
+
+
 class ExpertStore:
     def __init__(
         self,
         config: GraniteMoeConfig,
-        layers: tuple[LayerExperts | PackedExperts, ...],
+        layers: tuple[AnyExperts, ...],
         device: torch.device | None = None,
     ) -> None:
         self.layers = list(layers)
@@ -117,7 +137,7 @@ class ExpertStore:
         """Per layer, the global ids of the experts that are here."""
         return tuple(layer.ids for layer in self.layers)
 
-    def replace(self, layer: int, experts: LayerExperts | PackedExperts) -> None:
+    def replace(self, layer: int, experts: AnyExperts) -> None:
         """Hold these experts of a layer from now on. Must not run while run() does."""
         self.layers[layer], self._rows[layer] = experts, self._row_table(experts.ids)
 
@@ -127,12 +147,15 @@ class ExpertStore:
         ids are global expert ids, int64. Sums are kept in float32. Raises NotHeld.
         """
         rows_TK = self._local_rows(layer, ids_TK)
+        experts = self.layers[layer]
+        if isinstance(experts, FusedExperts):
+            return experts.experts.run(x_TD, rows_TK, gates_TK)
         num_tokens, top_k = ids_TK.shape
         # One stable sort brings the pairs of an expert together, skipped ones (row E) last.
         rows_P, order_P = rows_TK.flatten().sort(stable=True)
-        counts_E = torch.bincount(rows_P, minlength=len(self.layers[layer].ids) + 1)[:-1]
+        counts_E = torch.bincount(rows_P, minlength=len(experts.ids) + 1)[:-1]
         order_P = order_P[: int(counts_E.sum())]
-        y_PD = self.layers[layer].run(x_TD[order_P // top_k], counts_E, self.activation)
+        y_PD = experts.run(x_TD[order_P // top_k], counts_E, self.activation)
         weighted_PD = y_PD.float().mul_(gates_TK.flatten()[order_P, None])
         # Each pair has a place of its own and K places are summed in order: same bits every time, on GPUs as well.
         out_XD = torch.zeros(num_tokens * top_k, x_TD.shape[1], device=x_TD.device)

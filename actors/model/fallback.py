@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from actors.model.expert_half import ExpertStore
+from actors.model.expert_half import ACTIVATIONS, ExpertStore
 from actors.model.loader import TensorReader, read_layer_experts
 from cluster.checkpoint import check_checkpoint
 from cluster.model_config import GraniteMoeConfig
@@ -23,7 +23,8 @@ class CheckpointExperts:
     def run(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """As ExpertStore.run, on the CPU side of a dispatch. The same bits as a replica's."""
         needed = tuple(sorted({int(i) for i in ids_TK.unique() if i >= 0}))
-        experts = read_layer_experts(self._reader, self.config, layer, needed).packed()
+        activation = ACTIVATIONS[self.config.hidden_act]
+        experts = read_layer_experts(self._reader, self.config, layer, needed).packed(activation)
         store = ExpertStore(self.config, (experts,), self.device)
         moved = (tensor.to(self.device) for tensor in (x_TD, ids_TK, gates_TK))
         return store.run(0, *moved).cpu()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.kernels.packed import FastLinear, WidenedLinear, can_pack, has_bfloat16, pack
+from actors.kernels.packed import FastLinear, WidenedLinear, can_pack, has_bfloat16, pack, use_native
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,9 @@ def packed_if_possible(linear: Linear) -> AnyLinear:
 
 
 def in_place(linear: Linear) -> AnyLinear:
-    """A faster form that computes with the plain matrix itself, for one that is needed or small anyway."""
+    """A faster form of a matrix that is needed as it is, too, or small: packed only where nothing else is fast."""
+    if can_pack(linear.weight_OD) and use_native():
+        return pack(linear.weight_OD, linear.bias_O)
     if can_pack(linear.weight_OD) and not has_bfloat16():
         return WidenedLinear(linear.weight_OD, linear.bias_O)
     return linear

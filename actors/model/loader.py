@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from actors.model.expert_half import ExpertStore, LayerExperts
+from actors.model.expert_half import ACTIVATIONS, ExpertStore, LayerExperts
 from actors.model.front_half import FrontHalf, FrontWeights, LayerWeights
 from actors.model.layers import AnyLinear, Linear, in_place, packed_if_possible
 from cluster.checkpoint import CheckpointInfo, check_checkpoint, layer_shapes
@@ -103,9 +103,12 @@ def load_experts(
     """The experts with the given global ids (ascending), layer by layer. Raises ModelError."""
     reader = TensorReader(check_checkpoint(model_dir, config), device, dtype, progress)
     assert len(experts) == config.num_hidden_layers
+    activation = ACTIVATIONS[config.hidden_act]
     # Packed one by one, so that only one layer is ever there twice.
-    layers = (read_layer_experts(reader, config, layer, tuple(ids)).packed() for layer, ids in enumerate(experts))
-    return ExpertStore(config, tuple(layers), device)
+    layers = tuple(
+        read_layer_experts(reader, config, layer, tuple(ids)).packed(activation) for layer, ids in enumerate(experts)
+    )
+    return ExpertStore(config, layers, device)
 
 
 def read_layer_experts(

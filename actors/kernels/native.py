@@ -1,0 +1,133 @@
+"""The native kernels (kernels.cpp) through ctypes: matrices packed for them, products with them. The GIL is released.
+
+The library is built with the package where there is a C++ compiler and an x86-64 CPU (hatch_build.py); what this CPU
+can run is found out here, at run time. Threads: as many as torch may use in this process.
+
+Shapes: T tokens, D input width, O output width, F expert hidden, E experts, K top-k.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("libkernels.so")
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """None where it has not been built, or can't be loaded."""
+    try:
+        found = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    found.outcrop_isa_name.argtypes, found.outcrop_isa_name.restype = [_INT], ctypes.c_char_p
+    found.outcrop_isa_works.argtypes, found.outcrop_isa_works.restype = [_INT], _INT
+    found.outcrop_packed_bytes.argtypes, found.outcrop_packed_bytes.restype = [_LONG, _LONG], _LONG
+    found.outcrop_pack.argtypes = [_POINTER, _LONG, _LONG, _POINTER]
+    found.outcrop_linear.argtypes = [
+        _INT, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER,
+    ]  # fmt: skip
+    found.outcrop_experts.argtypes = [
+        _INT, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER,
+    ]  # fmt: skip
+    found.outcrop_read.argtypes, found.outcrop_read.restype = [_LONG, _POINTER, _LONG], ctypes.c_uint64
+    return found
+
+
+@cache
+def instruction_sets() -> dict[str, int]:
+    """Those that this CPU can run, the slowest first: name -> number."""
+    lib, names = library(), {}
+    number = 0
+    while lib and (name := lib.outcrop_isa_name(number)):
+        if lib.outcrop_isa_works(number):
+            names[name.decode()] = number
+        number += 1
+    return names
+
+
+def fastest() -> int:
+    return list(instruction_sets().values())[-1]
+
+
+def pack(weight_OD: Tensor) -> Tensor:
+    """The matrix in tiles, as int16 [padded O * padded D]; opaque, the same for every instruction set."""
+    lib = library()
+    assert lib is not None
+    assert weight_OD.dtype == torch.bfloat16
+    weight_OD = weight_OD.contiguous()
+    packed = torch.empty(lib.outcrop_packed_bytes(*weight_OD.shape) // 2, dtype=torch.int16)
+    lib.outcrop_pack(weight_OD.data_ptr(), *weight_OD.shape, packed.data_ptr())
+    return packed
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLinear:
+    """Called as Linear is. Sums are float32, and rounded once."""
+
+    packed: Tensor
+    num_outputs: int
+    bias_O: Tensor | None
+    isa: int
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        lib = library()
+        assert lib is not None
+        x_TD = x_TD.contiguous()
+        y_TO = x_TD.new_empty(x_TD.shape[0], self.num_outputs)
+        bias = None if self.bias_O is None else self.bias_O.data_ptr()
+        lib.outcrop_linear(
+            self.isa, torch.get_num_threads(), x_TD.data_ptr(), *x_TD.shape, self.packed.data_ptr(), self.num_outputs,
+            bias, y_TO.data_ptr(),
+        )  # fmt: skip
+        return y_TO
+
+
+@dataclass(frozen=True, slots=True)
+class NativeExperts:
+    """Experts of a layer with silu, each a pair of packed matrices. Gate and up are packed one behind the other."""
+
+    gate_up_E: tuple[Tensor, ...]
+    down_E: tuple[Tensor, ...]
+    width: int  # F
+    isa: int
+
+    @classmethod
+    def of(cls, gate_up_EFD: Tensor, down_EDF: Tensor, isa: int) -> "NativeExperts":
+        gate_up = tuple(torch.cat([pack(half_FD) for half_FD in each.chunk(2)]) for each in gate_up_EFD)
+        return cls(gate_up, tuple(map(pack, down_EDF)), down_EDF.shape[2], isa)
+
+    def __add__(self, more: "NativeExperts") -> "NativeExperts":
+        return NativeExperts(self.gate_up_E + more.gate_up_E, self.down_E + more.down_E, self.width, self.isa)
+
+    def select(self, rows: Sequence[int]) -> "NativeExperts":
+        """Experts by their rows, in this order. Nothing is copied."""
+        gate_up, down = (tuple(each[row] for row in rows) for each in (self.gate_up_E, self.down_E))
+        return NativeExperts(gate_up, down, self.width, self.isa)
+
+    def run(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Sum of gate * expert(x) over each token's choices, [T, D]; rows_TK int64, E and more: computed elsewhere.
+
+        Sums are float32 in the order of the choices.
+        """
+        lib = library()
+        assert lib is not None
+        x_TD, rows_TK, gates_TK = x_TD.contiguous(), rows_TK.contiguous(), gates_TK.contiguous()
+        out_TD = torch.empty_like(x_TD)
+        gate_up, down = (_pointers(tensors) for tensors in (self.gate_up_E, self.down_E))
+        lib.outcrop_experts(
+            self.isa, torch.get_num_threads(), x_TD.data_ptr(), *x_TD.shape, self.width, rows_TK.data_ptr(),
+            gates_TK.data_ptr(), rows_TK.shape[1], len(self.down_E), gate_up, down, out_TD.data_ptr(),
+        )  # fmt: skip
+        return out_TD
+
+
+def _pointers(tensors: tuple[Tensor, ...]) -> "ctypes.Array[ctypes.c_void_p]":
+    return (_POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
