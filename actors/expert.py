@@ -50,6 +50,7 @@ class ExpertActor:
         return self.ready
 
     def _read(self) -> "Replica":
+        from actors.kernels.packed import Kernels
         from actors.model.device import torch_device, torch_dtype
         from actors.model.loader import TensorReader, load_experts, read_layer_experts
         from actors.replica import Replica
@@ -60,6 +61,7 @@ class ExpertActor:
         config = read_model_config(model_dir)
         info = check_checkpoint(model_dir, config)
         self._total = info.bytes_per_expert * sum(len(layer) for layer in self.spec.experts)
+        Kernels.choose(self.spec.kernels)
         device, dtype = torch_device(self.spec.device), torch_dtype(self.spec.dtype)
         store = load_experts(model_dir, config, self.spec.experts, device, dtype, self._advance)
         reader = TensorReader(info, device, dtype, lambda _: None)

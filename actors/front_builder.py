@@ -9,6 +9,7 @@ from actors.engine.kv_cache import BlockAllocator
 from actors.engine.memory import num_kv_blocks
 from actors.engine.overlap import Overlap
 from actors.engine.scheduler import Scheduler
+from actors.kernels.packed import Kernels
 from actors.lanes.auto import AutoLane
 from actors.lanes.dispatcher import Dispatcher
 from actors.lanes.lane import Lane
@@ -50,6 +51,7 @@ def build_engine(
     """Raises ModelError if the KV cache can't hold one sequence of full length."""
     options, model_dir = spec.engine, Path(spec.engine.model_path)
     config = read_model_config(model_dir)
+    Kernels.choose(options.kernels)
     device, dtype = torch_device(options.device), torch_dtype(options.dtype)
     everything = (tuple(range(config.num_local_experts)),) * config.num_hidden_layers
     info = check_checkpoint(model_dir, config)

@@ -44,6 +44,7 @@ class Blueprint:
             self.resources.threads_per_replica,
             self.lane_keys,
             self.logs,
+            self.engine.kernels,
         )
 
 
@@ -95,6 +96,7 @@ def draw_blueprint(
         max_num_waiting=config.max_num_waiting,
         enable_prefix_caching=config.enable_prefix_caching,
         overlap=config.overlap,
+        kernels=config.kernels,
         num_threads=resources.threads_per_front,
     )
     num_replicas = 0 if config.lane == "local" else config.replicas

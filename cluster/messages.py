@@ -9,6 +9,7 @@ from typing import Literal
 from cluster.logs import Format, Level
 
 OverlapMode = Literal["auto", "always", "never"]
+KernelChoice = Literal["auto", "native", "torch"]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ActorKind = Literal["front", "expert"]
@@ -117,6 +118,7 @@ class EngineOptions:
     max_num_waiting: int
     enable_prefix_caching: bool
     overlap: OverlapMode
+    kernels: KernelChoice
     num_threads: int
 
 
@@ -165,6 +167,7 @@ class ReplicaSpec:
     num_threads: int
     lane_keys: LaneKeys | None = None
     logs: LogOptions = LogOptions()
+    kernels: KernelChoice = "auto"
 
     def fits(self, wanted: object) -> bool:
         """As FrontSpec.fits. Experts don't matter either: an actor can be told to hold others."""

@@ -42,16 +42,19 @@ def serve(config_file: Path | None, **settings: Any) -> None:
 @with_config_flags
 def check(config_file: Path | None, **settings: Any) -> None:
     """Check MODEL and settings as `serve` does, without starting anything."""
-    from deploy.server import check_everything, map_line
+    from deploy.server import check_everything, kernels_here, map_line
 
     try:
         config = _load(config_file, settings)
         found = check_everything(config)
+        kernels = None if config.device == "cuda" else kernels_here(config)
     except (ConfigError, ModelError) as error:
         raise fail(str(error)) from None
     console.print(
         f"{config.model_name}: {found.info.total_bytes / 2**20:,.1f} MiB, {found.info.dtype}; {map_line(config, found)}"
     )
+    if kernels:
+        console.print(f"bfloat16 on this CPU: {kernels}")
 
 
 @app.command()

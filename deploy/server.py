@@ -3,6 +3,8 @@
 import logging
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +72,15 @@ def check_everything(config: ClusterConfig) -> Check:
             "tokenizer and weights are of different models"
         )
     return Check(model, info)
+
+
+def kernels_here(config: ClusterConfig) -> str:
+    """In a process of its own: the command line neither loads torch nor knows actors. Raises ConfigError."""
+    command = [sys.executable, "-m", "actors.kernels", config.kernels]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise ConfigError(found.stderr.strip().rpartition("\n")[2])
+    return found.stdout.strip()
 
 
 def _check_port(config: ClusterConfig) -> None:

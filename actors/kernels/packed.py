@@ -18,6 +18,7 @@ from torch import Tensor
 
 from actors.kernels import native
 from actors.kernels.native import NativeLinear
+from cluster.messages import KernelChoice
 
 # With fewer rows than this, widening costs more than it saves, the more so with several threads that must be woken.
 WIDEN_ROWS = 8
@@ -67,9 +68,40 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+class Kernels:
+    """What this process computes with; set once, before weights are loaded."""
+
+    choice: KernelChoice = "auto"
+
+    @classmethod
+    def choose(cls, choice: KernelChoice) -> None:
+        """Raises RuntimeError if they are asked for and can't be had."""
+        if choice == "native" and not native.instruction_sets():
+            raise RuntimeError(f"kernels='native': {why_not_native()}: choose auto or torch")
+        cls.choice = choice
+
+
 def use_native() -> bool:
     """Whether our own kernels are the best choice here: oneDNN comes first where the CPU has bfloat16 instructions."""
-    return not has_bfloat16() and bool(native.instruction_sets())
+    if Kernels.choice == "torch" or not native.instruction_sets():
+        return False
+    return Kernels.choice == "native" or not has_bfloat16()
+
+
+def why_not_native() -> str:
+    if native.library() is None:
+        return "the native kernels have not been built (was a C++ compiler there when Outcrop was installed?)"
+    return "this CPU has none of the instruction sets of the native kernels (the least is AVX2)"
+
+
+def describe() -> str:
+    """Which kernels compute bfloat16 on this CPU, and why."""
+    if use_native():
+        names = list(native.instruction_sets())
+        return f"native, {names[-1]}" + ("" if has_bfloat16() else ": oneDNN finds no bfloat16 instructions here")
+    if has_bfloat16():
+        return "oneDNN: this CPU has bfloat16 instructions"
+    return "torch, slow: " + ("as chosen" if Kernels.choice == "torch" else why_not_native())
 
 
 def pack(weight_OD: Tensor, bias_O: Tensor | None = None) -> FastLinear:

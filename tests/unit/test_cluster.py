@@ -33,6 +33,7 @@ def test_every_setting_has_an_environment_twin() -> None:
         "max_num_batched_tokens": "512",
         "lane": "local",
         "overlap": "always",
+        "kernels": "torch",
         "dtype": "float32",
         "device": "cpu",
         "enable_prefix_caching": "false",
