@@ -23,7 +23,7 @@ serve: $(VENV)/.installed  ## Serve the demo model on port $(PORT)
 	$(BIN)/outcrop serve demo --port $(PORT)
 
 test: $(VENV)/.installed-dev  ## The whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=25
 
 lint: $(VENV)/.installed-dev  ## Format, lint, types, import boundaries
 	$(BIN)/ruff format --check .

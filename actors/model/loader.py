@@ -71,7 +71,7 @@ def load_front(
     """Everything but the experts. Raises ModelError."""
     reader = TensorReader(check_checkpoint(model_dir, config), device, dtype, progress)
     embed_VD = reader.read("embed")
-    # A tied head is not packed: it would be in memory twice.
+    # A tied head is packed only where nothing else is fast: it is in memory twice then.
     head = in_place(Linear(embed_VD)) if config.tie_word_embeddings else packed_if_possible(Linear(reader.read("head")))
     layers = tuple(_front_layer(reader, config, layer) for layer in range(config.num_hidden_layers))
     return FrontHalf(config, FrontWeights(embed_VD, layers, reader.read("norm"), head))
