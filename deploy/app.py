@@ -1,13 +1,16 @@
 """The Ray Serve application: `deploy.app:build`.
 
-Two deployments: the supervisor, one replica, that owns fronts and expert replicas as Ray actors, and the ingress, any
-number of replicas, that speaks HTTP. Deleting the application stops what the supervisor started.
+Three deployments: the supervisor, one replica, that owns fronts and expert replicas as Ray actors; the ingress, any
+number of replicas, that speaks HTTP; and the gate, which keeps Serve from calling the application RUNNING before it
+serves. Deleting the application stops what the supervisor started.
 """
 
+import asyncio
 from typing import Any, cast
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
@@ -24,6 +27,7 @@ Handle = DeploymentHandle[Any]
 
 # Requests are admitted by the engine's own queues, which answer 429; Serve's limits must not come first.
 UNLIMITED = 1_000_000
+GATE_PERIOD_S = 1.0
 
 
 @serve.deployment(
@@ -37,6 +41,7 @@ class SupervisorDeployment:
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         settings = ClusterConfig(**config)
         set_up_logs("supervisor", settings.log_format, settings.log_level)
+        self.settings = config
         namespace = f"outcrop-{serve.get_replica_context().app_name}"
         self.supervisor = Supervisor(settings, namespace)
         self.supervisor.start()
@@ -52,6 +57,10 @@ class SupervisorDeployment:
 
     async def state(self) -> ClusterState:
         return self.supervisor.state()
+
+    async def state_with(self, config: dict[str, Any]) -> ClusterState | None:
+        """None if this is the supervisor of other settings, whom an update is about to replace."""
+        return self.supervisor.state() if config == self.settings else None
 
     async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted:
         return await self.supervisor.scale(fronts, group, replicas)
@@ -88,6 +97,32 @@ class _Link:
         return await self.handle.rebalance.remote(dry_run, force)  # type: ignore[no-any-return]
 
 
+@serve.deployment(name="gate", num_replicas=1, graceful_shutdown_timeout_s=5)
+class GateDeployment:
+    """Does nothing, once the cluster serves.
+
+    Supervisor and ingress are there at once, so that people see the progress of loading. But Serve calls an application
+    RUNNING when all constructors have returned, however long they take, and that is when KubeRay moves on to a new
+    cluster. So one constructor waits. Its arguments are the supervisor's: what replaces that one replaces the gate.
+    """
+
+    async def __init__(self, config: dict[str, Any], supervisor: Handle) -> None:  # type: ignore[misc]
+        settings = ClusterConfig(**config)
+        set_up_logs("gate", settings.log_format, settings.log_level)
+        while not await self._is_serving(config, supervisor):
+            await asyncio.sleep(GATE_PERIOD_S)
+
+    async def _is_serving(self, config: dict[str, Any], supervisor: Handle) -> bool:
+        """Raises RuntimeError, which Serve shows as the reason of DEPLOY_FAILED, if there is nothing to wait for."""
+        try:
+            state: ClusterState | None = await supervisor.state_with.remote(config)
+        except RayActorError:
+            return False  # Serve restarts it
+        if state is not None and state.state == "failed":
+            raise RuntimeError(state.error or "the cluster could not be brought up")
+        return state is not None and state.state in ("ready", "degraded")
+
+
 @serve.deployment(
     name="ingress",
     max_ongoing_requests=UNLIMITED,
@@ -96,7 +131,10 @@ class _Link:
 )
 @serve.ingress()
 class IngressDeployment:
-    async def __init__(self, config: dict[str, Any], supervisor: Handle) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: dict[str, Any], supervisor: Handle, gate: Handle | None = None
+    ) -> None:
+        """`gate` is there to be deployed: Serve deploys what is bound."""
         settings = ClusterConfig(**config)
         set_up_logs("ingress", settings.log_format, settings.log_level)
         self.service = Service(settings, resolve_model(settings.model), _Link(supervisor))
@@ -110,16 +148,20 @@ def build(args: dict[str, Any]) -> Application:
 
     OUTCROP_* variables of the process that builds count as well. Raises ConfigError.
     """
-    config = expand_demo(load_config(args))
+    return application(expand_demo(load_config(args)))
+
+
+def application(config: ClusterConfig, is_gated: bool = True) -> Application:
+    """Whoever follows the supervisor's own state needs no gate."""
     # The secret key travels to the ingress as text; a SecretStr would arrive as asterisks.
     settings = config.model_dump(exclude_unset=True)
     if config.api_key is not None:
         settings["api_key"] = config.api_key.get_secret_value()
+    keyless = {k: v for k, v in settings.items() if k != "api_key"}
     placement = {"num_cpus": 0, "resources": config.ingress_resources}
-    supervisor = SupervisorDeployment.options(ray_actor_options=placement).bind(  # type: ignore[attr-defined]
-        {k: v for k, v in settings.items() if k != "api_key"}
-    )
+    supervisor = SupervisorDeployment.options(ray_actor_options=placement).bind(keyless)  # type: ignore[attr-defined]
+    gate = GateDeployment.options(ray_actor_options=placement).bind(keyless, supervisor)  # type: ignore[attr-defined]
     ingress = IngressDeployment.options(  # type: ignore[attr-defined]
         num_replicas=config.ingress_replicas, ray_actor_options=placement
     )
-    return cast("Application", ingress.bind(settings, supervisor))
+    return cast("Application", ingress.bind(settings, supervisor, *([gate] if is_gated else [])))

@@ -118,6 +118,16 @@ def test_drain_waits_for_connections_but_not_for_ever(client_stays: bool) -> Non
     assert time.monotonic() - started >= (3 if client_stays else 1.5)
 
 
+def test_linger_lets_a_lone_pod_go_and_outlasts_the_head() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        settings = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{head.getsockname()[1]}", "SETTLE_SECONDS": "0"}
+        alone = subprocess.run([BIN / "outcrop-linger", "600"], env=settings, timeout=60, check=False)
+        assert alone.returncode == 0
+    started = time.monotonic()
+    assert subprocess.run([BIN / "outcrop-linger", "4"], env=settings, timeout=60, check=False).returncode == 0
+    assert time.monotonic() - started >= 3
+
+
 @pytest.fixture
 def fetch_model() -> ModuleType:
     """The script, which has no .py for import."""
