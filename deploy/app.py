@@ -13,6 +13,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
+from ray.util import list_named_actors
 
 from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig, load_config
@@ -28,6 +29,7 @@ Handle = DeploymentHandle[Any]
 # Requests are admitted by the engine's own queues, which answer 429; Serve's limits must not come first.
 UNLIMITED = 1_000_000
 GATE_PERIOD_S = 1.0
+PREDECESSOR_PERIOD_S = 0.5
 
 
 @serve.deployment(
@@ -42,6 +44,7 @@ class SupervisorDeployment:
         settings = ClusterConfig(**config)
         set_up_logs("supervisor", settings.log_format, settings.log_level)
         self.settings = config
+        await _end_of_predecessors()
         namespace = f"outcrop-{serve.get_replica_context().app_name}"
         self.supervisor = Supervisor(settings, namespace)
         self.supervisor.start()
@@ -73,6 +76,16 @@ class SupervisorDeployment:
         # and answer first what they have accepted.
         await self.supervisor.finish()
         await self.supervisor.stop()
+
+
+async def _end_of_predecessors() -> None:
+    """In an update, Serve starts this replica while the one before still lets fronts finish. It ends its actors then: they
+    are not for us. A replica that has crashed is gone, and its actors are ours.
+    """
+    own = serve.get_replica_context().replica_id.to_full_id_str()
+    siblings = own.rpartition("#")[0] + "#"
+    while any(a["name"].startswith(siblings) and a["name"] != own for a in list_named_actors(all_namespaces=True)):
+        await asyncio.sleep(PREDECESSOR_PERIOD_S)
 
 
 class _Link:

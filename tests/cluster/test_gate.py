@@ -52,7 +52,9 @@ def cluster_state() -> ClusterState:
 def until(is_so: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not is_so():
-        assert time.monotonic() < deadline, f"not within {TIMEOUT_S:g} s: {what}; Serve says {application()}"
+        assert time.monotonic() < deadline, (
+            f"not within {TIMEOUT_S:g} s: {what}; Serve says {application()}, the supervisor {cluster_state()}"
+        )
         time.sleep(0.1)
 
 
