@@ -43,7 +43,6 @@ class SupervisorDeployment:
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         settings = ClusterConfig(**config)
         set_up_logs("supervisor", settings.log_format, settings.log_level)
-        self.settings = config
         await _end_of_predecessors()
         namespace = f"outcrop-{serve.get_replica_context().app_name}"
         self.supervisor = Supervisor(settings, namespace)
@@ -61,10 +60,6 @@ class SupervisorDeployment:
     async def state(self) -> ClusterState:
         return self.supervisor.state()
 
-    async def state_with(self, config: dict[str, Any]) -> ClusterState | None:
-        """None if this is the supervisor of other settings, whom an update is about to replace."""
-        return self.supervisor.state() if config == self.settings else None
-
     async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted:
         return await self.supervisor.scale(fronts, group, replicas)
 
@@ -79,8 +74,8 @@ class SupervisorDeployment:
 
 
 async def _end_of_predecessors() -> None:
-    """In an update, Serve starts this replica while the one before still lets fronts finish. It ends its actors then: they
-    are not for us. A replica that has crashed is gone, and its actors are ours.
+    """In an update, Serve starts this replica while the one before still lets fronts finish; then that one ends its
+    actors, so they are not for us. A replica that has crashed is gone, and its actors are ours.
     """
     own = serve.get_replica_context().replica_id.to_full_id_str()
     siblings = own.rpartition("#")[0] + "#"
@@ -116,24 +111,24 @@ class GateDeployment:
 
     Supervisor and ingress are there at once, so that people see the progress of loading. But Serve calls an application
     RUNNING when all constructors have returned, however long they take, and that is when KubeRay moves on to a new
-    cluster. So one constructor waits. Its arguments are the supervisor's: what replaces that one replaces the gate.
+    cluster. So one constructor waits. It takes the supervisor's settings: what replaces that one replaces the gate.
     """
 
     async def __init__(self, config: dict[str, Any], supervisor: Handle) -> None:  # type: ignore[misc]
         settings = ClusterConfig(**config)
         set_up_logs("gate", settings.log_format, settings.log_level)
-        while not await self._is_serving(config, supervisor):
+        while not await self._is_serving(supervisor):
             await asyncio.sleep(GATE_PERIOD_S)
 
-    async def _is_serving(self, config: dict[str, Any], supervisor: Handle) -> bool:
+    async def _is_serving(self, supervisor: Handle) -> bool:
         """Raises RuntimeError, which Serve shows as the reason of DEPLOY_FAILED, if there is nothing to wait for."""
         try:
-            state: ClusterState | None = await supervisor.state_with.remote(config)
+            state: ClusterState = await supervisor.state.remote()
         except RayActorError:
             return False  # Serve restarts it
-        if state is not None and state.state == "failed":
+        if state.state == "failed":
             raise RuntimeError(state.error or "the cluster could not be brought up")
-        return state is not None and state.state in ("ready", "degraded")
+        return state.state in ("ready", "degraded")
 
 
 @serve.deployment(
