@@ -46,6 +46,14 @@ def test_the_dockerfile_copies_what_the_context_has() -> None:
     assert all((ROOT / path).exists() for path in paths)
 
 
+def test_the_dockerfile_copies_what_the_package_is_built_from() -> None:
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, build = content["project"], content["tool"]["hatch"]["build"]
+    hooks = {hook.get("path", "hatch_build.py") for name, hook in build["hooks"].items() if name == "custom"}
+    needed = {"pyproject.toml", project["readme"], *project["license-files"], *build["targets"]["wheel"]["packages"]}
+    assert needed | hooks <= set(re.findall(r"[\w./]+", " ".join(re.findall(r"^COPY (?!--)(.+)", DOCKERFILE, re.M))))
+
+
 def test_the_image_runs_as_the_user_that_pods_ask_for() -> None:
     assert "useradd --uid 1000 --create-home ray" in DOCKERFILE
     assert DOCKERFILE.index("USER 1000:1000") > DOCKERFILE.rindex("RUN ")
