@@ -1,15 +1,19 @@
 """The Ray Serve application: `deploy.app:build`.
 
-Two deployments: the supervisor, one replica, that owns fronts and expert replicas as Ray actors, and the ingress, any
-number of replicas, that speaks HTTP. Deleting the application stops what the supervisor started.
+Three deployments: the supervisor, one replica, that owns fronts and expert replicas as Ray actors; the ingress, any
+number of replicas, that speaks HTTP; and the gate, which keeps Serve from calling the application RUNNING before it
+serves. Deleting the application stops what the supervisor started.
 """
 
+import asyncio
 from typing import Any, cast
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
+from ray.util import list_named_actors
 
 from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig, load_config
@@ -24,6 +28,8 @@ Handle = DeploymentHandle[Any]
 
 # Requests are admitted by the engine's own queues, which answer 429; Serve's limits must not come first.
 UNLIMITED = 1_000_000
+GATE_PERIOD_S = 1.0
+PREDECESSOR_PERIOD_S = 0.5
 
 
 @serve.deployment(
@@ -37,6 +43,7 @@ class SupervisorDeployment:
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         settings = ClusterConfig(**config)
         set_up_logs("supervisor", settings.log_format, settings.log_level)
+        await _end_of_predecessors()
         namespace = f"outcrop-{serve.get_replica_context().app_name}"
         self.supervisor = Supervisor(settings, namespace)
         self.supervisor.start()
@@ -66,6 +73,16 @@ class SupervisorDeployment:
         await self.supervisor.stop()
 
 
+async def _end_of_predecessors() -> None:
+    """In an update, Serve starts this replica while the one before still lets fronts finish; then that one ends its
+    actors, so they are not for us. A replica that has crashed is gone, and its actors are ours.
+    """
+    own = serve.get_replica_context().replica_id.to_full_id_str()
+    siblings = own.rpartition("#")[0] + "#"
+    while any(a["name"].startswith(siblings) and a["name"] != own for a in list_named_actors(all_namespaces=True)):
+        await asyncio.sleep(PREDECESSOR_PERIOD_S)
+
+
 class _Link:
     """SupervisorLink over a Serve handle."""
 
@@ -88,6 +105,32 @@ class _Link:
         return await self.handle.rebalance.remote(dry_run, force)  # type: ignore[no-any-return]
 
 
+@serve.deployment(name="gate", num_replicas=1, graceful_shutdown_timeout_s=5)
+class GateDeployment:
+    """Does nothing, once the cluster serves.
+
+    Supervisor and ingress are there at once, so that people see the progress of loading. But Serve calls an application
+    RUNNING when all constructors have returned, however long they take, and that is when KubeRay moves on to a new
+    cluster. So one constructor waits. It takes the supervisor's settings: what replaces that one replaces the gate.
+    """
+
+    async def __init__(self, config: dict[str, Any], supervisor: Handle) -> None:  # type: ignore[misc]
+        settings = ClusterConfig(**config)
+        set_up_logs("gate", settings.log_format, settings.log_level)
+        while not await self._is_serving(supervisor):
+            await asyncio.sleep(GATE_PERIOD_S)
+
+    async def _is_serving(self, supervisor: Handle) -> bool:
+        """Raises RuntimeError, which Serve shows as the reason of DEPLOY_FAILED, if there is nothing to wait for."""
+        try:
+            state: ClusterState = await supervisor.state.remote()
+        except RayActorError:
+            return False  # Serve restarts it
+        if state.state == "failed":
+            raise RuntimeError(state.error or "the cluster could not be brought up")
+        return state.state in ("ready", "degraded")
+
+
 @serve.deployment(
     name="ingress",
     max_ongoing_requests=UNLIMITED,
@@ -96,7 +139,10 @@ class _Link:
 )
 @serve.ingress()
 class IngressDeployment:
-    async def __init__(self, config: dict[str, Any], supervisor: Handle) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: dict[str, Any], supervisor: Handle, gate: Handle | None = None
+    ) -> None:
+        """`gate` is there to be deployed: Serve deploys what is bound."""
         settings = ClusterConfig(**config)
         set_up_logs("ingress", settings.log_format, settings.log_level)
         self.service = Service(settings, resolve_model(settings.model), _Link(supervisor))
@@ -110,16 +156,20 @@ def build(args: dict[str, Any]) -> Application:
 
     OUTCROP_* variables of the process that builds count as well. Raises ConfigError.
     """
-    config = expand_demo(load_config(args))
+    return application(expand_demo(load_config(args)))
+
+
+def application(config: ClusterConfig, is_gated: bool = True) -> Application:
+    """Whoever follows the supervisor's own state needs no gate."""
     # The secret key travels to the ingress as text; a SecretStr would arrive as asterisks.
     settings = config.model_dump(exclude_unset=True)
     if config.api_key is not None:
         settings["api_key"] = config.api_key.get_secret_value()
+    keyless = {k: v for k, v in settings.items() if k != "api_key"}
     placement = {"num_cpus": 0, "resources": config.ingress_resources}
-    supervisor = SupervisorDeployment.options(ray_actor_options=placement).bind(  # type: ignore[attr-defined]
-        {k: v for k, v in settings.items() if k != "api_key"}
-    )
+    supervisor = SupervisorDeployment.options(ray_actor_options=placement).bind(keyless)  # type: ignore[attr-defined]
+    gate = GateDeployment.options(ray_actor_options=placement).bind(keyless, supervisor)  # type: ignore[attr-defined]
     ingress = IngressDeployment.options(  # type: ignore[attr-defined]
         num_replicas=config.ingress_replicas, ray_actor_options=placement
     )
-    return cast("Application", ingress.bind(settings, supervisor))
+    return cast("Application", ingress.bind(settings, supervisor, *([gate] if is_gated else [])))

@@ -111,12 +111,9 @@ def _application(config: ClusterConfig, is_own_ray: bool) -> Iterator[Any]:
     """Deploy the application; yields a handle of the supervisor."""
     from ray import serve
 
-    from deploy.app import build
+    from deploy.app import application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    settings = config.model_dump(exclude_unset=True)
-    if config.api_key is not None:
-        settings["api_key"] = config.api_key.get_secret_value()
     location = "HeadOnly" if is_own_ray else "EveryNode"
     try:
         serve.start(
@@ -124,7 +121,7 @@ def _application(config: ClusterConfig, is_own_ray: bool) -> Iterator[Any]:
             http_options={"host": config.host, "port": config.port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        serve.run(build(settings), name=APP_NAME, route_prefix="/", blocking=False)
+        serve.run(application(config, is_gated=False), name=APP_NAME, route_prefix="/", blocking=False)
         yield serve.get_deployment_handle("supervisor", APP_NAME)
     finally:
         console.print("stopping ...")

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from tests.k8s import packing, serve_config
 from tests.k8s.manifests import K8S, ROOT, Object, containers, one, pod_templates, ray_groups, title
 
+OVERLAP_S, NODES_S = 120, 900
+UNITS = {"h": 3600, "m": 60, "s": 1, "": 1}
+PROMETHEUS, OPERATOR = "prometheus", "kuberay-operator"
+DASHBOARD = 8265
 DOCUMENTED_SECRETS = set(re.findall(r"create secret generic (\S+)", (K8S / "README.md").read_text()))
 
 
@@ -19,15 +23,22 @@ def ray_is_the_version_that_is_installed(found: list[Object]) -> Iterator[str]:
         yield f"rayVersion {version} is not the {pinned} of pyproject.toml"
 
 
-def the_old_cluster_outlives_loading(found: list[Object]) -> Iterator[str]:
-    """KubeRay's clock starts when Serve runs, and weights are loaded after that."""
+def two_clusters_serve_for_a_while(found: list[Object]) -> Iterator[str]:
+    """KubeRay's clock starts when the new cluster serves; Services and gateways find its pods later."""
+    spec = one(found, "RayService")["spec"]
+    delay = spec.get("rayClusterDeletionDelaySeconds", 60)
+    if spec.get("upgradeStrategy", {}).get("type", "NewCluster") == "NewCluster" and delay < OVERLAP_S:
+        yield f"rayClusterDeletionDelaySeconds {delay} is less than {OVERLAP_S}"
+
+
+def initializing_lasts_as_long_as_loading(found: list[Object]) -> Iterator[str]:
+    """The application is not RUNNING before weights are loaded, and KubeRay gives up a service for good."""
     service = one(found, "RayService")
-    delay, needed = (
-        service["spec"].get("rayClusterDeletionDelaySeconds", 60),
-        serve_config.settings(service).load_timeout_s,
-    )
-    if service["spec"].get("upgradeStrategy", {}).get("type", "NewCluster") == "NewCluster" and delay < needed:
-        yield f"rayClusterDeletionDelaySeconds {delay} is less than load_timeout_s {needed:g}"
+    text = service["metadata"].get("annotations", {}).get("ray.io/initializing-timeout", "")
+    limit = sum(int(number) * UNITS[unit] for number, unit in re.findall(r"(\d+)([hms]?)", text))
+    needed = serve_config.settings(service).load_timeout_s + NODES_S
+    if text and limit < needed:
+        yield f"ray.io/initializing-timeout {text} is less than load_timeout_s and {NODES_S} s for nodes: {needed:g} s"
 
 
 def actors_find_room(found: list[Object]) -> Iterator[str]:
@@ -62,7 +73,7 @@ def services_lead_to_pods(found: list[Object]) -> Iterator[str]:
             yield f"{title(each)} selects no pod"
         for port in each["spec"]["ports"]:
             target = port.get("targetPort")
-            if isinstance(target, str) and not all(target in _port_names(template) for template in selected):
+            if isinstance(target, str) and not all(target in _ports(template) for template in selected):
                 yield f"{title(each)}: a pod that it selects has no port called {target}"
 
 
@@ -94,6 +105,47 @@ def policies_cover_every_pod(found: list[Object]) -> Iterator[str]:
     for where, template in templates if policies else ():
         if not any(_matches(spec["podSelector"], _labels(template)) for spec in closed):
             yield f"{where} is not denied by default"
+
+
+def monitors_lead_to_pods(found: list[Object]) -> Iterator[str]:
+    """A monitor that selects no pod, or a port that no pod names, is no error to the operator: nothing is scraped."""
+    for monitor in (each for each in found if each["kind"] == "PodMonitor"):
+        selected = [
+            template for _, template in _templates(found) if _matches(monitor["spec"]["selector"], _labels(template))
+        ]
+        if not selected:
+            yield f"{title(monitor)} selects no pod"
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+            if not all(endpoint["port"] in _ports(template) for template in selected):
+                yield f"{title(monitor)}: a pod that it selects has no port called {endpoint['port']}"
+
+
+def who_has_to_gets_through(found: list[Object]) -> Iterator[str]:
+    """With default-deny policies, a scrape or a deployment that is let through by none ends in a time-out."""
+    policies = [each["spec"] for each in found if each["kind"] == "NetworkPolicy"]
+    for where, template in _templates(found) if policies else ():
+        for caller, port in _callers(found, template):
+            if not any(_admits(policy, template, caller, port) for policy in policies):
+                yield f"{where}: no policy lets {caller} in on port {port}"
+
+
+def _callers(found: list[Object], template: Object) -> Iterator[tuple[str, int]]:
+    """Who must reach a pod from elsewhere: (app.kubernetes.io/name, port)."""
+    if _labels(template).get("app.kubernetes.io/component") == "head":
+        yield OPERATOR, DASHBOARD
+    for monitor in (each["spec"] for each in found if each["kind"] == "PodMonitor"):
+        for endpoint in monitor["podMetricsEndpoints"]:
+            if _matches(monitor["selector"], _labels(template)) and endpoint["port"] in _ports(template):
+                yield PROMETHEUS, _ports(template)[endpoint["port"]]
+
+
+def _admits(policy: Object, template: Object, caller: str, port: int) -> bool:
+    """Whether it lets pods of that name, in any namespace, in on a port."""
+    peer = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": caller}}}
+    return _matches(policy["podSelector"], _labels(template)) and any(
+        peer in rule.get("from", ()) and port in {each["port"] for each in rule.get("ports", ())}
+        for rule in policy.get("ingress", ())
+    )
 
 
 def references_lead_somewhere(found: list[Object]) -> Iterator[str]:
@@ -132,8 +184,9 @@ def _labels(template: Object) -> dict[str, str]:
     return template["metadata"].get("labels", {})  # type: ignore[no-any-return]
 
 
-def _port_names(template: Object) -> set[str]:
-    return {port.get("name") for each in template["spec"]["containers"] for port in each.get("ports", ())}
+def _ports(template: Object) -> dict[str, int]:
+    ports = (port for each in template["spec"]["containers"] for port in each.get("ports", ()))
+    return {port["name"]: port["containerPort"] for port in ports}
 
 
 def _matches(selector: Object, labels: dict[str, str]) -> bool:
@@ -147,12 +200,15 @@ def _matches(selector: Object, labels: dict[str, str]) -> bool:
 
 RULES = (
     ray_is_the_version_that_is_installed,
-    the_old_cluster_outlives_loading,
+    two_clusters_serve_for_a_while,
+    initializing_lasts_as_long_as_loading,
     actors_find_room,
     placement_is_all_or_nothing,
     threads_and_cpus_are_stated,
     services_lead_to_pods,
     budgets_can_be_met,
     policies_cover_every_pod,
+    monitors_lead_to_pods,
+    who_has_to_gets_through,
     references_lead_somewhere,
 )

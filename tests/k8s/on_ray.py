@@ -1,4 +1,5 @@
-"""The overlay `production` on a Ray of several nodes on this machine: prints where each actor has landed, as JSON.
+"""The overlay `production` on a Ray of several nodes on this machine: prints where each actor has landed, and what
+Serve said of the application while it was loading and when it served, as JSON.
 
 Nodes have the CPUs, GPUs (Ray takes our word for them) and custom resources that the worker groups' pods would have.
 The application comes from the overlay's serveConfigV2, with the demo model on the CPU and one of each kind. Nodes of
@@ -10,6 +11,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
 import ray
@@ -17,7 +19,7 @@ from ray import serve
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
 
 from tests.k8s import serve_config
 from tests.k8s.manifests import Object, one, overlay, ray_groups
@@ -40,10 +42,13 @@ def main() -> None:
             names = {ray.nodes()[0]["NodeID"]: "head"}
             _join(cluster, groups[:1], names)
             port = _deploy(service)
-            _wait_for_health(port, 503)
+            _wait(lambda: _health(port) == 503, "/health answers 503")
+            _wait(lambda: _deployments()["ingress"] == _deployments()["supervisor"] == "HEALTHY", "all but the gate")
+            loading = _application().status
             _join(cluster, groups[1:], names)
-            _wait_for_health(port, 200)
-            print(json.dumps(_places(names)))
+            _wait(lambda: _health(port) == 200, "/health answers 200")
+            _wait(lambda: _application().status != loading, f"no longer {loading}")
+            print(json.dumps({"places": _places(names), "statuses": [loading, _application().status]}))
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -69,11 +74,19 @@ def _deploy(service: Object) -> int:
     return port
 
 
-def _wait_for_health(port: int, wanted: int) -> None:
+def _wait(is_so: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + READY_S
-    while (status := _health(port)) != wanted:
-        assert time.monotonic() < deadline, f"/health says {status}, not {wanted}"
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {READY_S} s: {what}; Serve says {_application()}"
         time.sleep(0.5)
+
+
+def _application() -> ApplicationStatusOverview:
+    return serve.status().applications["outcrop"]
+
+
+def _deployments() -> dict[str, str]:
+    return {name: deployment.status for name, deployment in _application().deployments.items()}
 
 
 def _health(port: int) -> int | None:

@@ -51,10 +51,9 @@ def _demands(service: Object, at_most: bool) -> Iterator[tuple[str, Resources]]:
     for i in range(config.groups * (config.max_replicas if at_most else config.replicas)):
         gpus = (1.0 if config.gpus_per_replica is None else config.gpus_per_replica) if on_gpus else 0.0
         yield f"expert-{i}", {"CPU": config.cpus_per_replica or 0, "GPU": gpus} | config.replica_resources
-    copies = {"supervisor": 1, "ingress": config.ingress_replicas}
     for deployment in serve_config.parsed(service)["applications"][0]["deployments"]:
         options = deployment["ray_actor_options"]
-        for i in range(copies[deployment["name"]]):
+        for i in range(config.ingress_replicas if deployment["name"] == "ingress" else 1):
             yield f"{deployment['name']}-{i}", {"CPU": options["num_cpus"]} | options.get("resources", {})
 
 

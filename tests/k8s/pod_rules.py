@@ -6,7 +6,9 @@ from tests.k8s.manifests import Object, containers, one, pod_templates, ray_grou
 
 RAY_SETTINGS = {"OUTCROP_API_KEY", "RAY_max_direct_call_object_size"}
 STOP_MARGIN_S = 30
-DRAIN = "outcrop-drain"
+DRAIN, LINGER = "outcrop-drain", "outcrop-linger"
+# Ray's processes end when they have not reached the head for this long, by default.
+RECONNECT, RECONNECT_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60
 
 
 def pods_are_restricted(found: list[Object]) -> Iterator[str]:
@@ -92,11 +94,23 @@ def pods_that_serve_drain(found: list[Object]) -> Iterator[str]:
     """On SIGTERM Ray stops at once: preStop must wait for requests, and the grace period must be longer than that."""
     for name, group in _workers(found):
         pod = group["template"]["spec"]
-        hook = pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])
-        if _serves_http(group) and hook[0] != DRAIN:
+        script, seconds = _pre_stop(group)
+        if _serves_http(group) and script != DRAIN:
             yield f"{name}: serves HTTP and has no preStop that drains"
-        if pod.get("terminationGracePeriodSeconds", 30) < int(hook[-1]) + STOP_MARGIN_S:
-            yield f"{name}: terminationGracePeriodSeconds leaves no {STOP_MARGIN_S} s after a drain of {hook[-1]} s"
+        if pod.get("terminationGracePeriodSeconds", 30) < seconds + STOP_MARGIN_S:
+            yield f"{name}: terminationGracePeriodSeconds leaves no {STOP_MARGIN_S} s after a drain of {seconds} s"
+
+
+def drains_outlive_the_head(found: list[Object]) -> Iterator[str]:
+    """A cluster's pods are all told to stop at once. Who serves HTTP finishes its requests, and needs the others."""
+    longest = max((_pre_stop(group)[1] for _, group in _workers(found) if _serves_http(group)), default=0)
+    for name, group in _workers(found):
+        script, seconds = _pre_stop(group)
+        if not _serves_http(group) and (script != LINGER or seconds < longest):
+            yield f"{name}: does not stay for the {longest} s that others drain: preStop [{LINGER}, {longest}]"
+        env = {each["name"]: each.get("value") for each in group["template"]["spec"]["containers"][0].get("env", ())}
+        if int(env.get(RECONNECT) or RECONNECT_S) < longest:
+            yield f"{name}: lives less than {longest} s without the head: {RECONNECT}"
 
 
 def _pods(found: list[Object]) -> Iterator[tuple[str, Object]]:
@@ -106,6 +120,13 @@ def _pods(found: list[Object]) -> Iterator[tuple[str, Object]]:
 
 def _workers(found: list[Object]) -> Iterator[tuple[str, Object]]:
     return (each for each in ray_groups(one(found, "RayService")) if each[0] != "head")
+
+
+def _pre_stop(group: Object) -> tuple[str, int]:
+    """Script and seconds."""
+    hook = group["template"]["spec"]["containers"][0].get("lifecycle", {}).get("preStop", {})
+    script, seconds = hook.get("exec", {}).get("command", ["", "0"])
+    return script, int(seconds)
 
 
 def _serves_http(group: Object) -> bool:
@@ -121,4 +142,5 @@ RULES = (
     ray_containers_have_the_same_settings,
     workers_say_when_they_are_ready,
     pods_that_serve_drain,
+    drains_outlive_the_head,
 )

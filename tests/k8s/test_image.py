@@ -46,6 +46,14 @@ def test_the_dockerfile_copies_what_the_context_has() -> None:
     assert all((ROOT / path).exists() for path in paths)
 
 
+def test_the_dockerfile_copies_what_the_package_is_built_from() -> None:
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, build = content["project"], content["tool"]["hatch"]["build"]
+    hooks = {hook.get("path", "hatch_build.py") for name, hook in build["hooks"].items() if name == "custom"}
+    needed = {"pyproject.toml", project["readme"], *project["license-files"], *build["targets"]["wheel"]["packages"]}
+    assert needed | hooks <= set(re.findall(r"[\w./]+", " ".join(re.findall(r"^COPY (?!--)(.+)", DOCKERFILE, re.M))))
+
+
 def test_the_image_runs_as_the_user_that_pods_ask_for() -> None:
     assert "useradd --uid 1000 --create-home ray" in DOCKERFILE
     assert DOCKERFILE.index("USER 1000:1000") > DOCKERFILE.rindex("RUN ")
@@ -116,6 +124,16 @@ def test_drain_waits_for_connections_but_not_for_ever(client_stays: bool) -> Non
                 client.close()
             assert drain.wait(20) == 0
     assert time.monotonic() - started >= (3 if client_stays else 1.5)
+
+
+def test_linger_lets_a_lone_pod_go_and_outlasts_the_head() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        settings = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{head.getsockname()[1]}", "SETTLE_SECONDS": "0"}
+        alone = subprocess.run([BIN / "outcrop-linger", "600"], env=settings, timeout=60, check=False)
+        assert alone.returncode == 0
+    started = time.monotonic()
+    assert subprocess.run([BIN / "outcrop-linger", "4"], env=settings, timeout=60, check=False).returncode == 0
+    assert time.monotonic() - started >= 3
 
 
 @pytest.fixture

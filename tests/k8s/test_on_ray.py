@@ -10,16 +10,18 @@ from tests.k8s.manifests import ROOT
 TIMEOUT_S = 280
 
 
-def test_each_actor_lands_on_its_kind_of_node() -> None:
+def test_each_actor_lands_on_its_kind_of_node_and_serve_waits_for_all() -> None:
     # A process of its own: one process has one Ray, and other tests have theirs.
     command = [sys.executable, "-m", "tests.k8s.on_ray"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr
-    places = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    places = told["places"]
+    assert told["statuses"] == ["DEPLOYING", "RUNNING"], "KubeRay moves on to a cluster that is RUNNING"
     kinds = {node: Counter(_kind(name) for name in names) for node, names in places.items()}
     assert kinds == {
         "head": {"SERVE_CONTROLLER_ACTOR": 1, "SERVE_PROXY_ACTOR": 1},
-        "ingress": {"supervisor": 1, "ingress": 1, "SERVE_PROXY_ACTOR": 1},
+        "ingress": {"supervisor": 1, "gate": 1, "ingress": 1, "SERVE_PROXY_ACTOR": 1},
         "front-l40s": {"front": 1},
         "experts-l4": {"expert": 1},
         "experts-a10g": {"expert": 1},
