@@ -45,11 +45,17 @@ class Generation:
 
     async def submit(self) -> None:
         """Hand every choice to a front, or none. Raises Overloaded or Unavailable."""
+        offers = [
+            asyncio.create_task(self._client.submit(f"{self.id}-{index}", plan.prompt_token_ids, plan.params))
+            for index, plan in enumerate(self._plans)
+        ]
         try:
-            for index, plan in enumerate(self._plans):
-                stream = await self._client.submit(f"{self.id}-{index}", plan.prompt_token_ids, plan.params)
-                self._streams.append(stream)
+            self._streams = await asyncio.gather(*offers)
         except BaseException:
+            for offer in offers:
+                offer.cancel()
+            placed = await asyncio.gather(*offers, return_exceptions=True)
+            self._streams = [stream for stream in placed if isinstance(stream, OutputStream)]
             self.close()
             raise
 
