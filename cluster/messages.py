@@ -3,6 +3,7 @@
 Knows no Ray, no torch and no HTTP. Token ids are plain ints, times are seconds, sizes are bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -71,16 +72,33 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class RoutedExperts:
-    """Which experts computed a sequence: uint8 or int16 numbers in C order, shape (tokens, layers, top_k)."""
+    """Which experts computed tokens of a sequence: uint8 or int16 numbers in C order, shape (tokens, layers, top_k).
+
+    `first` is the position of the first of these tokens.
+    """
 
     shape: tuple[int, int, int]
     dtype: str
     data: bytes
+    first: int = 0
+
+    @classmethod
+    def joined(cls, pieces: "Sequence[RoutedExperts]") -> "RoutedExperts":
+        """The sequence from its start; what a later piece repeats, as after a replay, counts once."""
+        _, num_layers, top_k = pieces[0].shape
+        row = len(pieces[0].data) // pieces[0].shape[0]
+        data = bytearray()
+        for piece in pieces:
+            data[piece.first * row :] = piece.data
+        return cls((len(data) // row, num_layers, top_k), pieces[0].dtype, bytes(data))
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What a step added to one sequence. Prompt log-probabilities come with the first output of a request."""
+    """What a step added to one sequence. Prompt log-probabilities come with the first output of a request.
+
+    `routed_experts` are those of the tokens computed since the last output: the ingress may end a sequence at any.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()

@@ -157,7 +157,8 @@ class Engine:
             token, scored = sampled
             token_ids, logprobs = (token,), () if scored is None else (scored,)
             self.metrics.inc("generation_tokens_total")
-        routed = sequence.blocks  # finishing gives the blocks back
+        # Before finishing, which gives the blocks back.
+        routed = self._routed(sequence) if sequence.request.params.return_routed_experts else None
         sequence.token_ids.extend(token_ids)
         reason = self._finish_reason(sequence)
         if reason:
@@ -170,7 +171,7 @@ class Engine:
             None if scores is None else tuple(scores),
             reason,
             sequence.num_cached,
-            self._routed(sequence, routed) if reason and sequence.request.params.return_routed_experts else None,
+            routed,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -194,13 +195,15 @@ class Engine:
             sequence.request.request_id, finish_reason="error", error=f"{type(error).__name__}: {error}"
         )
 
-    def _routed(self, sequence: Sequence, blocks: list[int]) -> RoutedExperts:
-        """The experts of every computed token: all but the last, whose hidden state was never needed."""
-        size = self.scheduler.allocator.block_size
-        slots = (torch.tensor(blocks)[:, None] * size + torch.arange(size)).flatten()[: sequence.num_computed]
+    def _routed(self, sequence: Sequence) -> RoutedExperts:
+        """The experts of the tokens computed since the last report. A sequence's last token is never computed."""
+        size, first = self.scheduler.allocator.block_size, sequence.num_routed
+        positions = torch.arange(first, sequence.num_computed)
+        slots = torch.tensor(sequence.blocks)[positions // size] * size + positions % size
         ids_TLK = self.kv.read_routed(slots.to(self.model.device)).cpu().contiguous()
+        sequence.num_routed = sequence.num_computed
         shape = (ids_TLK.shape[0], ids_TLK.shape[1], ids_TLK.shape[2])
-        return RoutedExperts(shape, str(ids_TLK.dtype).removeprefix("torch."), ids_TLK.numpy().tobytes())
+        return RoutedExperts(shape, str(ids_TLK.dtype).removeprefix("torch."), ids_TLK.numpy().tobytes(), first)
 
     def _count_experts(self, ids_TLK: Tensor) -> None:
         num_layers, num_experts = self.expert_counts.shape

@@ -19,6 +19,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     num_published: int = 0
+    num_routed: int = 0  # tokens whose experts have been reported
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
     arrived: float = field(default_factory=time.monotonic)
