@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -156,6 +156,18 @@ def test_an_unreachable_replica_is_skipped_at_once() -> None:
     assert counted(dispatcher, "failovers_total") == {"unreachable": 1}
 
 
+def test_a_part_whose_experts_have_moved_is_sent_by_the_newer_map_and_counted() -> None:
+    def moved(frame: bytes) -> bytes:
+        old = dispatcher._map
+        assert old
+        dispatcher.set_map(replace(old, version=2, replicas=old.replicas[1:]))
+        return wire.pack_refusal(wire.NOT_HELD, "expert 0 is not here", 0)
+
+    dispatcher = make(ScriptedLane(a=moved, b=echo, c=echo, d=echo))
+    assert torch.equal(compute(dispatcher), EXPECTED)
+    assert counted(dispatcher, "failovers_total") == {"not_held": 1}
+
+
 def test_a_hedged_part_s_late_answer_is_forgotten() -> None:
     lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
     compute(make(lane))
@@ -168,6 +180,7 @@ def test_without_a_live_replica_the_front_computes_itself(broken: Behaviour | ty
     dispatcher = make(lane, fallback=True)
     assert torch.equal(compute(dispatcher), EXPECTED)
     assert counted(dispatcher, "local_fallback_tokens_total") == {"": 3}
+    assert sum(counted(dispatcher, "failovers_total").values()) == 2, "replicas given up, though nothing moved"
     lane.sent.clear()
     compute(dispatcher)
     assert not {"a", "b"} & set(lane.sent)
