@@ -48,13 +48,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to continue. `output_token_ids` are tokens that an earlier front has already emitted."""
+    """One sequence to continue. `output_token_ids` are tokens that an earlier front has already emitted. Outputs of
+    a traced request carry a Timing.
+    """
 
     request_id: str
     ingress_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     output_token_ids: tuple[int, ...] = ()
+    is_traced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,23 @@ class RoutedExperts:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """What a sequence has taken since its last output, or since its first step. Durations alone: hosts' clocks differ.
+
+    Steps, and so what their experts cost (Step in actors/lanes/dispatcher.py), are shared with all of the batch.
+    Only the first output of a front has `queue_seconds`, from the request's arrival to its first step.
+    """
+
+    seconds: float
+    num_steps: int
+    expert_wait_seconds: float
+    expert_compute_seconds: float
+    num_failovers: int
+    num_local_tokens: int
+    queue_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What a step added to one sequence. Prompt log-probabilities come with the first output of a request.
 
@@ -108,6 +128,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     routed_experts: RoutedExperts | None = None
     error: str | None = None
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, slots=True)

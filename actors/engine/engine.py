@@ -15,7 +15,8 @@ from actors.engine.overlap import Overlap
 from actors.engine.sampler import sample, token_logprob
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
-from actors.lanes.dispatcher import Dispatcher
+from actors.lanes.dispatcher import Dispatcher, Step
+from actors.lanes.wire import StepId
 from actors.model.batch import Span, StepBatch
 from actors.model.front_half import FrontHalf
 from actors.model.paged_kv import PagedKV
@@ -37,6 +38,7 @@ class Engine:
         scheduler: Scheduler,
         metrics: Metrics,
         overlap: Overlap,
+        actor_id: str = "front-0",
     ) -> None:
         self.model = model
         self.kv = kv
@@ -45,6 +47,7 @@ class Engine:
         self.metrics = metrics
         self.overlap = overlap
         self.sequences: dict[str, Sequence] = {}
+        self._step_id = StepId.first_of(actor_id)
         config = model.config
         self.expert_counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.int64)
 
@@ -77,17 +80,31 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        step = self._begin(chunks)
         try:
-            outputs = self._compute(chunks)
+            outputs = self._compute(chunks, step)
         except Exception as error:
-            logger.exception("step of %d sequences failed", len(chunks))
+            logger.exception("step of %d sequences failed", len(chunks), extra=step.extra)
             outputs = [self._fail(chunk.sequence, error) for chunk in chunks]
-        self.metrics.observe("step_tokens", sum(chunk.length for chunk in chunks))
-        self.metrics.observe("step_seconds", time.monotonic() - started)
+        num_tokens, seconds = sum(chunk.length for chunk in chunks), time.monotonic() - started
+        self.metrics.observe("step_tokens", num_tokens)
+        self.metrics.observe("step_seconds", seconds)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("step of %d tokens took %.1f ms", num_tokens, 1e3 * seconds, extra=step.extra)
         return outputs
 
+    def _begin(self, chunks: list[Chunk]) -> Step:
+        """Name the step, and note it where a trace will ask for it."""
+        self._step_id = self._step_id.next()
+        step = Step(self._step_id, tuple(chunk.sequence.request.request_id for chunk in chunks))
+        for chunk in chunks:
+            if chunk.sequence.request.is_traced:
+                chunk.sequence.steps.append(step)
+        return step
+
     @torch.inference_mode()
-    def _compute(self, chunks: list[Chunk]) -> list[RequestOutput]:
+    def _compute(self, chunks: list[Chunk], step: Step) -> list[RequestOutput]:
+        self.dispatcher.step = step
         batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.device)
         hidden_RD, ids_TLK = self._forward(batch)
         self._count_experts(ids_TLK)
@@ -172,6 +189,7 @@ class Engine:
             reason,
             sequence.num_cached,
             routed,
+            timing=sequence.take_timing() if sequence.request.is_traced else None,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
