@@ -18,6 +18,7 @@ from cluster.messages import ClusterState, RebalanceReport, Sample, Wanted
 from cluster.supervisor import Supervisor
 from deploy.api import create_api
 from deploy.demo import expand_demo
+from deploy.open_tracing import check_tracing, open_tracing
 from deploy.service import Service
 
 Handle = DeploymentHandle[Any]
@@ -99,10 +100,15 @@ class IngressDeployment:
     async def __init__(self, config: dict[str, Any], supervisor: Handle) -> None:  # type: ignore[misc]
         settings = ClusterConfig(**config)
         set_up_logs("ingress", settings.log_format, settings.log_level)
+        self.tracing = open_tracing(settings)
         self.service = Service(settings, resolve_model(settings.model), _Link(supervisor))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self.service)
+        return create_api(self.service, self.tracing)
+
+    def __del__(self) -> None:  # Serve calls it when the replica is stopped on purpose
+        if tracing := getattr(self, "tracing", None):
+            tracing.close()
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -111,6 +117,7 @@ def build(args: dict[str, Any]) -> Application:
     OUTCROP_* variables of the process that builds count as well. Raises ConfigError.
     """
     config = expand_demo(load_config(args))
+    check_tracing(config)
     # The secret key travels to the ingress as text; a SecretStr would arrive as asterisks.
     settings = config.model_dump(exclude_unset=True)
     if config.api_key is not None:
