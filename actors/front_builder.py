@@ -68,7 +68,8 @@ def build_engine(
     kv = PagedKV(config, num_blocks, options.block_size, device, dtype)
     scheduler = make_scheduler(options, num_blocks)
     overlap = Overlap(options.overlap if remote else "never")
-    return BuiltFront(Engine(model, kv, dispatcher, scheduler, metrics, overlap), remote, loading.total)
+    engine = Engine(model, kv, dispatcher, scheduler, metrics, overlap, spec.actor_id)
+    return BuiltFront(engine, remote, loading.total)
 
 
 def make_lane(spec: FrontSpec, namespace: str) -> Lane:

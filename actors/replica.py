@@ -1,5 +1,6 @@
 """An expert replica without Ray: its experts, and answers to packed dispatches."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from actors.lanes import wire
 from actors.model.expert_half import ExpertStore, LayerExperts, NotHeld
 from cluster.messages import ReplicaSpec
 from cluster.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 # (layer, global ids) -> those experts, read from the checkpoint
 ReadExperts = Callable[[int, tuple[int, ...]], LayerExperts]
@@ -24,6 +27,7 @@ class Replica:
         self.read = read
         self.metrics = metrics
         self.num_tokens = 0
+        self._last_steps: dict[int, wire.StepId] = {}  # by front, those that the log has a line of
         self._computing = threading.Lock()
 
     def set_experts(self, layer: int, ids: tuple[int, ...]) -> int:
@@ -42,6 +46,7 @@ class Replica:
         try:
             dispatch = wire.unpack_dispatch(frame)
         except wire.WireError as error:
+            logger.error("no dispatch: %s", error)
             return wire.pack_refusal(wire.FAILED, f"WireError: {error}")
         return self.answer_batch([dispatch])[0]
 
@@ -49,14 +54,28 @@ class Replica:
         """Packed answers to dispatches of one layer, computed together if they fit together."""
         if len({(d.x_TD.shape[1], d.ids_TK.shape[1], d.x_TD.dtype) for d in dispatches}) > 1:
             return [self.answer_batch([dispatch])[0] for dispatch in dispatches]
+        if logger.isEnabledFor(logging.DEBUG):
+            self._tell_steps(dispatches)
         try:
             return self._compute(dispatches)
         except Exception as error:
             if len(dispatches) > 1:  # only the one that is wrong may fail
                 return [self.answer_batch([dispatch])[0] for dispatch in dispatches]
-            if isinstance(error, NotHeld):
+            extra = {"step": str(dispatches[0].step)}
+            if isinstance(error, NotHeld):  # the map has moved on: part of every rebalance
+                logger.info("refused: %s", error, extra=extra)
                 return [wire.pack_refusal(wire.NOT_HELD, str(error), error.expert)]
-            return [wire.pack_refusal(wire.FAILED, f"{type(error).__name__}: {error}")]
+            text = f"{type(error).__name__}: {error}"
+            logger.error("dispatch of layer %d failed: %s", dispatches[0].layer, text, extra=extra)
+            return [wire.pack_refusal(wire.FAILED, text)]
+
+    def _tell_steps(self, dispatches: list[wire.Dispatch]) -> None:
+        """A line at the first message of each step."""
+        for dispatch in dispatches:
+            step = dispatch.step
+            if self._last_steps.get(step.front) != step:
+                self._last_steps[step.front] = step
+                logger.debug("step begins at layer %d", dispatch.layer, extra={"step": str(step)})
 
     @torch.inference_mode()
     def _compute(self, dispatches: list[wire.Dispatch]) -> list[bytes]:

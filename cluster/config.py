@@ -101,6 +101,10 @@ class ClusterConfig(BaseModel):
     log_level: Level = Field("info", description="Least level of Outcrop's own log lines.")
     log_format: Format = Field("text", description="Log lines for people (text) or collectors (json).")
 
+    otlp_traces_endpoint: str | None = Field(
+        None, description="URL that traces are sent to by OTLP/HTTP, such as http://localhost:4318/v1/traces."
+    )
+
     max_body_mib: float = Field(8.0, description="Largest request body, in MiB.", gt=0)
     max_choices: int = Field(16, description="Largest `n` times number of prompts.", ge=1)
     max_stop: int = Field(16, description="Most stop strings in a request.", ge=0)
@@ -125,6 +129,13 @@ class ClusterConfig(BaseModel):
                 raise ValueError(f"{name} is no custom resource: set {OWN_SETTING[name]}")
             if not (0 < amount < 1 or (amount >= 1 and amount.is_integer())):
                 raise ValueError(f"{name}={amount:g} must be a share between 0 and 1, or a whole number (Ray's rule)")
+        return value
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("is no http:// or https:// URL: collectors take OTLP/HTTP at http://HOST:4318/v1/traces")
         return value
 
     @model_validator(mode="after")

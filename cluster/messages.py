@@ -3,6 +3,7 @@
 Knows no Ray, no torch and no HTTP. Token ids are plain ints, times are seconds, sizes are bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -48,13 +49,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to continue. `output_token_ids` are tokens that an earlier front has already emitted."""
+    """One sequence to continue. `output_token_ids` are tokens that an earlier front has already emitted. Outputs of
+    a traced request carry a Timing.
+    """
 
     request_id: str
     ingress_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     output_token_ids: tuple[int, ...] = ()
+    is_traced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +76,50 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class RoutedExperts:
-    """Which experts computed a sequence: uint8 or int16 numbers in C order, shape (tokens, layers, top_k)."""
+    """Which experts computed tokens of a sequence: uint8 or int16 numbers in C order, shape (tokens, layers, top_k).
+
+    `first` is the position of the first of these tokens.
+    """
 
     shape: tuple[int, int, int]
     dtype: str
     data: bytes
+    first: int = 0
+
+    @classmethod
+    def joined(cls, pieces: "Sequence[RoutedExperts]") -> "RoutedExperts":
+        """The sequence from its start; what a later piece repeats, as after a replay, counts once."""
+        _, num_layers, top_k = pieces[0].shape
+        row = len(pieces[0].data) // pieces[0].shape[0]
+        data = bytearray()
+        for piece in pieces:
+            data[piece.first * row :] = piece.data
+        return cls((len(data) // row, num_layers, top_k), pieces[0].dtype, bytes(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What a sequence has taken since its last output, or since its first step. Durations alone: hosts' clocks differ.
+
+    Steps, and so what their experts cost (Step in actors/lanes/dispatcher.py), are shared with all of the batch.
+    Only the first output of a front has `queue_seconds`, from the request's arrival to its first step.
+    """
+
+    seconds: float
+    num_steps: int
+    expert_wait_seconds: float
+    expert_compute_seconds: float
+    num_failovers: int
+    num_local_tokens: int
+    queue_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What a step added to one sequence. Prompt log-probabilities come with the first output of a request."""
+    """What a step added to one sequence. Prompt log-probabilities come with the first output of a request.
+
+    `routed_experts` are those of the tokens computed since the last output: the ingress may end a sequence at any.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
@@ -91,6 +129,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     routed_experts: RoutedExperts | None = None
     error: str | None = None
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, slots=True)

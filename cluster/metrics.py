@@ -71,7 +71,13 @@ TABLE: tuple[Definition, ...] = (
     Definition(
         "actor_restarts_total", "counter", "Lost actors that are replaced.", ("kind",), values=("front", "expert")
     ),
-    Definition("failovers_total", "counter", "Dispatches that moved to another replica.", ("reason",), values=FAILOVER),
+    Definition(
+        "failovers_total",
+        "counter",
+        "Replicas given up by fronts; not_held: messages sent anew by a newer map.",
+        ("reason",),
+        values=FAILOVER,
+    ),
     Definition("local_fallback_tokens_total", "counter", "Tokens whose experts a front computed itself."),
     Definition("rebalances_total", "counter", "Changes of the expert placement."),
     Definition("rebalance_seconds", "histogram", "Duration of a rebalance.", (), START),

@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -29,17 +29,24 @@ from deploy.page import HEADERS, PAGE
 from deploy.request_id import RequestId
 from deploy.service import Service
 
+if TYPE_CHECKING:
+    from deploy.tracing import Tracing
+
 logger = logging.getLogger(__name__)
 
 PING_S = 15
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; HTTP has none
 
 
-def create_api(service: Service) -> FastAPI:
+def create_api(service: Service, tracing: "Tracing | None" = None) -> FastAPI:
     """The whole application around one Service."""
     app = FastAPI(title="Outcrop", version=version("outcrop"), docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
-    app.add_middleware(RequestId)
+    if tracing:
+        from deploy.tracing import TraceRequests
+
+        app.add_middleware(TraceRequests, tracing=tracing)
+    app.add_middleware(RequestId)  # the outermost
     app.include_router(open_routes)
     app.include_router(keyed_routes)
     app.include_router(cluster_routes)
@@ -72,7 +79,7 @@ async def _answer(
 ) -> Response:
     service, request_id = service_of(request), request.state.request_id
     try:
-        generation = await service.generate(body, request_id)
+        generation = await service.generate(body, request_id, getattr(request.state, "trace", None))
     except Overloaded:
         service.metrics.inc("requests_failed_total", reason="overloaded")
         raise errors.overloaded() from None

@@ -22,6 +22,7 @@ from cluster.messages import ClusterState, RebalanceReport, Sample, Wanted
 from cluster.supervisor import Supervisor
 from deploy.api import create_api
 from deploy.demo import expand_demo
+from deploy.open_tracing import check_tracing, open_tracing
 from deploy.service import Service
 
 Handle = DeploymentHandle[Any]
@@ -145,10 +146,15 @@ class IngressDeployment:
         """`gate` is there to be deployed: Serve deploys what is bound."""
         settings = ClusterConfig(**config)
         set_up_logs("ingress", settings.log_format, settings.log_level)
+        self.tracing = open_tracing(settings)
         self.service = Service(settings, resolve_model(settings.model), _Link(supervisor))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self.service)
+        return create_api(self.service, self.tracing)
+
+    def __del__(self) -> None:  # Serve calls it when the replica is stopped on purpose
+        if tracing := getattr(self, "tracing", None):
+            tracing.close()
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -161,6 +167,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(config: ClusterConfig, is_gated: bool = True) -> Application:
     """Whoever follows the supervisor's own state needs no gate."""
+    check_tracing(config)
     # The secret key travels to the ingress as text; a SecretStr would arrive as asterisks.
     settings = config.model_dump(exclude_unset=True)
     if config.api_key is not None:

@@ -48,6 +48,7 @@ class OutputStream:
         self.is_closed = False
         self.num_replays = 0
         self.on_close: Callable[[], None] | None = None
+        self.front, self.offered = "", 0.0  # which it was last offered to, and when
         self._emitted = request.output_token_ids
         self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
 
@@ -137,13 +138,14 @@ class FrontClient:
         return sorted(fronts, key=lambda front: front.outstanding_tokens)
 
     async def submit(
-        self, request_id: str, prompt_token_ids: tuple[int, ...], params: SamplingParams
+        self, request_id: str, prompt_token_ids: tuple[int, ...], params: SamplingParams, is_traced: bool = False
     ) -> "OutputStream":
         """Hand a sequence to the front with the least outstanding tokens; wait for one if none is there.
 
         Raises Overloaded or Unavailable.
         """
-        stream = OutputStream(GenerationRequest(request_id, self.ingress_id, prompt_token_ids, params))
+        request = GenerationRequest(request_id, self.ingress_id, prompt_token_ids, params, is_traced=is_traced)
+        stream = OutputStream(request)
         deadline = time.monotonic() + FRONT_WAIT_S
         while not await self._place(stream):
             await self._wait_for_front(deadline)
@@ -174,6 +176,7 @@ class FrontClient:
 
     async def _offer(self, front: _Front, stream: "OutputStream") -> Refusal | None:
         front.add(stream)
+        stream.front, stream.offered = front.name, time.monotonic()
         try:
             answer: Submitted = await front.handle.submit.remote(stream.request)
         except (asyncio.CancelledError, TaskCancelledError):  # with a request, Ray cancels the calls made for it

@@ -11,6 +11,7 @@ from cluster.messages import SamplingParams
 from cluster.metrics import Metrics
 from deploy.front_client import FrontClient, OutputStream
 from deploy.openai.choices import Choice, ChoiceDelta
+from deploy.request_trace import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,14 @@ class Plan:
 class Generation:
     """Start with submit(); then read deltas(); always close()."""
 
-    def __init__(self, plans: list[Plan], client: FrontClient, metrics: Metrics, request_id: str) -> None:
+    def __init__(
+        self,
+        plans: list[Plan],
+        client: FrontClient,
+        metrics: Metrics,
+        request_id: str,
+        trace: RequestTrace | None = None,
+    ) -> None:
         # Clients may send one id twice; fronts must not take the second request for the first.
         self.id = f"{request_id}-{uuid.uuid4().hex[:8]}"
         self.request_id = request_id
@@ -39,19 +47,27 @@ class Generation:
         self._plans = plans
         self._client = client
         self._metrics = metrics
+        self._trace = trace
         self._started = time.monotonic()
         self._streams: list[OutputStream] = []
         self._pumps: list[asyncio.Task[None]] = []
 
     async def submit(self) -> None:
         """Hand every choice to a front, or none. Raises Overloaded or Unavailable."""
+        offers = [asyncio.create_task(self._offer(index, plan)) for index, plan in enumerate(self._plans)]
         try:
-            for index, plan in enumerate(self._plans):
-                stream = await self._client.submit(f"{self.id}-{index}", plan.prompt_token_ids, plan.params)
-                self._streams.append(stream)
+            self._streams = await asyncio.gather(*offers)
         except BaseException:
+            for offer in offers:
+                offer.cancel()
+            placed = await asyncio.gather(*offers, return_exceptions=True)
+            self._streams = [stream for stream in placed if isinstance(stream, OutputStream)]
             self.close()
             raise
+
+    async def _offer(self, index: int, plan: Plan) -> OutputStream:
+        is_traced = self._trace is not None
+        return await self._client.submit(f"{self.id}-{index}", plan.prompt_token_ids, plan.params, is_traced)
 
     def close(self) -> None:
         """Abort what has not finished."""
@@ -82,6 +98,8 @@ class Generation:
     ) -> None:
         last = None
         async for output in stream:
+            if self._trace:
+                self._trace.observe(choice.index, stream, output)
             if output.error is not None:
                 self._metrics.inc("requests_failed_total", reason="engine")
                 arrived.put_nowait(GenerationFailed(output.error))
@@ -91,17 +109,19 @@ class Generation:
             if not delta.is_empty:
                 arrived.put_nowait(delta)
             if choice.finish_reason is not None:
-                self._finished(choice, choice.finish_reason)
+                self._finished(choice, choice.finish_reason, stream.front)
                 break
         stream.close()
 
-    def _finished(self, choice: Choice, reason: str) -> None:
+    def _finished(self, choice: Choice, reason: str, front: str) -> None:
         seconds = time.monotonic() - self._started
         self._metrics.observe("e2e_request_latency_seconds", seconds)
         self._metrics.inc("request_success_total", finished_reason=reason)
         extra = {"request_id": self.request_id, "choice": choice.index, "finish_reason": reason}
         tokens = {"prompt_tokens": len(choice.prompt_token_ids), "completion_tokens": choice.num_tokens}
-        logger.info("request finished", extra=extra | tokens | {"seconds": round(seconds, 3)})
+        if self._trace:
+            extra["trace_id"] = self._trace.trace_id
+        logger.info("request finished", extra=extra | tokens | {"seconds": round(seconds, 3), "front": front})
 
     def _observe(self, last: float | None, has_token: bool) -> float | None:
         """Record the time since the last token; returns the time of this one."""

@@ -1,6 +1,7 @@
-"""An id for each request: the client's X-Request-Id or a new one, in the answer's id and in our logs.
+"""An id for each request: its X-Request-Id, in the answer's id, in our logs and traces.
 
-Serve's proxy puts the header on the answer.
+Serve's proxy gives requests without that header one, and puts it on the answer. Only an id that can't be used is
+replaced by a new one.
 """
 
 import re

@@ -19,6 +19,7 @@ from cluster.checkpoint import CheckpointInfo, check_checkpoint, resolve_model
 from cluster.config import ClusterConfig, ConfigError
 from cluster.messages import ClusterState
 from cluster.model_config import GraniteMoeConfig, ModelError, read_model_config
+from deploy.open_tracing import check_tracing
 from deploy.text import Tokenizer
 
 APP_NAME = "outcrop"
@@ -56,6 +57,7 @@ class Check:
 
 def check_everything(config: ClusterConfig) -> Check:
     """All errors that can be found without Ray. Raises ConfigError or ModelError."""
+    check_tracing(config)
     model_dir = resolve_model(config.model)
     model = read_model_config(model_dir)
     check_config(config, model)

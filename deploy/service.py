@@ -20,6 +20,7 @@ from deploy.openai.choices import Choice
 from deploy.openai.errors import context_length_exceeded, invalid_request, model_not_found, unavailable
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, Message
 from deploy.openai.sampling import check_limits, to_sampling_params
+from deploy.request_trace import RequestTrace
 from deploy.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -82,16 +83,26 @@ class Service:
         """True if a generation could succeed now."""
         return self.state.state in SERVING and self.client.is_available
 
-    async def generate(self, request: CompletionRequest | ChatCompletionRequest, request_id: str) -> Generation:
+    async def generate(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        request_id: str,
+        trace: RequestTrace | None = None,
+    ) -> Generation:
         """Check, tokenise and submit. Raises APIError, Overloaded or Unavailable."""
         self.check_model(request.model)
         check_limits(request, self.config, self.model.vocab_size)
+        started = time.monotonic()
         prompts = await self._prompts(request)
+        if trace:
+            trace.tokenised(started)
         plans = [self._plan(request, prompt, at, n) for at, prompt in enumerate(prompts) for n in range(request.n)]
+        if trace:
+            trace.begin(request.n, [plan.choice for plan in plans], plans[0].params)
         # Without a front for the moment, requests wait for the one that is being restarted.
         if self.state.state not in SERVING:
             raise unavailable(f"The model is not ready: {self.state.phase}")
-        generation = Generation(plans, self.client, self.metrics, request_id)
+        generation = Generation(plans, self.client, self.metrics, request_id, trace)
         await generation.submit()
         return generation
 

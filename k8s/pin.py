@@ -1,4 +1,7 @@
-"""Pin what Outcrop needs to the versions of this environment: `python k8s/pin.py > k8s/requirements.txt`."""
+"""Pin what Outcrop and its extra `otel` need to the versions of this environment.
+
+python k8s/pin.py > k8s/requirements.txt
+"""
 
 from importlib import metadata
 
@@ -22,5 +25,5 @@ def closure(name: str, extras: frozenset[str], seen: dict[str, frozenset[str]]) 
 
 if __name__ == "__main__":
     print("# Written by pin.py. CUDA libraries are not listed: torch's own wheel pins them.")
-    for name in sorted(set(closure("outcrop", frozenset(), {})) - {"outcrop"}):
+    for name in sorted(set(closure("outcrop", frozenset({"otel"}), {})) - {"outcrop"}):
         print(f"{name}=={Version(metadata.version(name)).public}")

@@ -15,7 +15,8 @@ from actors.engine.overlap import Overlap
 from actors.engine.sampler import sample, token_logprob
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
-from actors.lanes.dispatcher import Dispatcher
+from actors.lanes.dispatcher import Dispatcher, Step
+from actors.lanes.wire import StepId
 from actors.model.batch import Span, StepBatch
 from actors.model.front_half import FrontHalf
 from actors.model.paged_kv import PagedKV
@@ -37,6 +38,7 @@ class Engine:
         scheduler: Scheduler,
         metrics: Metrics,
         overlap: Overlap,
+        actor_id: str = "front-0",
     ) -> None:
         self.model = model
         self.kv = kv
@@ -45,6 +47,7 @@ class Engine:
         self.metrics = metrics
         self.overlap = overlap
         self.sequences: dict[str, Sequence] = {}
+        self._step_id = StepId.first_of(actor_id)
         config = model.config
         self.expert_counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.int64)
 
@@ -77,17 +80,31 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        step = self._begin(chunks)
         try:
-            outputs = self._compute(chunks)
+            outputs = self._compute(chunks, step)
         except Exception as error:
-            logger.exception("step of %d sequences failed", len(chunks))
+            logger.exception("step of %d sequences failed", len(chunks), extra=step.extra)
             outputs = [self._fail(chunk.sequence, error) for chunk in chunks]
-        self.metrics.observe("step_tokens", sum(chunk.length for chunk in chunks))
-        self.metrics.observe("step_seconds", time.monotonic() - started)
+        num_tokens, seconds = sum(chunk.length for chunk in chunks), time.monotonic() - started
+        self.metrics.observe("step_tokens", num_tokens)
+        self.metrics.observe("step_seconds", seconds)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("step of %d tokens took %.1f ms", num_tokens, 1e3 * seconds, extra=step.extra)
         return outputs
 
+    def _begin(self, chunks: list[Chunk]) -> Step:
+        """Name the step, and note it where a trace will ask for it."""
+        self._step_id = self._step_id.next()
+        step = Step(self._step_id, tuple(chunk.sequence.request.request_id for chunk in chunks))
+        for chunk in chunks:
+            if chunk.sequence.request.is_traced:
+                chunk.sequence.steps.append(step)
+        return step
+
     @torch.inference_mode()
-    def _compute(self, chunks: list[Chunk]) -> list[RequestOutput]:
+    def _compute(self, chunks: list[Chunk], step: Step) -> list[RequestOutput]:
+        self.dispatcher.step = step
         batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.device)
         hidden_RD, ids_TLK = self._forward(batch)
         self._count_experts(ids_TLK)
@@ -157,7 +174,8 @@ class Engine:
             token, scored = sampled
             token_ids, logprobs = (token,), () if scored is None else (scored,)
             self.metrics.inc("generation_tokens_total")
-        routed = sequence.blocks  # finishing gives the blocks back
+        # Before finishing, which gives the blocks back.
+        routed = self._routed(sequence) if sequence.request.params.return_routed_experts else None
         sequence.token_ids.extend(token_ids)
         reason = self._finish_reason(sequence)
         if reason:
@@ -170,7 +188,8 @@ class Engine:
             None if scores is None else tuple(scores),
             reason,
             sequence.num_cached,
-            self._routed(sequence, routed) if reason and sequence.request.params.return_routed_experts else None,
+            routed,
+            timing=sequence.take_timing() if sequence.request.is_traced else None,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -194,13 +213,15 @@ class Engine:
             sequence.request.request_id, finish_reason="error", error=f"{type(error).__name__}: {error}"
         )
 
-    def _routed(self, sequence: Sequence, blocks: list[int]) -> RoutedExperts:
-        """The experts of every computed token: all but the last, whose hidden state was never needed."""
-        size = self.scheduler.allocator.block_size
-        slots = (torch.tensor(blocks)[:, None] * size + torch.arange(size)).flatten()[: sequence.num_computed]
+    def _routed(self, sequence: Sequence) -> RoutedExperts:
+        """The experts of the tokens computed since the last report. A sequence's last token is never computed."""
+        size, first = self.scheduler.allocator.block_size, sequence.num_routed
+        positions = torch.arange(first, sequence.num_computed)
+        slots = torch.tensor(sequence.blocks)[positions // size] * size + positions % size
         ids_TLK = self.kv.read_routed(slots.to(self.model.device)).cpu().contiguous()
+        sequence.num_routed = sequence.num_computed
         shape = (ids_TLK.shape[0], ids_TLK.shape[1], ids_TLK.shape[2])
-        return RoutedExperts(shape, str(ids_TLK.dtype).removeprefix("torch."), ids_TLK.numpy().tobytes())
+        return RoutedExperts(shape, str(ids_TLK.dtype).removeprefix("torch."), ids_TLK.numpy().tobytes(), first)
 
     def _count_experts(self, ids_TLK: Tensor) -> None:
         num_layers, num_experts = self.expert_counts.shape

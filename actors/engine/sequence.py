@@ -5,7 +5,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from actors.engine.kv_cache import block_hash
-from cluster.messages import FinishReason, GenerationRequest, TokenLogprob
+from actors.lanes.dispatcher import Step
+from cluster.messages import FinishReason, GenerationRequest, Timing, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -19,10 +20,13 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     num_published: int = 0
+    num_routed: int = 0  # tokens whose experts have been reported
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
+    reported: float | None = None  # when the last Timing was taken
+    steps: list[Step] = field(default_factory=list)  # those since then
 
     @classmethod
     def of(cls, request: GenerationRequest) -> "Sequence":
@@ -68,6 +72,22 @@ class Sequence:
             assert self.prompt_logprobs is not None
             return min(length, max(0, len(self.prompt_logprobs) - 1 - self.num_computed))
         return length - 1 if self.num_computed + length == len(self.token_ids) else length
+
+    def take_timing(self) -> Timing:
+        """What has been spent since the last time, or since the first step."""
+        assert self.started is not None
+        now, since, steps = time.monotonic(), self.reported or self.started, self.steps
+        queued = self.started - self.arrived if self.reported is None else None
+        self.reported, self.steps = now, []
+        return Timing(
+            now - since,
+            len(steps),
+            sum(step.wait_seconds for step in steps),
+            sum(step.compute_seconds for step in steps),
+            sum(step.num_failovers for step in steps),
+            sum(step.num_local_tokens for step in steps),
+            queued,
+        )
 
     def reset(self) -> None:
         """Forget what was computed, after the blocks were given back (preemption by recompute)."""

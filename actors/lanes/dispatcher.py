@@ -4,17 +4,44 @@ Shapes: T tokens, D hidden, K top-k. A dispatcher knows where experts live; it k
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from actors.lanes.wire import StepId
+
+
+@dataclass(slots=True)
+class Step:
+    """The engine step that is running, as log lines name it, and what its experts have cost so far.
+
+    `wait_seconds`: the front's own time in dispatch and combine. `compute_seconds`: the experts' computation, summed
+    over messages; those computed together with other messages count the whole of it.
+    """
+
+    id: StepId = field(default_factory=StepId)
+    request_ids: tuple[str, ...] = ()
+    wait_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    num_failovers: int = 0
+    num_local_tokens: int = 0
+
+    @property
+    def extra(self) -> dict[str, object]:
+        """For log lines."""
+        return {"step": str(self.id), "request_ids": list(self.request_ids)}
 
 
 class Dispatcher(ABC):
     """Computes the expert half of a layer, wherever the experts are.
 
     dispatch() sends and returns at once; combine() waits. Several layers' or micro-batches' dispatches may be
-    open at a time. A dispatcher belongs to one thread.
+    open at a time. A dispatcher belongs to one thread. It adds to `step`, which the engine sets, what that step costs.
     """
+
+    def __init__(self) -> None:
+        self.step = Step()
 
     @abstractmethod
     def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Any:

@@ -103,8 +103,11 @@ def split(
     return parts
 
 
-def checked(frame: wire.Buffer, part: Part) -> Tensor:
-    """The partial sums of an answer, float32, in memory of their own. Raises NotHeldError or CorruptAnswerError."""
+def checked(frame: wire.Buffer, part: Part) -> tuple[Tensor, float]:
+    """The partial sums of an answer, float32, in memory of their own, and the seconds that the experts computed.
+
+    Raises NotHeldError or CorruptAnswerError.
+    """
     try:
         answer = wire.unpack_partial(frame)
     except wire.WireError as error:
@@ -119,4 +122,4 @@ def checked(frame: wire.Buffer, part: Part) -> Tensor:
     sums_PD = partial_PD.to(torch.float32, copy=True)
     if not math.isfinite(float(sums_PD.sum())):
         raise CorruptAnswerError("partial sums are not finite")
-    return sums_PD
+    return sums_PD, answer.compute_seconds

@@ -50,6 +50,7 @@ class RemoteDispatcher(Dispatcher):
     """Sends each group its tokens, sums partial results in float32 in the order of groups."""
 
     def __init__(self, lane: Lane, metrics: Metrics, fallback: Fallback | None = None) -> None:
+        super().__init__()
         self.lane = lane
         self.metrics = metrics
         self._fallback = fallback
@@ -63,6 +64,7 @@ class RemoteDispatcher(Dispatcher):
         self._map: ExpertMap | None = None
         self._homes: list[HomeTable] = []
         self._num_bytes: Counter[tuple[str, str]] = Counter()  # (lane, direction)
+        self._told: tuple[str, ...] = ()  # requests of which the log says that their experts are computed here
 
     @property
     def map_version(self) -> int:
@@ -103,13 +105,16 @@ class RemoteDispatcher(Dispatcher):
         for part in parts:
             self._send(part)
         lanes = [self.lane.name_for(part.sent[0].replica) for part in parts if part.sent]
+        self.step.wait_seconds += time.monotonic() - started
         return _Pending(x_TD, parts, started, lanes[0] if lanes else "local")
 
     def combine(self, pending: _Pending) -> Tensor:
+        started = time.monotonic()
         try:
             return self._combine(pending)
         finally:
             self.forget(pending)
+            self.step.wait_seconds += time.monotonic() - started
 
     def forget(self, pending: _Pending) -> None:
         for part in pending.parts:
@@ -140,7 +145,7 @@ class RemoteDispatcher(Dispatcher):
         message = None
         while replica := self._choose(part):
             part.tried.add(replica.replica_id)
-            message = message or wire.pack_dispatch(part.layer, part.x_PD, part.gates_PK, part.ids_PK)
+            message = message or wire.pack_dispatch(part.layer, part.x_PD, part.gates_PK, part.ids_PK, self.step.id)
             try:
                 ticket = self.lane.send(replica, message)
             except LaneError:
@@ -205,13 +210,14 @@ class RemoteDispatcher(Dispatcher):
                 self._drop(part, sent)
                 self._num_bytes[self.lane.name_for(sent.replica), "received"] += len(frame)
                 try:
-                    partial_PD = checked(frame, part)
+                    partial_PD, seconds = checked(frame, part)
                 except CorruptAnswerError as error:
-                    logger.warning("replica %s: %s", sent.replica.replica_id, error)
+                    logger.warning("replica %s: %s", sent.replica.replica_id, error, extra=self.step.extra)
                     self._give_up(sent.replica, "corrupt")
                 else:
                     self._latency.observe(part.num_tokens, time.monotonic() - sent.at)
                     self._breaker.close(sent.replica.replica_id)
+                    self.step.compute_seconds += seconds
                     return partial_PD
             if not part.sent and not self._send(part):
                 raise LaneTimeout("no replica is left")
@@ -223,8 +229,13 @@ class RemoteDispatcher(Dispatcher):
     def _give_up(self, replica: ReplicaAddress, reason: str) -> None:
         """Send nothing more to a replica until it answers a probe."""
         if self._breaker.open(replica.replica_id):
-            logger.warning("replica %s of group %d is given up: %s", replica.replica_id, replica.group, reason)
-            self.metrics.inc("failovers_total", reason=reason)
+            what = f"replica {replica.replica_id} of group {replica.group} is given up: {reason}"
+            self._failover(logging.WARNING, what, reason)
+
+    def _failover(self, level: int, what: str, reason: str) -> None:
+        logger.log(level, what, extra=self.step.extra)
+        self.metrics.inc("failovers_total", reason=reason)
+        self.step.num_failovers += 1
 
     def _probe(self) -> None:
         """Take replicas back that have answered, and ask those again whose pause is over."""
@@ -246,7 +257,11 @@ class RemoteDispatcher(Dispatcher):
         """No replica of the group answers: slow, but right."""
         if self._fallback is None:
             raise DispatchError(f"no replica of expert group {part.group} answers")
+        if not set(self.step.request_ids) <= set(self._told):  # a line per request, not one per step and layer
+            self._told = self.step.request_ids
+            logger.warning("experts of group %d are computed here", part.group, extra=self.step.extra)
         self.metrics.inc("local_fallback_tokens_total", part.num_tokens)
+        self.step.num_local_tokens += part.num_tokens
         return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK).float()
 
     def _reroute(self, part: Part) -> Tensor:
@@ -254,5 +269,8 @@ class RemoteDispatcher(Dispatcher):
         with self._map_changed:
             if not self._map_changed.wait_for(lambda: self.map_version > part.map_version, timeout=MAP_WAIT_S):
                 return self._compute_here(part)
-        self.metrics.inc("failovers_total", reason="not_held")
-        return self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK)).float()
+        self._failover(logging.INFO, f"sent anew by map {self.map_version}: experts of layer {part.layer}", "not_held")
+        spent = self.step.wait_seconds
+        sum_PD = self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK)).float()
+        self.step.wait_seconds = spent  # the combine() that this is a part of counts it
+        return sum_PD

@@ -9,16 +9,16 @@ Every length is checked before it is used. Tensors are views of the received buf
 import struct
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Buffer = bytes | bytearray | memoryview
 
-_DISPATCH = struct.Struct("<4sHHIIII")  # magic, dtype, reserved, layer, T, D, K
+_DISPATCH = struct.Struct("<4sHHIHHII")  # magic, dtype, front, step, layer, K, T, D
 _PARTIAL = struct.Struct("<4sHHIIiQ")  # magic, dtype, status, T, D, expert, nanoseconds of computation
-_DISPATCH_MAGIC, _PARTIAL_MAGIC = b"OCD1", b"OCP1"
+_DISPATCH_MAGIC, _PARTIAL_MAGIC = b"OCD2", b"OCP1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 MAX_TOKENS, MAX_HIDDEN, MAX_TOP_K = 1 << 20, 1 << 16, 256
@@ -32,8 +32,35 @@ class WireError(ValueError):
     """Bytes that are no message of ours."""
 
 
+class StepId(NamedTuple):
+    """Which step of which front a dispatch belongs to. Both ends write it into their log lines; nothing else uses it.
+
+    `front` is slot * 256 + restarts, of which the last 8 bits travel; `number` counts steps modulo 2**32.
+    """
+
+    front: int = 0
+    number: int = 0
+
+    @classmethod
+    def first_of(cls, actor_id: str) -> "StepId":
+        """For the actor ids that the supervisor gives: "front-3", and "front-3.1" after a restart."""
+        slot, _, restarts = actor_id.rpartition("-")[2].partition(".")
+        return cls((int(slot) << 8 | int(restarts or 0) & 0xFF) & 0xFFFF)
+
+    def next(self) -> "StepId":
+        return StepId(self.front, (self.number + 1) & 0xFFFFFFFF)
+
+    def __str__(self) -> str:
+        slot, restarts = divmod(self.front, 256)
+        return f"front-{slot}{f'.{restarts}' if restarts else ''}:{self.number}"
+
+
+NO_STEP = StepId()
+
+
 @dataclass(frozen=True, slots=True)
 class Dispatch:
+    step: StepId
     layer: int
     x_TD: Tensor
     gates_TK: Tensor
@@ -51,17 +78,16 @@ class Partial:
     compute_seconds: float
 
 
-def pack_dispatch(layer: int, x_TD: Tensor, gates_TK: Tensor, ids_TK: Tensor) -> bytes:
+def pack_dispatch(layer: int, x_TD: Tensor, gates_TK: Tensor, ids_TK: Tensor, step: StepId = NO_STEP) -> bytes:
     """x and gates share a dtype of _DTYPES; ids are any integers that fit int16."""
-    num_tokens, hidden = x_TD.shape
-    header = _DISPATCH.pack(_DISPATCH_MAGIC, _CODES[x_TD.dtype], 0, layer, num_tokens, hidden, ids_TK.shape[1])
+    header = _DISPATCH.pack(_DISPATCH_MAGIC, _CODES[x_TD.dtype], *step, layer, ids_TK.shape[1], *x_TD.shape)
     return b"".join((header, _bytes(x_TD), _bytes(gates_TK), _bytes(ids_TK.to(torch.int16))))
 
 
 def unpack_dispatch(frame: Buffer) -> Dispatch:
     """Raises WireError."""
-    fields = _header(_DISPATCH, _DISPATCH_MAGIC, frame)
-    dtype, layer, num_tokens, hidden, top_k = _dtype(fields[1]), *fields[3:]
+    _, code, front, number, layer, top_k, num_tokens, hidden = _header(_DISPATCH, _DISPATCH_MAGIC, frame)
+    dtype = _dtype(code)
     _check_sizes(num_tokens, hidden, top_k)
     x_end = _DISPATCH.size + num_tokens * hidden * dtype.itemsize
     gates_end = x_end + num_tokens * top_k * dtype.itemsize
@@ -71,7 +97,8 @@ def unpack_dispatch(frame: Buffer) -> Dispatch:
     flat = torch.frombuffer(frame, dtype=dtype, count=count, offset=_DISPATCH.size)
     x_TD = flat.as_strided((num_tokens, hidden), (hidden, 1))
     gates_TK = flat.as_strided((num_tokens, top_k), (top_k, 1), num_tokens * hidden)
-    return Dispatch(layer, x_TD, gates_TK, _tensor(frame, torch.int16, gates_end, num_tokens, top_k))
+    ids_TK = _tensor(frame, torch.int16, gates_end, num_tokens, top_k)
+    return Dispatch(StepId(front, number), layer, x_TD, gates_TK, ids_TK)
 
 
 def pack_partial(partial_TD: Tensor, compute_seconds: float) -> bytes:

@@ -74,6 +74,7 @@ class Choice:
         )
         self._is_started = False
         self._offset = 0
+        self._routed: list[RoutedExperts] = []
 
     def feed(self, output: RequestOutput) -> ChoiceDelta:
         """What the client may see of it. Outputs after the end are ignored: an abort takes a moment to arrive."""
@@ -82,6 +83,8 @@ class Choice:
         is_first, self._is_started = not self._is_started, True
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         text, rows = self._echo(output) if is_first and self._request.is_echo else ("", [])
+        if output.routed_experts:
+            self._routed.append(output.routed_experts)
         shown, new_rows = self._take(output)
         rest = self._rest() if output.finish_reason else ""
         self._finish(output)
@@ -95,7 +98,7 @@ class Choice:
             prompt_logprobs=output.prompt_logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
-            routed_experts=output.routed_experts,
+            routed_experts=self._all_routed(),
         )
 
     def _echo(self, output: RequestOutput) -> tuple[str, list[TokenRow]]:
@@ -148,12 +151,16 @@ class Choice:
         if self.finish_reason == "stop" and last in self._params.stop_token_ids and last not in self._eos:
             self.stop_reason = last
 
+    def _all_routed(self) -> RoutedExperts | None:
+        """Of the whole choice, at its end."""
+        is_wanted = self.finish_reason is not None and self._routed
+        return RoutedExperts.joined(self._routed) if is_wanted else None
+
 
 def merge(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
     """The deltas of one choice (at least one) as one: the whole answer."""
     first = deltas[0]
     last = next((delta for delta in deltas if delta.finish_reason is not None), deltas[-1])
-    routed = [delta.routed_experts for delta in deltas if delta.routed_experts is not None]
     return replace(
         first,
         text="".join(delta.text for delta in deltas),
@@ -161,5 +168,5 @@ def merge(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
         rows=tuple(row for delta in deltas for row in delta.rows),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
-        routed_experts=routed[-1] if routed else None,
+        routed_experts=last.routed_experts,
     )

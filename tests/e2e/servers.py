@@ -83,6 +83,10 @@ class Server:
         """The logs of Serve: proxy, controller and replicas."""
         return "\n".join(f.read_text() for d in self.temp_dirs() for f in d.glob("session_*_*/logs/serve/*.log"))
 
+    def actor_logs(self) -> str:
+        """What our own processes have logged: fronts, replicas, ingresses and the supervisor."""
+        return "\n".join(f.read_text() for d in self.temp_dirs() for f in d.glob("session_*_*/logs/worker-*.err"))
+
     def get(self, path: str, **options: object) -> httpx.Response:
         return httpx.get(self.url + path, timeout=30, trust_env=False, **options)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import PREFIX, TABLE
 from tests.e2e.oracle import Oracle
-from tests.e2e.servers import MODEL, Server
+from tests.e2e.servers import MODEL, Server, eventually
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "What is a front?"}]
@@ -206,3 +206,11 @@ def test_the_request_id_of_a_client_comes_back_and_a_bad_one_is_replaced(http: h
     answer = http.post("/v1/completions", json=body, headers={"X-Request-Id": "a b"})
     assert answer.status_code == 200
     assert " " not in answer.json()["id"]
+
+
+def test_without_an_id_the_one_that_serve_makes_up_is_ours(http: httpx.Client, server: Server) -> None:
+    """What a user quotes from the answer's header finds the log line."""
+    answer = http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 2})
+    request_id = answer.headers["x-request-id"]
+    assert answer.json()["id"] == f"cmpl-{request_id}"
+    eventually(lambda: f"request_id={request_id}" in server.ray_logs(), "the log names it")

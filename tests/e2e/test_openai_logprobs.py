@@ -153,11 +153,17 @@ class TestExtensions:
             assert 2 <= len(row) <= 3
             assert {str(t) for t in logprobs_V.topk(2).indices.tolist()} <= row.keys()
 
-    def test_routed_experts_are_the_routers_choice(self, client: OpenAI, oracle: Oracle, ids: list[int]) -> None:
+    @pytest.mark.parametrize("stops", [False, True])
+    def test_routed_experts_are_the_routers_choice(
+        self, client: OpenAI, oracle: Oracle, ids: list[int], stops: bool
+    ) -> None:
         extra = {"return_routed_experts": True, "return_token_ids": True}
-        answer = client.completions.create(
-            model=MODEL, prompt=ids, max_tokens=NUM_TOKENS, temperature=0, extra_body=extra
-        )
+        settings: dict[str, Any] = {"model": MODEL, "prompt": ids, "max_tokens": NUM_TOKENS, "temperature": 0}
+        answer = client.completions.create(**settings, extra_body=extra)
+        if stops:
+            stop = answer.choices[0].text[1:3]
+            answer = client.completions.create(**settings, stop=stop, extra_body=extra)
+            assert answer.choices[0].finish_reason == "stop"
         more = answer.choices[0].model_extra or {}
         routed = np.load(io.BytesIO(base64.b64decode(more["routed_experts"])))
         computed = [*ids, *more["token_ids"]][:-1]

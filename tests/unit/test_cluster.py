@@ -38,6 +38,7 @@ def test_every_setting_has_an_environment_twin() -> None:
         "device": "cpu",
         "enable_prefix_caching": "false",
         "redundant_experts": "2",
+        "otlp_traces_endpoint": "http://1",
         "log_level": "info",
         "log_format": "json",
         "front_resources": '{"a": 1}',

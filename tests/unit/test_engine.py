@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.messages import GenerationRequest, SamplingParams
+from cluster.messages import GenerationRequest, RoutedExperts, SamplingParams
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.engines import make_engine, run
 
@@ -133,11 +133,26 @@ def test_routed_experts_are_the_router_s_choice(model_dir: Path) -> None:
         with torch.no_grad():
             logits = reference(torch.tensor([tokens]), output_router_logits=True).router_logits
         wanted = torch.stack([layer.topk(2, dim=-1).indices for layer in logits], dim=1)
-        routed = result.last.routed_experts
-        assert routed is not None
+        routed = RoutedExperts.joined([output.routed_experts for output in result.outputs if output.routed_experts])
         assert routed.shape == (len(tokens), 6, 2)
         given = torch.frombuffer(bytearray(routed.data), dtype=torch.uint8).view(routed.shape)
         assert torch.equal(given.long().sort(-1).values, wanted.sort(-1).values)
+
+
+def test_routed_experts_are_reported_once_whatever_happens_to_the_sequence(model_dir: Path) -> None:
+    params = SamplingParams(max_tokens=24, temperature=0.0, return_routed_experts=True)
+    requests = {str(i): (prompt, params) for i, prompt in enumerate(PROMPTS)}
+
+    def routed(**options: int) -> dict[str, list[RoutedExperts]]:
+        engine = make_engine(model_dir, **options)
+        results = run(engine, requests)
+        assert bool(engine.scheduler.num_preemptions) == bool(options), "the test is meant to preempt"
+        return {name: [o.routed_experts for o in r.outputs if o.routed_experts] for name, r in results.items()}
+
+    plenty, scarce = routed(), routed(num_blocks=24, budget=9)
+    for name, pieces in scarce.items():
+        assert [piece.shape[0] for piece in pieces] == [len(requests[name][0]), *[1] * 23]
+        assert RoutedExperts.joined(pieces) == RoutedExperts.joined(plenty[name])
 
 
 def test_expert_counts_add_up(model_dir: Path) -> None:

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from actors.lanes import wire
+from actors.lanes.dispatcher import Step
 from actors.lanes.failover import DEADLINE_FLOOR_S, FIRST_DEADLINE_S, REPROBE_S, Breaker, Latency
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.remote import DispatchError, RemoteDispatcher
@@ -135,6 +136,58 @@ def test_a_part_goes_to_another_replica_and_the_broken_one_is_left_alone(
     assert not any(dispatcher._outstanding.values()), "nothing may count as outstanding for ever"
 
 
+def named(dispatcher: RemoteDispatcher, number: int, *request_ids: str) -> Step:
+    dispatcher.step = Step(wire.StepId(256 + 2, number), request_ids)
+    return dispatcher.step
+
+
+def test_a_step_knows_what_its_experts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(frame: bytes) -> bytes:
+        assert wire.unpack_dispatch(frame).step == (258, 7)
+        return wire.pack_partial(wire.unpack_dispatch(frame).x_TD, 0.25)
+
+    dispatcher = make(ScriptedLane(a=None, b=slow, c=nan, d=LaneError), fallback=True)
+    step = named(dispatcher, 7, "r-0")
+    compute(dispatcher)
+    assert (step.compute_seconds, step.num_failovers, step.num_local_tokens) == (0.25, 3, 2)
+
+
+def test_a_step_that_is_sent_anew_does_not_wait_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count()
+    monkeypatch.setattr("actors.lanes.remote.time.monotonic", lambda: float(next(now)))
+    dispatcher = make(ScriptedLane(a=echo, b=echo, c=echo, d=echo))
+    step = named(dispatcher, 1)
+    part = dispatcher.dispatch(0, X, IDS, GATES).parts[0]
+    before = step.wait_seconds
+    dispatcher._map_changed.wait_for = lambda *args, **options: True  # type: ignore[method-assign]
+    dispatcher._reroute(part)
+    assert step.wait_seconds == before, "combine(), which it is a part of, counts it"
+
+
+def test_log_lines_name_the_step_and_its_requests(caplog: pytest.LogCaptureFixture) -> None:
+    dispatcher = make(ScriptedLane(a=nan, b=LaneError, c=echo, d=echo), fallback=True)
+    named(dispatcher, 7, "r-0", "s-0")
+    compute(dispatcher)
+    assert [record.message for record in caplog.records] == [
+        "replica a: partial sums are not finite",
+        "replica a of group 0 is given up: corrupt",
+        "replica b of group 0 is given up: disconnected",
+        "experts of group 0 are computed here",
+    ]
+    for record in caplog.records:
+        assert vars(record)["step"] == "front-1.2:7"
+        assert vars(record)["request_ids"] == ["r-0", "s-0"]
+
+
+def test_a_request_is_told_once_that_its_experts_are_computed_here(caplog: pytest.LogCaptureFixture) -> None:
+    dispatcher = make(ScriptedLane(a=LaneError, b=LaneError, c=echo, d=echo), fallback=True)
+    for number, requests in enumerate([("r",), ("r",), ("r", "s"), ("s",), ("s",)]):
+        named(dispatcher, number, *requests)
+        compute(dispatcher)
+    told = [vars(record)["step"] for record in caplog.records if "computed here" in record.message]
+    assert told == ["front-1.2:0", "front-1.2:2"]
+
+
 def test_what_is_given_up_leaves_nothing_outstanding() -> None:
     lane = ScriptedLane(a=echo, b=echo, c=echo, d=echo)
     dispatcher = make(lane)
@@ -156,6 +209,18 @@ def test_an_unreachable_replica_is_skipped_at_once() -> None:
     assert counted(dispatcher, "failovers_total") == {"unreachable": 1}
 
 
+def test_a_part_whose_experts_have_moved_is_sent_by_the_newer_map_and_counted() -> None:
+    def moved(frame: bytes) -> bytes:
+        old = dispatcher._map
+        assert old
+        dispatcher.set_map(replace(old, version=2, replicas=old.replicas[1:]))
+        return wire.pack_refusal(wire.NOT_HELD, "expert 0 is not here", 0)
+
+    dispatcher = make(ScriptedLane(a=moved, b=echo, c=echo, d=echo))
+    assert torch.equal(compute(dispatcher), EXPECTED)
+    assert counted(dispatcher, "failovers_total") == {"not_held": 1}
+
+
 def test_a_hedged_part_s_late_answer_is_forgotten() -> None:
     lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
     compute(make(lane))
@@ -168,6 +233,7 @@ def test_without_a_live_replica_the_front_computes_itself(broken: Behaviour | ty
     dispatcher = make(lane, fallback=True)
     assert torch.equal(compute(dispatcher), EXPECTED)
     assert counted(dispatcher, "local_fallback_tokens_total") == {"": 3}
+    assert sum(counted(dispatcher, "failovers_total").values()) == 2, "replicas given up, though nothing moved"
     lane.sent.clear()
     compute(dispatcher)
     assert not {"a", "b"} & set(lane.sent)

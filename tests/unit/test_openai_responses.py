@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,25 @@ class TestCompletion:
         array = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
         assert (array.shape, array.dtype) == ((4, 2, 3), np.uint8)
         assert array.tobytes() == ROUTED.data
+
+    @pytest.mark.parametrize("replayed", [False, True])
+    def test_routed_experts_come_piece_by_piece_and_survive_a_stop_string(self, replayed: bool) -> None:
+        """A sequence that the ingress ends; a front that takes it over starts anew, and may know it all."""
+        request = completion(stop=["llo"], return_token_ids=True, return_routed_experts=True)
+        rows = np.arange(len(PROMPT) + 9, dtype=np.uint8)[:, None, None].repeat(2, 1)
+
+        def piece(first: int, last: int) -> RoutedExperts:
+            return RoutedExperts((last - first, 2, 1), "uint8", rows[first:last].tobytes(), first)
+
+        found, end = [], len(PROMPT)
+        for n, output in enumerate(outputs("hello", None)):
+            first = 0 if n == 0 or (replayed and n == 2) else end
+            end = len(PROMPT) + n
+            found.append(replace(output, routed_experts=piece(first, end)))
+        choice = completion_answer(request, found)["choices"][0]
+        array = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "llo")
+        assert np.array_equal(array, rows[: len(PROMPT) + len(choice["token_ids"]) - 1])
 
     def test_stream(self) -> None:
         request = completion(stream=True, stream_options={"include_usage": True}, logprobs=1, return_token_ids=True)

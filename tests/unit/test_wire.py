@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from actors.lanes import wire
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+X = torch.ones(1, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -19,6 +20,38 @@ def test_dispatch_round_trip(dtype: torch.dtype) -> None:
     assert torch.equal(message.x_TD, x)
     assert torch.equal(message.gates_TK, gates)
     assert torch.equal(message.ids_TK.long(), ids)
+
+
+@given(st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1))
+def test_a_dispatch_names_its_step(front: int, number: int) -> None:
+    step = wire.StepId(front, number)
+    assert wire.unpack_dispatch(wire.pack_dispatch(7, X, X, X, step)).step == step
+
+
+@pytest.mark.parametrize(
+    ("actor_id", "name"),
+    [
+        ("front-0", "front-0:1"),
+        ("front-3.2", "front-3.2:1"),
+        ("front-255.7", "front-255.7:1"),
+        ("a-1.300", "front-1.44:1"),
+    ],
+)
+def test_steps_are_named_as_the_front_is(actor_id: str, name: str) -> None:
+    step = wire.StepId.first_of(actor_id).next()
+    assert str(step) == name
+    assert wire.unpack_dispatch(wire.pack_dispatch(0, X, X, X, step)).step == step
+
+
+def test_steps_are_counted_round_and_round() -> None:
+    last = wire.StepId(5, 2**32 - 1)
+    assert wire.unpack_dispatch(wire.pack_dispatch(0, X, X, X, last.next())).step == (5, 0)
+
+
+def test_layer_and_top_k_reach_as_far_as_their_fields() -> None:
+    wide = torch.ones(1, wire.MAX_TOP_K)
+    message = wire.unpack_dispatch(wire.pack_dispatch(2**16 - 1, X, wide, wide))
+    assert (message.layer, message.ids_TK.shape) == (2**16 - 1, wide.shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,21 +76,24 @@ def test_refusal_round_trip() -> None:
     assert answer.partial_TD is None
 
 
-GOOD = wire.pack_dispatch(1, torch.ones(2, 4), torch.ones(2, 2), torch.ones(2, 2))
+GOOD = wire.pack_dispatch(1, torch.ones(2, 4), torch.ones(2, 2), torch.ones(2, 2), wire.StepId(3, 70000))
 
 
 @pytest.mark.parametrize(
     "frame",
     [
         b"",
-        b"OCD1",
+        b"OCD2",
         GOOD[:-1],
         GOOD + b"\0",
         b"XXXX" + GOOD[4:],
         GOOD[:4] + b"\xff\xff" + GOOD[6:],  # dtype
-        GOOD[:12] + b"\xff\xff\xff\xff" + GOOD[16:],  # tokens
-        GOOD[:12] + b"\0\0\0\0" + GOOD[16:],
-        GOOD[:16] + b"\xff\xff\xff\x7f" + GOOD[20:],  # hidden
+        b"OCD1" + GOOD[4:],  # an older version
+        GOOD[:14] + b"\0\0" + GOOD[16:],  # top-k
+        GOOD[:14] + b"\xff\xff" + GOOD[16:],
+        GOOD[:16] + b"\xff\xff\xff\xff" + GOOD[20:],  # tokens
+        GOOD[:16] + b"\0\0\0\0" + GOOD[20:],
+        GOOD[:20] + b"\xff\xff\xff\x7f" + GOOD[24:],  # hidden
         wire.pack_partial(torch.ones(2, 4), 0.0),
     ],
 )

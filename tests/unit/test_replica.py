@@ -1,0 +1,76 @@
+"""What a replica says of dispatches that it can't compute: to the front, and in its log."""
+
+import logging
+
+import pytest
+import torch
+
+from actors.lanes import wire
+from actors.model.expert_half import ExpertStore, LayerExperts
+from actors.replica import Replica
+from cluster.messages import ReplicaSpec
+from cluster.metrics import Metrics
+from cluster.model_config import GraniteMoeConfig
+
+HIDDEN, WIDTH = 4, 2
+CONFIG = GraniteMoeConfig.model_validate(
+    {
+        "vocab_size": 10,
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "num_local_experts": 2,
+    }
+)
+
+
+@pytest.fixture
+def replica() -> Replica:
+    """Holds expert 0 of both layers."""
+    experts = LayerExperts((0,), torch.ones(1, 2 * WIDTH, HIDDEN), torch.ones(1, HIDDEN, WIDTH))
+    spec = ReplicaSpec("expert-g0-r0", 0, "", "cpu", "float32", ((0,), (0,)), 1)
+    return Replica(spec, ExpertStore(CONFIG, (experts, experts)), lambda layer, ids: experts, Metrics())
+
+
+def dispatch(number: int, layer: int = 0, expert: int = 0, front: int = 0) -> bytes:
+    x, gates, ids = torch.ones(1, HIDDEN), torch.ones(1, 1), torch.tensor([[expert]])
+    return wire.pack_dispatch(layer, x, gates, ids, wire.StepId(front, number))
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    return [(record.levelno, vars(record)["step"]) for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("frame", "status", "level"),
+    [
+        (dispatch(17, expert=1), wire.NOT_HELD, logging.INFO),
+        (dispatch(17, layer=2), wire.FAILED, logging.ERROR),
+    ],
+)
+def test_a_refusal_names_its_step(
+    replica: Replica, frame: bytes, status: int, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert wire.unpack_partial(replica.answer(frame)).status == status
+    assert logged(caplog) == [(level, "front-0:17")]
+
+
+def test_among_dispatches_that_are_computed_together_the_wrong_one_is_named(
+    replica: Replica, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [dispatch(17), dispatch(4, expert=1, front=256), dispatch(18)]
+    caplog.set_level(logging.INFO)
+    answers = replica.answer_batch([wire.unpack_dispatch(frame) for frame in frames])
+    assert [wire.unpack_partial(answer).status for answer in answers] == [wire.OK, wire.NOT_HELD, wire.OK]
+    assert logged(caplog) == [(logging.INFO, "front-1:4")]
+
+
+def test_at_level_debug_each_step_of_each_front_has_one_line(
+    replica: Replica, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for number, layer, front in [(1, 0, 0), (1, 1, 0), (9, 0, 256), (1, 1, 0), (9, 1, 256), (2, 0, 0)]:
+        replica.answer(dispatch(number, layer, front=front))
+    assert [step for _, step in logged(caplog)] == ["front-0:1", "front-1:9", "front-0:2"]
