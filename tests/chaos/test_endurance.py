@@ -16,7 +16,7 @@ from tests.chaos.faults import FAULTS, is_whole
 from tests.chaos.load import Load, Outcome, print_table
 from tests.e2e.servers import Server, eventually, serving
 
-SECONDS = float(os.environ.get("CHAOS_SECONDS", "20"))
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "15"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 # Ray keeps idle workers and connections for a while; a leak grows with each fault.
 TOLERANCE = 1.25
@@ -56,7 +56,6 @@ def usage(server: Server) -> Usage:
     raise AssertionError("processes keep ending")
 
 
-@pytest.mark.long
 @pytest.mark.timeout(SECONDS + 400)
 def test_random_faults_leave_nothing_behind(model_dir: Path, expected: list[list[int]]) -> None:
     dice = random.Random(SEED)

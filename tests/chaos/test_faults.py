@@ -51,8 +51,8 @@ def check(server: Server, expected: list[list[int]], name: str, fault: Fault) ->
     server.wait_idle()
 
 
-# Between them they break everything once, in a minute; the others are run by `make chaos`.
-SHORT = {"kill a front, a replica and the supervisor", "rebalance"}
+# It breaks everything once, in a minute; the others are run by `make chaos`.
+SHORT = {"kill a front, a replica and the supervisor"}
 
 
 @pytest.mark.parametrize("fault", [f if f in SHORT else pytest.param(f, marks=pytest.mark.long) for f in FAULTS])
