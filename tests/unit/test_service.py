@@ -1,0 +1,41 @@
+"""What an ingress knows of the cluster while the supervisor is silent. A link that answers as told, without Ray."""
+
+from typing import Any
+
+import pytest
+
+from cluster.checkpoint import resolve_model
+from cluster.config import ClusterConfig
+from cluster.messages import ClusterState
+from deploy.demo import expand_demo
+from deploy.service import Service
+
+
+class Link:
+    def __init__(self) -> None:
+        self.answer: ClusterState | Exception = ClusterState("ready", "ready", "")
+
+    async def push_samples(self, ingress_id: str, samples: tuple[Any, ...]) -> ClusterState:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("known", "shown"),
+    [("ready", "degraded"), ("degraded", "degraded"), ("recovering", "recovering"), ("starting", "starting")],
+)
+async def test_a_silent_supervisor_is_shown_and_what_serves_goes_on(known: Any, shown: str) -> None:
+    config = expand_demo(ClusterConfig(model="demo"))
+    link = Link()
+    service = Service(config, resolve_model(config.model), link)  # type: ignore[arg-type]
+    service._follow.cancel()  # only this test asks
+    link.answer = ClusterState(known, "as it was", "")
+    await service.refresh()
+    link.answer = RuntimeError("lost")
+    await service.refresh()
+    assert service.state.state == shown
+    assert (service.state.phase == "the supervisor does not answer") == (known == "ready")
+    link.answer = ClusterState("ready", "ready", "")
+    await service.refresh()
+    assert service.state.state == "ready"
