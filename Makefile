@@ -9,7 +9,7 @@ SHAPE ?= 1b-a400m
 
 .PHONY: serve test lint format chaos chaos-long bench bench-peers clean
 
-$(VENV)/.installed: pyproject.toml hatch_build.py actors/kernels/kernels.cpp
+$(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard actors/kernels/*.cpp actors/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable .

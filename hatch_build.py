@@ -26,7 +26,7 @@ class NativeKernels(BuildHookInterface):  # type: ignore[type-arg]
             return
         kernels = Path(self.root, "actors", "kernels")
         library = kernels / "libkernels.so"
-        command = [compiler, *FLAGS, *SHARED, "-o", str(library), str(kernels / "kernels.cpp")]
+        command = [compiler, *FLAGS, *SHARED, "-o", str(library), *sorted(map(str, kernels.glob("*.cpp")))]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -1,9 +1,10 @@
-"""The native kernels (kernels.cpp) through ctypes: matrices packed for them, products with them. The GIL is released.
+"""The native kernels (*.cpp) through ctypes: packed matrices, products with them, attention. The GIL is released.
 
 The library is built with the package where there is a C++ compiler and an x86-64 CPU (hatch_build.py); what this CPU
 can run is found out here, at run time. Threads: as many as torch may use in this process.
 
-Shapes: T tokens, D input width, O output width, F expert hidden, E experts, K top-k.
+Shapes: T tokens, D input width, O output width, F expert hidden, E experts, K top-k; S sequences, B blocks, P slots of
+a block, H query heads, G key/value heads, C head dimension.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("libkernels.so")
 
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
 
 @cache
@@ -36,6 +37,10 @@ def library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     found.outcrop_experts.argtypes = [
         _INT, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER,
+    ]  # fmt: skip
+    found.outcrop_attention.argtypes = [
+        _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG,
+        _FLOAT, _POINTER,
     ]  # fmt: skip
     found.outcrop_read.argtypes, found.outcrop_read.restype = [_LONG, _POINTER, _LONG], ctypes.c_uint64
     return found
@@ -131,3 +136,22 @@ class NativeExperts:
 
 def _pointers(tensors: tuple[Tensor, ...]) -> "ctypes.Array[ctypes.c_void_p]":
     return (_POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def attend_singles(
+    q_SHC: Tensor, k_BPGC: Tensor, v_BPGC: Tensor, blocks_SB: Tensor, contexts_S: Tensor, scale: float, out_SHC: Tensor
+) -> None:
+    """softmax(scale * q.k) v over each sequence's first `contexts_S` (int64, at least 1) tokens, into out_SHC.
+
+    bfloat16; C is a multiple of 8; blocks_SB int32. Nothing is copied: all but q must be contiguous.
+    """
+    lib = library()
+    assert lib is not None
+    assert all(t.is_contiguous() for t in (k_BPGC, v_BPGC, blocks_SB, contexts_S, out_SHC))
+    if q_SHC.stride()[1:] != (q_SHC.shape[2], 1):
+        q_SHC = q_SHC.contiguous()
+    lib.outcrop_attention(
+        torch.get_num_threads(), q_SHC.data_ptr(), q_SHC.stride(0), contexts_S.data_ptr(), len(contexts_S),
+        blocks_SB.data_ptr(), blocks_SB.shape[1], k_BPGC.shape[1], k_BPGC.data_ptr(), v_BPGC.data_ptr(),
+        q_SHC.shape[1], k_BPGC.shape[2], q_SHC.shape[2], scale, out_SHC.data_ptr(),
+    )  # fmt: skip
