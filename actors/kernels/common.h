@@ -39,7 +39,7 @@ inline bf16 narrow(float f) {  // to nearest even; NaN stays NaN
 // exp to within 2e-7 relative, without a branch or a call, so that loops over it vectorise.
 inline float exp_(float x) {
   x = x < -87.0f ? -87.0f : x > 89.0f ? 89.0f : x;  // 2^128 is infinity
-  const float n = std::nearbyintf(x * 1.44269504f);
+  const float n = std::nearbyintf((x == x ? x : 0.0f) * 1.44269504f);  // NaN has no integer; it gets through by r
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -48,7 +48,7 @@ inline float exp_(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t scale = (int32_t(n) + 127) << 23;
+  const uint32_t scale = uint32_t(int32_t(n) + 127) << 23;
   float s;
   std::memcpy(&s, &scale, 4);
   return p * s;

@@ -1,0 +1,107 @@
+// AVX512-BF16 and AMX as Intel's manual defines them, in plain C++: what is written with them can be run, slowly, on
+// any CPU with AVX2. Force-included before kernels.cpp. What it can't tell: whether the real instructions round alike.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>  // before `target` means nothing: a member of it has that name
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define target(isa)  // functions are compiled for what the command line says
+#define __builtin_cpu_supports(feature) 1
+#define syscall(...) 0
+
+namespace emulated {
+
+struct Floats { float at[16]; };
+struct Pairs { uint16_t at[32]; };
+
+inline float widen(uint16_t v) {
+  uint32_t bits = uint32_t(v) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline Floats zero() { return {}; }
+inline Pairs load(const void* p) { Pairs v; std::memcpy(&v, p, 64); return v; }
+inline Pairs spread(int32_t pair) {
+  Pairs v;
+  for (int i = 0; i < 16; ++i) std::memcpy(v.at + 2 * i, &pair, 4);
+  return v;
+}
+inline void store(float* p, Floats v) { std::memcpy(p, &v, 64); }
+inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
+  for (int i = 0; i < 32; ++i) sum.at[i / 2] += widen(a.at[i]) * widen(b.at[i]);
+  return sum;
+}
+
+// Eight tiles of up to 16 rows of 64 bytes. An instruction on a tile that is not configured is a fault.
+struct Tile { int rows = 0, bytes = 0; char at[16][64]; };
+inline thread_local Tile tiles[8];
+
+inline Tile& tile(int number) {
+  if (!tiles[number].rows || !tiles[number].bytes) std::abort();
+  return tiles[number];
+}
+inline void configure(const void* config) {
+  const char* c = static_cast<const char*>(config);
+  if (c[0] != 1) std::abort();  // the palette
+  for (int i = 0; i < 8; ++i) {
+    uint16_t bytes;
+    std::memcpy(&bytes, c + 16 + 2 * i, 2);
+    tiles[i].rows = c[48 + i], tiles[i].bytes = bytes;
+    if (tiles[i].rows > 16 || bytes > 64) std::abort();
+  }
+}
+inline void release() { for (Tile& t : tiles) t = Tile(); }
+inline void clear(int number) { std::memset(tile(number).at, 0, sizeof tiles[number].at); }
+inline void load_tile(int number, const void* p, long stride) {
+  Tile& t = tile(number);
+  for (int row = 0; row < t.rows; ++row) std::memcpy(t.at[row], static_cast<const char*>(p) + row * stride, t.bytes);
+}
+inline void store_tile(int number, void* p, long stride) {
+  Tile& t = tile(number);
+  for (int row = 0; row < t.rows; ++row) std::memcpy(static_cast<char*>(p) + row * stride, t.at[row], t.bytes);
+}
+inline void dot_tiles(int sums, int left, int right) {
+  Tile &c = tile(sums), &a = tile(left), &b = tile(right);
+  if (a.rows != c.rows || a.bytes != 4 * b.rows || b.bytes != c.bytes) std::abort();
+  for (int row = 0; row < c.rows; ++row)
+    for (int k = 0; k < b.rows; ++k)
+      for (int column = 0; column < c.bytes / 4; ++column)
+        for (int half = 0; half < 2; ++half) {
+          uint16_t x, y;
+          float sum;
+          std::memcpy(&x, a.at[row] + 4 * k + 2 * half, 2);
+          std::memcpy(&y, b.at[k] + 4 * column + 2 * half, 2);
+          std::memcpy(&sum, c.at[row] + 4 * column, 4);
+          sum += widen(x) * widen(y);
+          std::memcpy(c.at[row] + 4 * column, &sum, 4);
+        }
+}
+
+}  // namespace emulated
+
+#define __m512 emulated::Floats
+#define __m512bh emulated::Pairs
+#define _mm512_setzero_ps emulated::zero
+#define _mm512_loadu_si512 emulated::load
+#define _mm512_set1_epi32 emulated::spread
+#define _mm512_storeu_ps emulated::store
+#define _mm512_dpbf16_ps emulated::dot_pairs
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#define _tile_loadconfig emulated::configure
+#define _tile_release emulated::release
+#define _tile_zero emulated::clear
+#define _tile_loadd emulated::load_tile
+#define _tile_stored emulated::store_tile
+#define _tile_dpbf16ps emulated::dot_tiles
