@@ -66,7 +66,8 @@ class ClusterConfig(BaseModel):
     lane: Lane = Field("auto", description="How tokens travel to experts.")
 
     overlap: OverlapMode = Field(
-        "auto", description="Compute steps as two micro-batches, one at attention while the other is at the experts."
+        "auto",
+        description="Compute large steps as two micro-batches: attention of one beside experts of the other.",
     )
 
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Type of weights and activations.")

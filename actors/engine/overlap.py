@@ -10,6 +10,9 @@ from collections import defaultdict, deque
 
 from cluster.messages import OverlapMode
 
+# Smaller steps are not worth a trial: even on GPUs two micro-batches cost more there. And in bfloat16 the halves of a
+# prompt round differently than the whole: the fewer steps are cut on trial, the better equal requests agree.
+LEAST_TOKENS = 128
 # Steps of each way before one is preferred, and remembered ones.
 TRIAL, MEMORY = 4, 8
 # Every so many steps, the other way is tried again: load and replicas change.
@@ -27,7 +30,7 @@ class Overlap:
         self._num_steps: dict[int, int] = defaultdict(int)
 
     def is_wanted(self, num_tokens: int) -> bool:
-        if self.mode != "auto" or num_tokens < 2:
+        if self.mode != "auto" or num_tokens < LEAST_TOKENS:
             return self.mode == "always"
         size = num_tokens.bit_length()
         plain, split = self._seconds[size, False], self._seconds[size, True]

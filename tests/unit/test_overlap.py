@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.engine.overlap import RETRY, Overlap
+from actors.engine.overlap import LEAST_TOKENS, RETRY, Overlap
 from actors.lanes.dispatcher import Dispatcher
 from actors.model.batch import Span, StepBatch
 from actors.model.moe import interleave
@@ -96,7 +96,7 @@ def test_what_is_on_its_way_is_given_up_when_the_step_fails() -> None:
     assert recorder.log[-1] == ("forget", (2, 1))
 
 
-def steps(overlap: Overlap, number: int, plain: float, split: float, num_tokens: int = 32) -> list[bool]:
+def steps(overlap: Overlap, number: int, plain: float, split: float, num_tokens: int = 256) -> list[bool]:
     taken = []
     for _ in range(number):
         is_split = overlap.is_wanted(num_tokens)
@@ -115,12 +115,12 @@ def test_the_faster_way_is_used(split: float, pays: bool) -> None:
 
 def test_sizes_are_judged_apart_and_the_world_may_change() -> None:
     overlap = Overlap("auto")
-    steps(overlap, 20, 1.0, 0.5, num_tokens=256)
-    steps(overlap, 20, 1.0, 2.0, num_tokens=8)
-    assert overlap.is_wanted(256)
-    assert not overlap.is_wanted(8)
-    steps(overlap, 9 * RETRY, 1.0, 2.0, num_tokens=256)
-    assert not overlap.is_wanted(256)
+    steps(overlap, 20, 1.0, 0.5, num_tokens=512)
+    steps(overlap, 20, 1.0, 2.0, num_tokens=128)
+    assert overlap.is_wanted(512)
+    assert not overlap.is_wanted(128)
+    steps(overlap, 9 * RETRY, 1.0, 2.0, num_tokens=512)
+    assert not overlap.is_wanted(512)
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("always", True), ("never", False)])
@@ -129,5 +129,5 @@ def test_modes_that_are_fixed(mode: Any, expected: bool) -> None:
     assert set(steps(overlap, 20, 1.0, 0.5 if expected is False else 2.0)) == {expected}
 
 
-def test_a_single_token_can_not_be_cut() -> None:
-    assert steps(Overlap("auto"), 20, 1.0, 0.1, num_tokens=1) == [False] * 20
+def test_small_steps_are_never_cut_on_trial() -> None:
+    assert steps(Overlap("auto"), 20, 1.0, 0.1, num_tokens=LEAST_TOKENS - 1) == [False] * 20
