@@ -46,6 +46,13 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def _loaded() -> ctypes.CDLL:
+    """For those who come only where instruction_sets() has any."""
+    lib = library()
+    assert lib is not None
+    return lib
+
+
 @cache
 def instruction_sets() -> dict[str, int]:
     """Those that this CPU can run, the slowest first: name -> number."""
@@ -64,8 +71,7 @@ def fastest() -> int:
 
 def pack(weight_OD: Tensor) -> Tensor:
     """The matrix in tiles, as int16 [padded O * padded D]; opaque, the same for every instruction set."""
-    lib = library()
-    assert lib is not None
+    lib = _loaded()
     assert weight_OD.dtype == torch.bfloat16
     weight_OD = weight_OD.contiguous()
     packed = torch.empty(lib.outcrop_packed_bytes(*weight_OD.shape) // 2, dtype=torch.int16)
@@ -83,8 +89,7 @@ class NativeLinear:
     isa: int
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        lib = library()
-        assert lib is not None
+        lib = _loaded()
         x_TD = x_TD.contiguous()
         y_TO = x_TD.new_empty(x_TD.shape[0], self.num_outputs)
         bias = None if self.bias_O is None else self.bias_O.data_ptr()
@@ -122,8 +127,7 @@ class NativeExperts:
 
         Sums are float32 in the order of the choices.
         """
-        lib = library()
-        assert lib is not None
+        lib = _loaded()
         x_TD, rows_TK, gates_TK = x_TD.contiguous(), rows_TK.contiguous(), gates_TK.contiguous()
         out_TD = torch.empty_like(x_TD)
         gate_up, down = (_pointers(tensors) for tensors in (self.gate_up_E, self.down_E))
@@ -145,8 +149,7 @@ def attend_singles(
 
     bfloat16; C is a multiple of 8; blocks_SB int32. Nothing is copied: all but q must be contiguous.
     """
-    lib = library()
-    assert lib is not None
+    lib = _loaded()
     assert all(t.is_contiguous() for t in (k_BPGC, v_BPGC, blocks_SB, contexts_S, out_SHC))
     if q_SHC.stride()[1:] != (q_SHC.shape[2], 1):
         q_SHC = q_SHC.contiguous()
