@@ -37,7 +37,8 @@ class Figure:
 
 class Worker:
     def __init__(self, engine: str, python: str, checkpoint: Path, dtype: str, stack: ExitStack) -> None:
-        command = [python, str(WORKER), engine, str(checkpoint), dtype]
+        # -P: this folder has modules with names of others (kernels).
+        command = [python, "-P", str(WORKER), engine, str(checkpoint), dtype]
         self._process = stack.enter_context(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         )
