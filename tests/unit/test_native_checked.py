@@ -1,5 +1,5 @@
 """The tests of the native kernels once more, in a build that is too slow for use: with AddressSanitizer and
-UndefinedBehaviorSanitizer, and with AVX512-BF16 and AMX emulated (emulated_intrinsics.h), so that every path runs."""
+UndefinedBehaviorSanitizer, and with AVX512-BF16, AVX512-VNNI and AMX emulated (emulated_intrinsics.h), so that every path runs."""
 
 import os
 import subprocess
