@@ -78,7 +78,9 @@ def check_expert_dtype(config: ClusterConfig, dtype: str, device: str) -> None:
     if config.expert_dtype == "int8" and device == "cuda":
         raise ConfigError("expert_dtype='int8' is computed on CPUs only: choose auto, or device cpu")
     if config.expert_dtype == "int8" and dtype == "float32":
-        raise ConfigError("expert_dtype='int8' wants the rest in bfloat16, and this is served in float32: set dtype bfloat16")
+        raise ConfigError(
+            "expert_dtype='int8' wants the rest in bfloat16, and this is served in float32: set dtype bfloat16"
+        )
 
 
 def draw_blueprint(

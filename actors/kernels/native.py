@@ -91,7 +91,7 @@ def pack(weight_OD: Tensor, out: Tensor | None = None, is_int8: bool = False) ->
     assert weight_OD.dtype == torch.bfloat16
     weight_OD = weight_OD.contiguous()
     if out is None:
-        out = memory(packed_bytes(*weight_OD.shape, is_int8))
+        out = memory(packed_bytes(weight_OD.shape[0], weight_OD.shape[1], is_int8))
     _loaded().outcrop_pack(is_int8, weight_OD.data_ptr(), *weight_OD.shape, out.data_ptr())
     return out
 

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr long PREFETCH = 1024;  // bytes ahead of what is read
+constexpr long PREFETCH = 1024;  // see tiles_bf16.cpp
 constexpr float LARGEST = 127.0f;
 constexpr float TINY = 1e-35f;  // rows of smaller numbers are zeros: 127 / TINY is still a number
 
@@ -64,7 +64,7 @@ AVX2 inline void multiply_avx2_rows(const char* w, long padded, const char* x, l
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) a[m][0] = a[m][1] = _mm256_setzero_si256();
   for (long bytes = 0; bytes < 2 * padded; bytes += 8, w += 4 * TILE) {
-    _mm_prefetch(w + PREFETCH, _MM_HINT_T0);
+    _mm_prefetch(w + PREFETCH, _MM_HINT_NTA);
     const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
     const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 2 * TILE));
     const __m256i even0 = _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8);
@@ -108,7 +108,7 @@ AVX512 inline void multiply_avx512_rows(const char* w, long padded, const char* 
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) a[m] = _mm512_setzero_si512();
   for (long bytes = 0; bytes < 2 * padded; bytes += 8, w += 4 * TILE) {
-    _mm_prefetch(w + PREFETCH, _MM_HINT_T0);
+    _mm_prefetch(w + PREFETCH, _MM_HINT_NTA);
     const __m512i weights = _mm512_loadu_si512(w);
     const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(weights, 8), 8), odd = _mm512_srai_epi16(weights, 8);
 #pragma GCC unroll 16
@@ -149,7 +149,7 @@ AMX void multiply_amx(const char* w, long padded, const char* x, long stride, lo
   _tile_zero(0);
   _tile_zero(1);
   for (long bytes = 0; bytes < padded; bytes += 64, w += 1024) {
-    for (int line = 0; line < 16; ++line) _mm_prefetch(w + 4 * PREFETCH + 64 * line, _MM_HINT_T0);
+    for (int line = 0; line < 16; ++line) _mm_prefetch(w + 4 * PREFETCH + 64 * line, _MM_HINT_NTA);
     _tile_loadd(4, w, 64);
     _tile_loadd(2, x + bytes, stride);
     _tile_dpbssd(0, 2, 4);

@@ -1,5 +1,6 @@
 """The native kernels against float32 torch on the same numbers, with every instruction set that this CPU has."""
 
+import os
 import threading
 
 import pytest
@@ -15,6 +16,8 @@ from actors.kernels.packed import Int8Linear
 from actors.model.expert_half import FusedExperts, LayerExperts
 
 NAMES = ("avx2", "avx512_bf16", "amx_bf16")
+# Fewer where each takes long: test_native_checked.py.
+EXAMPLES = int(os.environ.get("NATIVE_EXAMPLES", "60"))
 sizes = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 64, 100])
 
 
@@ -44,7 +47,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 @given(num_tokens=st.integers(0, 70), width=sizes, outputs=sizes, has_bias=st.booleans(), offset=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_linear(isa: int, threads: int, num_tokens: int, width: int, outputs: int, has_bias: bool, offset: int) -> None:
     weight, bias = numbers(0, outputs, width) / width**0.5, numbers(1, outputs) if has_bias else None
@@ -69,7 +72,7 @@ def plain_experts(gate_up: Tensor, down: Tensor, x: Tensor, rows: Tensor, gates:
 
 
 @given(data=st.data(), num_tokens=st.integers(0, 40), hidden=sizes, width=sizes, num_experts=st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_experts(isa: int, data: st.DataObject, num_tokens: int, hidden: int, width: int, num_experts: int) -> None:
     """Experts without tokens, tokens without experts, sizes that are no multiple of a tile."""
     top_k = data.draw(st.integers(1, 4))
@@ -95,7 +98,7 @@ def int8_experts(gate_up: Tensor, down: Tensor, x: Tensor, rows: Tensor, gates: 
 
 
 @given(num_tokens=st.integers(0, 40), hidden=sizes, width=sizes, num_experts=st.integers(1, 5), seed=st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_int8_experts(isa: int, num_tokens: int, hidden: int, width: int, num_experts: int, seed: int) -> None:
     rows = torch.randint(num_experts + 1, (num_tokens, 2), generator=torch.Generator().manual_seed(seed))
     gate_up, down = numbers(0, num_experts, 2 * width, hidden), numbers(1, num_experts, hidden, width)
