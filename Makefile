@@ -43,6 +43,7 @@ $(CHECKPOINTS)/$(SHAPE)/config.json: $(VENV)/.installed
 bench: $(CHECKPOINTS)/$(SHAPE)/config.json  ## Random weights of the shape $(SHAPE): lanes, dispatch, HTTP (half an hour)
 	$(BIN)/python -m benchmarks.dispatch --out benchmarks/results/dispatch.json
 	$(BIN)/python -m benchmarks.kernels --out benchmarks/results/kernels.json
+	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.json
 	$(BIN)/python -m benchmarks.offline $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/offline.json
 	$(BIN)/python -m benchmarks.serving $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/serving.json
 

@@ -61,7 +61,7 @@ class ExpertActor:
         config = read_model_config(model_dir)
         info = check_checkpoint(model_dir, config)
         self._total = info.bytes_per_expert * sum(len(layer) for layer in self.spec.experts)
-        Kernels.choose(self.spec.kernels)
+        Kernels.choose(self.spec.kernels, self.spec.expert_dtype)
         device, dtype = torch_device(self.spec.device), torch_dtype(self.spec.dtype)
         store = load_experts(model_dir, config, self.spec.experts, device, dtype, self._advance)
         reader = TensorReader(info, device, dtype, lambda _: None)

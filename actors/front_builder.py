@@ -51,7 +51,7 @@ def build_engine(
     """Raises ModelError if the KV cache can't hold one sequence of full length."""
     options, model_dir = spec.engine, Path(spec.engine.model_path)
     config = read_model_config(model_dir)
-    Kernels.choose(options.kernels)
+    Kernels.choose(options.kernels, options.expert_dtype)
     device, dtype = torch_device(options.device), torch_dtype(options.dtype)
     everything = (tuple(range(config.num_local_experts)),) * config.num_hidden_layers
     info = check_checkpoint(model_dir, config)

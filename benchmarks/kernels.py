@@ -87,7 +87,7 @@ def _measure(stores: dict[str, ExpertStore], num_tokens: int, threads: int, roun
     num_bytes = ids.unique().numel() * 3 * HIDDEN * WIDTH * 2
     flops = num_tokens * TOP_K * 6 * HIDDEN * WIDTH
     square = torch.randn(MATMUL, MATMUL)
-    memory = torch.zeros(EXPERTS * 3 * HIDDEN * WIDTH * 2, dtype=torch.uint8)
+    memory = native.memory(EXPERTS * 3 * HIDDEN * WIDTH * 2).zero_()
     lib = native.library()
     runs: dict[str, Callable[[], object]] = {"product": lambda: square @ square}
     if lib:

@@ -13,31 +13,36 @@ from typing import Any
 import zmq
 
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
-from cluster.messages import LaneKeys, ReadyReport, ReplicaSpec
+from cluster.messages import ExpertDtype, LaneKeys, ReadyReport, ReplicaSpec
 from cluster.model_config import GraniteMoeConfig, read_model_config
 
 NAMESPACE = "bench"
 # Two micro-batches in flight, on a lane.
 OVERLAP = "+overlap"
-LANES = ("local", "object_ref", "zmq", "zmq" + OVERLAP, "tcp")
+# Experts in int8, behind a lane.
+INT8 = "+int8"
+LANES = ("local", "object_ref", "zmq", "zmq" + OVERLAP, "zmq" + INT8, "tcp")
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Expert replicas in processes of their own, as `outcrop serve` starts them."""
+    """Expert replicas in processes of their own, as `outcrop serve` starts them; `int8_map` leads to those in int8."""
 
     expert_map: ExpertMap
     keys: LaneKeys
+    int8_map: ExpertMap | None = None
 
     def dispatcher(self, lane: str, metrics: Any) -> Any:
         """`zmq` goes over ipc, `tcp` is zmq over tcp with CURVE, `object_ref` over Ray actor calls."""
-        lane = lane.removesuffix(OVERLAP)
+        expert_map = self.int8_map if lane.endswith(INT8) else self.expert_map
+        assert expert_map is not None
+        lane = lane.removesuffix(OVERLAP).removesuffix(INT8)
         from actors.lanes.object_ref import ObjectRefLane
         from actors.lanes.remote import RemoteDispatcher
         from actors.lanes.zmq_client import ZmqLane
 
         remote = RemoteDispatcher(ObjectRefLane(NAMESPACE) if lane == "object_ref" else ZmqLane(self.keys), metrics)
-        remote.set_map(without_ipc(self.expert_map) if lane == "tcp" else self.expert_map)
+        remote.set_map(without_ipc(expert_map) if lane == "tcp" else expert_map)
         return remote
 
 
@@ -50,19 +55,25 @@ def without_ipc(expert_map: ExpertMap) -> ExpertMap:
 
 
 @contextmanager
-def expert_cluster(model_dir: Path, groups: int, replicas: int = 1, dtype: str = "bfloat16") -> Iterator[Cluster]:
+def expert_cluster(
+    model_dir: Path, groups: int, replicas: int = 1, dtype: str = "bfloat16", *, with_int8: bool = False
+) -> Iterator[Cluster]:
     """Start Ray and the replicas; all are gone afterwards."""
     from deploy.local_ray import own_ray
 
     config = read_model_config(model_dir)
     keys = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
     expert_map = ExpertMap(0, groups, contiguous_homes(config.num_hidden_layers, config.num_local_experts, groups))
+
+    def started(expert_dtype: ExpertDtype) -> ExpertMap:
+        return expert_map.with_replicas(_start(model_dir, expert_map, replicas, dtype, keys, expert_dtype))
+
     with own_ray():
-        yield Cluster(expert_map.with_replicas(_start(model_dir, expert_map, replicas, dtype, keys)), keys)
+        yield Cluster(started("auto"), keys, started("int8") if with_int8 else None)
 
 
 def _start(
-    model_dir: Path, expert_map: ExpertMap, replicas: int, dtype: str, keys: LaneKeys
+    model_dir: Path, expert_map: ExpertMap, replicas: int, dtype: str, keys: LaneKeys, expert_dtype: ExpertDtype
 ) -> tuple[ReplicaAddress, ...]:
     import ray
 
@@ -71,10 +82,13 @@ def _start(
     threads = max(1, (os.cpu_count() or 1) // (expert_map.num_groups * replicas))
     actor = ray.remote(num_cpus=0, concurrency_groups={"control": 2})(ExpertActor)
     specs = [
-        ReplicaSpec(f"g{g}-r{i}", g, str(model_dir), "cpu", dtype, expert_map.experts_of(g), threads, keys)
+        ReplicaSpec(
+            f"{expert_dtype}-g{g}-r{i}", g, str(model_dir), "cpu", dtype, expert_map.experts_of(g), threads, keys,
+            expert_dtype=expert_dtype,
+        )
         for g in range(expert_map.num_groups)
         for i in range(replicas)
-    ]
+    ]  # fmt: skip
     handles = [actor.options(name=s.actor_id, namespace=NAMESPACE, lifetime="detached").remote(s) for s in specs]
     reports: list[ReadyReport] = ray.get([handle.load.remote() for handle in handles])
     return tuple(

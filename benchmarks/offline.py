@@ -17,7 +17,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch: fronts and replicas c
 
 import typer
 
-from benchmarks.lanes import LANES, OVERLAP, expert_cluster, local_dispatcher, make_engine
+from benchmarks.lanes import INT8, LANES, OVERLAP, expert_cluster, local_dispatcher, make_engine
 from benchmarks.report import environment, table
 from cluster.model_config import read_model_config
 
@@ -128,7 +128,10 @@ def measure(engine: Any, dispatchers: dict[str, Any], cases: dict[str, tuple[int
 def main(
     checkpoint: Path,
     lanes: Annotated[
-        str, typer.Option(help="Comma-separated: local, object_ref, zmq (ipc), tcp; with +overlap, two micro-batches.")
+        str,
+        typer.Option(
+            help="Comma-separated: local, object_ref, zmq (ipc), tcp; +overlap: two micro-batches; +int8: int8 experts."
+        ),
     ] = ",".join(LANES),
     batches: str = "1,8,32",
     prompts: str = "512,2048",
@@ -142,7 +145,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure CHECKPOINT offline."""
-    with expert_cluster(checkpoint, groups, replicas, dtype) as cluster:
+    with expert_cluster(checkpoint, groups, replicas, dtype, with_int8=INT8 in lanes) as cluster:
         from actors.process import limit_threads
 
         limit_threads(threads)

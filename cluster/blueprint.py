@@ -45,6 +45,7 @@ class Blueprint:
             self.lane_keys,
             self.logs,
             self.engine.kernels,
+            self.engine.expert_dtype,
         )
 
 
@@ -72,6 +73,16 @@ def served_dtype(config: ClusterConfig, model: GraniteMoeConfig, stored: str) ->
     return "float32" if (model.dtype or stored) == "float32" else "bfloat16"
 
 
+def check_expert_dtype(config: ClusterConfig, dtype: str, device: str) -> None:
+    """Raises ConfigError where int8 experts can't be computed."""
+    if config.expert_dtype == "int8" and device == "cuda":
+        raise ConfigError("expert_dtype='int8' is computed on CPUs only: choose auto, or device cpu")
+    if config.expert_dtype == "int8" and dtype == "float32":
+        raise ConfigError(
+            "expert_dtype='int8' wants the rest in bfloat16, and this is served in float32: set dtype bfloat16"
+        )
+
+
 def draw_blueprint(
     config: ClusterConfig,
     checkpoint: CheckpointInfo,
@@ -83,10 +94,12 @@ def draw_blueprint(
     """`lane_keys` open the zmq lane; the lanes local and object_ref need none. Raises ConfigError."""
     expert_map = check_config(config, model)
     resources = plan_resources(config, machine)
+    dtype = served_dtype(config, model, checkpoint.dtype)
+    check_expert_dtype(config, dtype, resources.device)
     engine = EngineOptions(
         model_path=str(model_dir),
         device=resources.device,
-        dtype=served_dtype(config, model, checkpoint.dtype),
+        dtype=dtype,
         max_model_len=max_model_len(config, model),
         block_size=config.block_size or (CPU_BLOCK if resources.device == "cpu" else GPU_BLOCK),
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * GIB),
@@ -97,6 +110,7 @@ def draw_blueprint(
         enable_prefix_caching=config.enable_prefix_caching,
         overlap=config.overlap,
         kernels=config.kernels,
+        expert_dtype=config.expert_dtype,
         num_threads=resources.threads_per_front,
     )
     num_replicas = 0 if config.lane == "local" else config.replicas

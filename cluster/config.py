@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from cluster.logs import Format, Level
-from cluster.messages import KernelChoice, OverlapMode
+from cluster.messages import ExpertDtype, KernelChoice, OverlapMode
 from cluster.model_config import describe
 
 ENV_PREFIX = "OUTCROP_"
@@ -71,6 +71,9 @@ class ClusterConfig(BaseModel):
     )
 
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Type of weights and activations.")
+    expert_dtype: ExpertDtype = Field(
+        "auto", description="Type of the experts' weights: as all others (auto), or int8, rounded at load; CPU only."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where fronts and experts compute.")
     kernels: KernelChoice = Field("auto", description="What computes bfloat16 on a CPU: see `outcrop check`.")
     max_model_len: int | None = Field(None, description="Longest prompt + output, in tokens.", ge=1)

@@ -11,6 +11,7 @@ from cluster.logs import Format, Level
 
 OverlapMode = Literal["auto", "always", "never"]
 KernelChoice = Literal["auto", "native", "torch"]
+ExpertDtype = Literal["auto", "int8"]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ActorKind = Literal["front", "expert"]
@@ -158,6 +159,7 @@ class EngineOptions:
     enable_prefix_caching: bool
     overlap: OverlapMode
     kernels: KernelChoice
+    expert_dtype: ExpertDtype
     num_threads: int
 
 
@@ -207,6 +209,7 @@ class ReplicaSpec:
     lane_keys: LaneKeys | None = None
     logs: LogOptions = LogOptions()
     kernels: KernelChoice = "auto"
+    expert_dtype: ExpertDtype = "auto"
 
     def fits(self, wanted: object) -> bool:
         """As FrontSpec.fits. Experts don't matter either: an actor can be told to hold others."""

@@ -54,7 +54,7 @@ def check(config_file: Path | None, **settings: Any) -> None:
         f"{config.model_name}: {found.info.total_bytes / 2**20:,.1f} MiB, {found.info.dtype}; {map_line(config, found)}"
     )
     if kernels:
-        console.print(f"bfloat16 on this CPU: {kernels}")
+        console.print(kernels)
 
 
 @app.command()

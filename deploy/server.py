@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.blueprint import check_config
+from cluster.blueprint import check_config, check_expert_dtype, served_dtype
 from cluster.checkpoint import CheckpointInfo, check_checkpoint, resolve_model
 from cluster.config import ClusterConfig, ConfigError
 from cluster.messages import ClusterState
@@ -62,6 +62,7 @@ def check_everything(config: ClusterConfig) -> Check:
     model = read_model_config(model_dir)
     check_config(config, model)
     info = check_checkpoint(model_dir, model)
+    check_expert_dtype(config, served_dtype(config, model, info.dtype), config.device)
     tokenizer = Tokenizer.load(model_dir, config.chat_template)
     if not tokenizer.has_chat_template and config.chat_template != "none":
         raise ModelError(
@@ -78,7 +79,7 @@ def check_everything(config: ClusterConfig) -> Check:
 
 def kernels_here(config: ClusterConfig) -> str:
     """In a process of its own: the command line neither loads torch nor knows actors. Raises ConfigError."""
-    command = [sys.executable, "-m", "actors.kernels", config.kernels]
+    command = [sys.executable, "-m", "actors.kernels", config.kernels, config.expert_dtype]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode:
         raise ConfigError(found.stderr.strip().rpartition("\n")[2])

@@ -54,11 +54,22 @@ inline float exp_(float x) {
   return p * s;
 }
 
+// Every instruction set of the kernels has AVX2, so loops over rows may use it.
+
+AVX2 inline void widen_row(const bf16* row, long n, float* out) {
+  for (long i = 0; i < n; ++i) out[i] = widen(row[i]);
+}
+
+AVX2 inline void narrow_row(const float* row, long n, bf16* out) {
+  for (long i = 0; i < n; ++i) out[i] = narrow(row[i]);
+}
+
 // Threads that sleep while nothing is to do.
 
 class Pool {
  public:
-  // Calls work(i) for every i in [0, count), on up to `threads` threads, this one among them.
+  // Calls work(i) for every i in [0, count), on up to `threads` threads, this one among them. A helper that gets no core
+  // in time is not waited for.
   void run(long count, long threads, const std::function<void(long)>& work) {
     if (threads <= 1 || count <= 1) {
       for (long i = 0; i < count; ++i) work(i);
@@ -68,11 +79,12 @@ class Pool {
     {
       std::lock_guard<std::mutex> guard(mutex_);
       while (long(threads_.size()) < helpers) threads_.emplace_back([this, n = long(threads_.size())] { serve(n); });
-      work_ = &work, count_ = count, next_ = 0, helpers_ = busy_ = helpers, ++generation_;
+      work_ = &work, count_ = count, next_ = 0, helpers_ = helpers, is_open_ = true, ++generation_;
     }
     wake_.notify_all();
     take();
     std::unique_lock<std::mutex> lock(mutex_);
+    is_open_ = false;
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
@@ -85,8 +97,9 @@ class Pool {
     for (uint64_t seen = 0;;) {
       {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_ != seen && number < helpers_; });
+        wake_.wait(lock, [&] { return is_open_ && generation_ != seen && number < helpers_; });
         seen = generation_;
+        ++busy_;
       }
       take();
       std::lock_guard<std::mutex> guard(mutex_);
@@ -101,6 +114,7 @@ class Pool {
   std::atomic<long> next_{0};
   long count_ = 0, helpers_ = 0, busy_ = 0;
   uint64_t generation_ = 0;
+  bool is_open_ = false;
 };
 
 // Scratch memory that grows and stays, aligned for every instruction set.
@@ -125,7 +139,7 @@ class Scratch {
 struct State {
   std::mutex one_call;
   Pool pool;
-  Scratch x, hidden, y;
+  Scratch x, hidden, hidden_x, y;
 };
 
 // Never destroyed: its threads sleep until the process ends. A forked child has none of them, and perhaps a mutex that

@@ -8,14 +8,16 @@ a block, H query heads, G key/value heads, C head dimension.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+HUGE_PAGE = 2 << 20
 LIBRARY = Path(__file__).with_name("libkernels.so")
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -30,18 +32,19 @@ def library() -> ctypes.CDLL | None:
         return None
     found.outcrop_isa_name.argtypes, found.outcrop_isa_name.restype = [_INT], ctypes.c_char_p
     found.outcrop_isa_works.argtypes, found.outcrop_isa_works.restype = [_INT], _INT
-    found.outcrop_packed_bytes.argtypes, found.outcrop_packed_bytes.restype = [_LONG, _LONG], _LONG
-    found.outcrop_pack.argtypes = [_POINTER, _LONG, _LONG, _POINTER]
+    found.outcrop_packed_bytes.argtypes, found.outcrop_packed_bytes.restype = [_INT, _LONG, _LONG], _LONG
+    found.outcrop_pack.argtypes = [_INT, _POINTER, _LONG, _LONG, _POINTER]
     found.outcrop_linear.argtypes = [
         _INT, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER,
     ]  # fmt: skip
     found.outcrop_experts.argtypes = [
-        _INT, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER,
+        _INT, _INT, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER,
     ]  # fmt: skip
     found.outcrop_attention.argtypes = [
         _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG,
         _FLOAT, _POINTER,
     ]  # fmt: skip
+    found.outcrop_use_huge_pages.argtypes = [_POINTER, _LONG]
     found.outcrop_read.argtypes, found.outcrop_read.restype = [_LONG, _POINTER, _LONG], ctypes.c_uint64
     return found
 
@@ -69,14 +72,28 @@ def fastest() -> int:
     return list(instruction_sets().values())[-1]
 
 
-def pack(weight_OD: Tensor) -> Tensor:
-    """The matrix in tiles, as int16 [padded O * padded D]; opaque, the same for every instruction set."""
-    lib = _loaded()
+def memory(*shape: int) -> Tensor:
+    """Bytes for packed matrices, in huge pages where the system has them."""
+    num_bytes = math.prod(shape)
+    space = torch.empty(num_bytes + HUGE_PAGE, dtype=torch.uint8)
+    first = -space.data_ptr() % HUGE_PAGE
+    aligned = space[first : first + num_bytes]
+    _loaded().outcrop_use_huge_pages(aligned.data_ptr(), num_bytes)
+    return aligned.view(shape)
+
+
+def packed_bytes(num_outputs: int, num_inputs: int, is_int8: bool = False) -> int:
+    return int(_loaded().outcrop_packed_bytes(is_int8, num_outputs, num_inputs))
+
+
+def pack(weight_OD: Tensor, out: Tensor | None = None, is_int8: bool = False) -> Tensor:
+    """The matrix in tiles, as bytes; opaque, the same for every instruction set. int8: rounded, a scale per output."""
     assert weight_OD.dtype == torch.bfloat16
     weight_OD = weight_OD.contiguous()
-    packed = torch.empty(lib.outcrop_packed_bytes(*weight_OD.shape) // 2, dtype=torch.int16)
-    lib.outcrop_pack(weight_OD.data_ptr(), *weight_OD.shape, packed.data_ptr())
-    return packed
+    if out is None:
+        out = memory(packed_bytes(weight_OD.shape[0], weight_OD.shape[1], is_int8))
+    _loaded().outcrop_pack(is_int8, weight_OD.data_ptr(), *weight_OD.shape, out.data_ptr())
+    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,25 +119,31 @@ class NativeLinear:
 
 @dataclass(frozen=True, slots=True)
 class NativeExperts:
-    """Experts of a layer with silu, each a pair of packed matrices. Gate and up are packed one behind the other."""
+    """Experts of a layer with silu. Each row is one: gate, up and down, packed one behind the other."""
 
-    gate_up_E: tuple[Tensor, ...]
-    down_E: tuple[Tensor, ...]
+    packed_EX: Tensor
     width: int  # F
     isa: int
+    is_int8: bool = False
 
     @classmethod
-    def of(cls, gate_up_EFD: Tensor, down_EDF: Tensor, isa: int) -> "NativeExperts":
-        gate_up = tuple(torch.cat([pack(half_FD) for half_FD in each.chunk(2)]) for each in gate_up_EFD)
-        return cls(gate_up, tuple(map(pack, down_EDF)), down_EDF.shape[2], isa)
+    def of(cls, gate_up_EFD: Tensor, down_EDF: Tensor, isa: int, is_int8: bool = False) -> "NativeExperts":
+        num_experts, hidden, width = down_EDF.shape
+        up_at = packed_bytes(width, hidden, is_int8)
+        packed_EX = memory(num_experts, 2 * up_at + packed_bytes(hidden, width, is_int8))
+        for packed_X, gate_up_FD, down_DF in zip(packed_EX, gate_up_EFD, down_EDF, strict=True):
+            pack(gate_up_FD[:width], packed_X, is_int8)
+            pack(gate_up_FD[width:], packed_X[up_at:], is_int8)
+            pack(down_DF, packed_X[2 * up_at :], is_int8)
+        return cls(packed_EX, width, isa, is_int8)
 
-    def __add__(self, more: "NativeExperts") -> "NativeExperts":
-        return NativeExperts(self.gate_up_E + more.gate_up_E, self.down_E + more.down_E, self.width, self.isa)
-
-    def select(self, rows: Sequence[int]) -> "NativeExperts":
-        """Experts by their rows, in this order. Nothing is copied."""
-        gate_up, down = (tuple(each[row] for row in rows) for each in (self.gate_up_E, self.down_E))
-        return NativeExperts(gate_up, down, self.width, self.isa)
+    def select(self, rows: Sequence[int], more: "NativeExperts") -> "NativeExperts":
+        """Copies of experts by their rows, in this order; those of `more` are counted on."""
+        packed_EX = memory(len(rows), self.packed_EX.shape[1])
+        both = (*self.packed_EX, *more.packed_EX)
+        for packed_X, row in zip(packed_EX, rows, strict=True):
+            packed_X.copy_(both[row])
+        return replace(self, packed_EX=packed_EX)
 
     def run(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Sum of gate * expert(x) over each token's choices, [T, D]; rows_TK int64, E and more: computed elsewhere.
@@ -130,16 +153,12 @@ class NativeExperts:
         lib = _loaded()
         x_TD, rows_TK, gates_TK = x_TD.contiguous(), rows_TK.contiguous(), gates_TK.contiguous()
         out_TD = torch.empty_like(x_TD)
-        gate_up, down = (_pointers(tensors) for tensors in (self.gate_up_E, self.down_E))
         lib.outcrop_experts(
-            self.isa, torch.get_num_threads(), x_TD.data_ptr(), *x_TD.shape, self.width, rows_TK.data_ptr(),
-            gates_TK.data_ptr(), rows_TK.shape[1], len(self.down_E), gate_up, down, out_TD.data_ptr(),
+            self.is_int8, self.isa, torch.get_num_threads(), x_TD.data_ptr(), *x_TD.shape, self.width,
+            rows_TK.data_ptr(), gates_TK.data_ptr(), rows_TK.shape[1], len(self.packed_EX), self.packed_EX.data_ptr(),
+            out_TD.data_ptr(),
         )  # fmt: skip
         return out_TD
-
-
-def _pointers(tensors: tuple[Tensor, ...]) -> "ctypes.Array[ctypes.c_void_p]":
-    return (_POINTER * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def attend_singles(

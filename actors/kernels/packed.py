@@ -1,5 +1,5 @@
 """bfloat16 matrices on a CPU, in the form that the CPU computes fastest with. The plain matrix is the oracle of each
-(tests/unit/test_packed.py).
+(tests/unit/test_packed.py). Experts may be rounded to int8 on the way: half the bytes, and half the arithmetic.
 
 With bfloat16 instructions, a matrix is packed once, at load, into the layout that oneDNN computes with: decode reads it
 up to twice as fast. Without such instructions, it is packed for our own kernels (native.py). Packing keeps the size:
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from actors.kernels import native
 from actors.kernels.native import NativeLinear
-from cluster.messages import KernelChoice
+from cluster.messages import ExpertDtype, KernelChoice
 
 # With fewer rows than this, widening costs more than it saves, the more so with several threads that must be woken.
 WIDEN_ROWS = 8
 # Values of a widened piece: 1 MiB of float32 stays in the caches between being written and being read.
 PIECE = 1 << 18
+# Rows of int8 with a smaller scale are zeros: its inverse would be no number.
+TINY = 1e-37
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,35 @@ class WidenedLinear:
         return y_TO.to(x_TD.dtype)
 
 
-FastLinear = PackedLinear | NativeLinear | WidenedLinear
+@dataclass(frozen=True, slots=True)
+class Int8Linear:
+    """Called as Linear is, without bias: symmetric int8 weights, a scale per output; x is rounded likewise, a scale per
+    token. What the native kernels compute (tiles_int8.cpp), in torch: their oracle, and the way where they are missing.
+    """
+
+    weight_OD: Tensor
+    scale_O: Tensor
+
+    @classmethod
+    def of(cls, weight_OD: Tensor) -> "Int8Linear":
+        return cls(*quantise(weight_OD))
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        x8_TD, scale_T = quantise(x_TD)
+        sums_TO = torch._int_mm(x8_TD, self.weight_OD.T)
+        return (sums_TO.float() * scale_T[:, None] * self.scale_O).to(x_TD.dtype)
+
+
+def quantise(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [T, D], float32 scales [T]): x is about int8 * scale. A row that is not finite has the scale NaN."""
+    x_TD = x_TD.float()
+    scale_T = x_TD.abs().amax(1) / 127
+    scale_T = torch.where(scale_T.isfinite(), scale_T, torch.nan)
+    inverse_T = torch.where(scale_T > TINY, 1 / scale_T, 0)
+    return (x_TD * inverse_T[:, None]).nan_to_num(0).round().to(torch.int8), scale_T
+
+
+FastLinear = PackedLinear | NativeLinear | WidenedLinear | Int8Linear
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -72,20 +102,25 @@ class Kernels:
     """What this process computes with; set once, before weights are loaded."""
 
     choice: KernelChoice = "auto"
+    experts: ExpertDtype = "auto"
 
     @classmethod
-    def choose(cls, choice: KernelChoice) -> None:
+    def choose(cls, choice: KernelChoice, experts: ExpertDtype = "auto") -> None:
         """Raises RuntimeError if they are asked for and can't be had."""
         if choice == "native" and not native.instruction_sets():
             raise RuntimeError(f"kernels='native': {why_not_native()}: choose auto or torch")
-        cls.choice = choice
+        cls.choice, cls.experts = choice, experts
 
 
-def use_native() -> bool:
+def use_native(is_int8: bool = False) -> bool:
     """Whether our own kernels are the best choice here: oneDNN comes first where the CPU has bfloat16 instructions."""
     if Kernels.choice == "torch" or not native.instruction_sets():
         return False
-    return Kernels.choice == "native" or not has_bfloat16()
+    return Kernels.choice == "native" or is_int8 or not has_bfloat16()
+
+
+def are_experts_int8() -> bool:
+    return Kernels.experts == "int8"
 
 
 def why_not_native() -> str:
@@ -101,7 +136,16 @@ def describe() -> str:
         return f"native, {names[-1]}" + ("" if has_bfloat16() else ": oneDNN finds no bfloat16 instructions here")
     if has_bfloat16():
         return "oneDNN: this CPU has bfloat16 instructions"
-    return "torch, slow: " + ("as chosen" if Kernels.choice == "torch" else why_not_native())
+    return "torch, slow: " + _why_torch()
+
+
+def describe_int8() -> str:
+    """Which kernels compute int8 experts on this CPU, and why."""
+    return f"native, {list(native.instruction_sets())[-1]}" if use_native(is_int8=True) else f"torch: {_why_torch()}"
+
+
+def _why_torch() -> str:
+    return "as chosen" if Kernels.choice == "torch" else why_not_native()
 
 
 def pack(weight_OD: Tensor, bias_O: Tensor | None = None) -> FastLinear:
@@ -111,3 +155,8 @@ def pack(weight_OD: Tensor, bias_O: Tensor | None = None) -> FastLinear:
     if has_bfloat16():
         return PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), None), bias_O)
     return WidenedLinear(weight_OD.clone(), bias_O)
+
+
+def pack_expert(weight_OD: Tensor) -> FastLinear:
+    """As pack, in the type chosen for experts."""
+    return Int8Linear.of(weight_OD) if are_experts_int8() else pack(weight_OD)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.kernels.native import NativeExperts, fastest
-from actors.kernels.packed import FastLinear, can_pack, pack, use_native
+from actors.kernels.packed import FastLinear, are_experts_int8, can_pack, pack_expert, use_native
 from cluster.model_config import GraniteMoeConfig
 
 Activation = Callable[[Tensor], Tensor]
@@ -46,6 +46,10 @@ class LayerExperts:
     gate_up_EFD: Tensor
     down_EDF: Tensor
 
+    def combine(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation) -> Tensor:
+        """Sum of gate * expert(x) over each token's choices, [T, D]; rows_TK int64, E and more: computed elsewhere."""
+        return combine_sorted(self, x_TD, rows_TK, gates_TK, activation)
+
     def run(self, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
         """expert(x) for pairs sorted by expert, `counts_E` pairs of each: [P, D]."""
         # grouped_mm wants rows that start at multiples of 16 bytes.
@@ -66,9 +70,10 @@ class LayerExperts:
         """The same experts in a faster form, where there is one."""
         if not can_pack(self.down_EDF):
             return self
-        if use_native() and activation is F.silu:
-            return FusedExperts(self.ids, NativeExperts.of(self.gate_up_EFD, self.down_EDF, fastest()))
-        return PackedExperts(self.ids, tuple(map(pack, self.gate_up_EFD)), tuple(map(pack, self.down_EDF)))
+        if use_native(are_experts_int8()) and activation is F.silu:
+            experts = NativeExperts.of(self.gate_up_EFD, self.down_EDF, fastest(), are_experts_int8())
+            return FusedExperts(self.ids, experts)
+        return PackedExperts.of(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +84,23 @@ class PackedExperts:
     gate_up_E: tuple[FastLinear, ...]
     down_E: tuple[FastLinear, ...]
 
+    @classmethod
+    def of(cls, plain: LayerExperts) -> "PackedExperts":
+        return cls(plain.ids, tuple(map(pack_expert, plain.gate_up_EFD)), tuple(map(pack_expert, plain.down_EDF)))
+
     def regrouped(self, ids: tuple[int, ...], more: LayerExperts) -> "PackedExperts":
         """As LayerExperts.regrouped. Nothing is copied: each expert has matrices of its own."""
-        new = PackedExperts(more.ids, tuple(map(pack, more.gate_up_EFD)), tuple(map(pack, more.down_EDF)))
+        new = PackedExperts.of(more)
         known = {
             expert: matrices
             for layer in (new, self)
             for expert, *matrices in zip(layer.ids, layer.gate_up_E, layer.down_E, strict=True)
         }
         return PackedExperts(ids, tuple(known[e][0] for e in ids), tuple(known[e][1] for e in ids))
+
+    def combine(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation) -> Tensor:
+        """As LayerExperts.combine."""
+        return combine_sorted(self, x_TD, rows_TK, gates_TK, activation)
 
     def run(self, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
         """As LayerExperts.run."""
@@ -110,10 +123,14 @@ class FusedExperts:
     experts: NativeExperts
 
     def regrouped(self, ids: tuple[int, ...], more: LayerExperts) -> "FusedExperts":
-        """As PackedExperts.regrouped."""
-        both = self.experts + NativeExperts.of(more.gate_up_EFD, more.down_EDF, self.experts.isa)
+        """As LayerExperts.regrouped."""
+        new = NativeExperts.of(more.gate_up_EFD, more.down_EDF, self.experts.isa, self.experts.is_int8)
         rows = {expert: row for row, expert in enumerate((*self.ids, *more.ids))}
-        return FusedExperts(ids, both.select([rows[expert] for expert in ids]))
+        return FusedExperts(ids, self.experts.select([rows[expert] for expert in ids], new))
+
+    def combine(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation) -> Tensor:
+        """As LayerExperts.combine."""
+        return self.experts.run(x_TD, rows_TK, gates_TK)
 
 
 AnyExperts = LayerExperts | PackedExperts | FusedExperts
@@ -147,20 +164,7 @@ class ExpertStore:
         ids are global expert ids, int64. Sums are kept in float32. Raises NotHeld.
         """
         rows_TK = self._local_rows(layer, ids_TK)
-        experts = self.layers[layer]
-        if isinstance(experts, FusedExperts):
-            return experts.experts.run(x_TD, rows_TK, gates_TK)
-        num_tokens, top_k = ids_TK.shape
-        # One stable sort brings the pairs of an expert together, skipped ones (row E) last.
-        rows_P, order_P = rows_TK.flatten().sort(stable=True)
-        counts_E = torch.bincount(rows_P, minlength=len(experts.ids) + 1)[:-1]
-        order_P = order_P[: int(counts_E.sum())]
-        y_PD = experts.run(x_TD[order_P // top_k], counts_E, self.activation)
-        weighted_PD = y_PD.float().mul_(gates_TK.flatten()[order_P, None])
-        # Each pair has a place of its own and K places are summed in order: same bits every time, on GPUs as well.
-        out_XD = torch.zeros(num_tokens * top_k, x_TD.shape[1], device=x_TD.device)
-        out_XD[order_P] = weighted_PD
-        return out_XD.view(num_tokens, top_k, x_TD.shape[1]).sum(1).to(x_TD.dtype)
+        return self.layers[layer].combine(x_TD, rows_TK, gates_TK, self.activation)
 
     def _row_table(self, ids: tuple[int, ...]) -> Tensor:
         """Global id -> row. Entry -1 (the last, as an index) stands for skipped choices and maps past the last row;
@@ -175,6 +179,23 @@ class ExpertStore:
         if rows_TK.numel() and int(rows_TK.min()) < 0:
             raise NotHeld(layer, int(ids_TK[rows_TK < 0][0]))
         return rows_TK
+
+
+def combine_sorted(
+    experts: LayerExperts | PackedExperts, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation
+) -> Tensor:
+    """As LayerExperts.combine, for experts that want the pairs of each next to one another."""
+    num_tokens, top_k = rows_TK.shape
+    # One stable sort brings the pairs of an expert together, skipped ones (row E) last.
+    rows_P, order_P = rows_TK.flatten().sort(stable=True)
+    counts_E = torch.bincount(rows_P, minlength=len(experts.ids) + 1)[:-1]
+    order_P = order_P[: int(counts_E.sum())]
+    y_PD = experts.run(x_TD[order_P // top_k], counts_E, activation)
+    weighted_PD = y_PD.float().mul_(gates_TK.flatten()[order_P, None])
+    # Each pair has a place of its own and K places are summed in order: same bits every time, on GPUs as well.
+    out_XD = torch.zeros(num_tokens * top_k, x_TD.shape[1], device=x_TD.device)
+    out_XD[order_P] = weighted_PD
+    return out_XD.view(num_tokens, top_k, x_TD.shape[1]).sum(1).to(x_TD.dtype)
 
 
 def run_experts_grouped(experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:

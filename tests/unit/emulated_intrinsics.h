@@ -1,5 +1,5 @@
-// AVX512-BF16 and AMX as Intel's manual defines them, in plain C++: what is written with them can be run, slowly, on
-// any CPU with AVX2. Force-included before kernels.cpp. What it can't tell: whether the real instructions round alike.
+// AVX512-BF16, AVX512-VNNI and AMX as Intel's manual defines them, in plain C++: what is written with them can be run, slowly, on
+// any CPU with AVX2. Force-included before the kernels. What it can't tell: whether the real instructions round alike.
 
 #include <cstdint>
 #include <cstdlib>
@@ -39,6 +39,28 @@ inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
   return sum;
 }
 
+template <typename T>
+inline T lane(Pairs v, int number) { T value; std::memcpy(&value, reinterpret_cast<char*>(&v) + number * sizeof(T), sizeof(T)); return value; }
+inline Pairs no_sums() { return {}; }
+inline Pairs shift_left(Pairs v, int by) { for (uint16_t& each : v.at) each = uint16_t(each << by); return v; }
+inline Pairs shift_right(Pairs v, int by) { for (uint16_t& each : v.at) each = uint16_t(int16_t(each) >> by); return v; }
+inline Pairs dot_int16(Pairs sum, Pairs a, Pairs b) {
+  for (int i = 0; i < 16; ++i) {
+    int32_t total = lane<int32_t>(sum, i);
+    for (int half = 0; half < 2; ++half) total += lane<int16_t>(a, 2 * i + half) * lane<int16_t>(b, 2 * i + half);
+    std::memcpy(sum.at + 2 * i, &total, 4);
+  }
+  return sum;
+}
+inline Floats from_int32(Pairs v) {
+  Floats f;
+  for (int i = 0; i < 16; ++i) f.at[i] = float(lane<int32_t>(v, i));
+  return f;
+}
+inline Floats load_floats(const void* p) { Floats v; std::memcpy(&v, p, 64); return v; }
+inline Floats spread_float(float value) { Floats v; for (float& each : v.at) each = value; return v; }
+inline Floats times(Floats a, Floats b) { for (int i = 0; i < 16; ++i) a.at[i] *= b.at[i]; return a; }
+
 // Eight tiles of up to 16 rows of 64 bytes. An instruction on a tile that is not configured is a fault.
 struct Tile { int rows = 0, bytes = 0; char at[16][64]; };
 inline thread_local Tile tiles[8];
@@ -67,19 +89,23 @@ inline void store_tile(int number, void* p, long stride) {
   Tile& t = tile(number);
   for (int row = 0; row < t.rows; ++row) std::memcpy(static_cast<char*>(p) + row * stride, t.at[row], t.bytes);
 }
+inline float product(uint16_t x, uint16_t y) { return widen(x) * widen(y); }
+inline int32_t product(int8_t x, int8_t y) { return x * y; }
+
+template <typename Item, typename Sum>
 inline void dot_tiles(int sums, int left, int right) {
   Tile &c = tile(sums), &a = tile(left), &b = tile(right);
   if (a.rows != c.rows || a.bytes != 4 * b.rows || b.bytes != c.bytes) std::abort();
   for (int row = 0; row < c.rows; ++row)
     for (int k = 0; k < b.rows; ++k)
       for (int column = 0; column < c.bytes / 4; ++column)
-        for (int half = 0; half < 2; ++half) {
-          uint16_t x, y;
-          float sum;
-          std::memcpy(&x, a.at[row] + 4 * k + 2 * half, 2);
-          std::memcpy(&y, b.at[k] + 4 * column + 2 * half, 2);
+        for (size_t part = 0; part < 4; part += sizeof(Item)) {
+          Item x, y;
+          Sum sum;
+          std::memcpy(&x, a.at[row] + 4 * k + part, sizeof x);
+          std::memcpy(&y, b.at[k] + 4 * column + part, sizeof y);
           std::memcpy(&sum, c.at[row] + 4 * column, 4);
-          sum += widen(x) * widen(y);
+          sum += product(x, y);
           std::memcpy(c.at[row] + 4 * column, &sum, 4);
         }
 }
@@ -93,15 +119,26 @@ inline void dot_tiles(int sums, int left, int right) {
 #define _mm512_set1_epi32 emulated::spread
 #define _mm512_storeu_ps emulated::store
 #define _mm512_dpbf16_ps emulated::dot_pairs
+#define __m512i emulated::Pairs
+#define _mm512_setzero_si512 emulated::no_sums
+#define _mm512_slli_epi16 emulated::shift_left
+#define _mm512_srai_epi16 emulated::shift_right
+#define _mm512_dpwssd_epi32 emulated::dot_int16
+#define _mm512_cvtepi32_ps emulated::from_int32
+#define _mm512_loadu_ps emulated::load_floats
+#define _mm512_set1_ps emulated::spread_float
+#define _mm512_mul_ps emulated::times
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #define _tile_loadconfig emulated::configure
 #define _tile_release emulated::release
 #define _tile_zero emulated::clear
 #define _tile_loadd emulated::load_tile
 #define _tile_stored emulated::store_tile
-#define _tile_dpbf16ps emulated::dot_tiles
+#define _tile_dpbf16ps (emulated::dot_tiles<uint16_t, float>)
+#define _tile_dpbssd (emulated::dot_tiles<int8_t, int32_t>)

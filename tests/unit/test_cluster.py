@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.blueprint import draw_blueprint
+from cluster.blueprint import check_expert_dtype, draw_blueprint
 from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
@@ -35,6 +35,7 @@ def test_every_setting_has_an_environment_twin() -> None:
         "overlap": "always",
         "kernels": "torch",
         "dtype": "float32",
+        "expert_dtype": "int8",
         "device": "cpu",
         "enable_prefix_caching": "false",
         "redundant_experts": "2",
@@ -184,8 +185,19 @@ def test_the_blueprint_names_every_actor_and_its_experts() -> None:
     assert (replica.actor_id, replica.group) == ("expert-g1-r0", 1)
     assert replica.experts == ((4, 5, 6, 7), (4, 5, 6, 7))
     assert blueprint.engine.dtype == "bfloat16"
+    int8 = draw_blueprint(config.model_copy(update={"expert_dtype": "int8"}), stored, Path("/m"), model, LAPTOP)
+    assert int8.replica(1, 0, blueprint.expert_map).expert_dtype == int8.engine.expert_dtype == "int8"
     local = ClusterConfig(model="m", lane="local")
     assert draw_blueprint(local, stored, Path("/m"), model, LAPTOP).wanted == Wanted(1, (0,))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "found"), [("float32", "cpu", "set dtype bfloat16"), ("bfloat16", "cuda", "device cpu")]
+)
+def test_int8_experts_where_they_cannot_be_computed_are_refused(dtype: str, device: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"expert_dtype='int8'.*{found}"):
+        check_expert_dtype(ClusterConfig(model="m", expert_dtype="int8"), dtype, device)
+    check_expert_dtype(ClusterConfig(model="m"), dtype, device)
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from cluster.messages import KernelChoice
 @pytest.fixture(autouse=True)
 def restore(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed.Kernels, "choice", "auto")
+    monkeypatch.setattr(packed.Kernels, "experts", "auto")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,16 @@ def test_what_is_used_and_why(
     packed.Kernels.choose(choice)
     assert packed.use_native() == native_is_used
     assert packed.describe().startswith(told)
+
+
+def test_int8_experts_are_native_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN has no say there: in torch, int8 is the way for machines without our kernels."""
+    monkeypatch.setattr(packed, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(native, "instruction_sets", lambda: {"avx2": 0, "avx512_bf16": 1})
+    packed.Kernels.choose("auto", "int8")
+    assert packed.describe_int8() == "native, avx512_bf16"
+    packed.Kernels.choose("torch", "int8")
+    assert packed.describe_int8() == "torch: as chosen"
 
 
 def test_what_was_asked_for_and_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

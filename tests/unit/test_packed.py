@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from actors.kernels import packed
-from actors.kernels.packed import can_pack, pack
+from actors.kernels.packed import Int8Linear, Kernels, can_pack, pack, quantise
 from actors.model import expert_half
 from actors.model.expert_half import ACTIVATIONS, LayerExperts, PackedExperts
 from actors.model.layers import Linear
@@ -17,7 +17,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.skip("this CPU or build has no oneDNN bfloat16")
     monkeypatch.setattr(packed, "has_bfloat16", lambda: request.param)
     for module in (packed, expert_half):
-        monkeypatch.setattr(module, "use_native", lambda: False)
+        monkeypatch.setattr(module, "use_native", lambda *_: False)
     monkeypatch.setattr(packed, "PIECE", 256)  # several pieces even in the small matrices below
 
 
@@ -37,6 +37,32 @@ def test_packed_experts_are_the_plain_ones() -> None:
     x, counts = torch.randn(9, 24).bfloat16(), torch.tensor([4, 0, 5])
     expected = plain.run(x, counts, ACTIVATIONS["silu"])
     torch.testing.assert_close(fast.run(x, counts, ACTIVATIONS["silu"]), expected, atol=0.03, rtol=0.02)
+
+
+def test_int8_is_as_close_as_its_steps() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 64).bfloat16()
+    x[1], x[2, 0] = 0, float("inf")
+    x8, scale = quantise(x)
+    assert x8.abs().amax(1).tolist() == [127, 0, 0, 127, 127]
+    assert scale[2].isnan()
+    finite = [0, 1, 3, 4]
+    assert ((x8 * scale[:, None] - x).abs() <= scale[:, None] * 0.51)[finite].all()
+
+
+def test_experts_may_be_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kernels, "experts", "int8")
+    torch.manual_seed(0)
+    plain = LayerExperts((1, 4), torch.randn(2, 128, 64).bfloat16() / 8, torch.randn(2, 64, 64).bfloat16() / 8)
+    fast = plain.packed(ACTIVATIONS["silu"])
+    assert isinstance(fast, PackedExperts)
+    assert isinstance(fast.down_E[0], Int8Linear)
+    x, counts = torch.randn(9, 64).bfloat16(), torch.tensor([4, 5])
+    expected = plain.run(x, counts, ACTIVATIONS["silu"]).float()
+    error = fast.run(x, counts, ACTIVATIONS["silu"]).float() - expected
+    assert 0 < error.norm() < 0.04 * expected.norm()
+    regrouped = fast.regrouped((1,), LayerExperts((), plain.gate_up_EFD[:0], plain.down_EDF[:0]))
+    assert regrouped.down_E[0] is fast.down_E[0]
 
 
 def test_only_bfloat16_on_a_cpu_is_packed() -> None:
