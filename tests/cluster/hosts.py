@@ -1,5 +1,6 @@
 """Expert replicas in processes that outlive a test: the real ExpertActor, told again and again what to hold."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from actors.lanes.object_ref import ObjectRefLane
 from actors.lanes.remote import RemoteDispatcher
 from actors.lanes.zmq_client import ZmqLane
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
-from cluster.messages import ActorReport, LaneKeys, LoadProgress, ReadyReport, ReplicaSpec
+from cluster.messages import ActorReport, ExpertDtype, LaneKeys, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
 from cluster.model_config import read_model_config
 
@@ -49,7 +50,13 @@ class ExpertHost:
         self.handle: Any = _Host.options(name=name, namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
 
 
-def place(hosts: list[ExpertHost], model_dir: Path, num_groups: int) -> ExpertMap:
+def place(
+    hosts: list[ExpertHost],
+    model_dir: Path,
+    num_groups: int,
+    dtype: str = "float32",
+    expert_dtype: ExpertDtype = "auto",
+) -> ExpertMap:
     """Spread all groups over all hosts: host i serves group i modulo num_groups."""
     config = read_model_config(model_dir)
     homes = contiguous_homes(config.num_hidden_layers, config.num_local_experts, num_groups)
@@ -57,8 +64,8 @@ def place(hosts: list[ExpertHost], model_dir: Path, num_groups: int) -> ExpertMa
     loads = []
     for i, host in enumerate(hosts):
         group = i % num_groups
-        spec = ReplicaSpec(host.name, group, str(model_dir), "cpu", "float32", expert_map.experts_of(group), 1, KEYS)
-        loads.append(host.handle.hold.remote(spec))
+        spec = ReplicaSpec(host.name, group, str(model_dir), "cpu", dtype, expert_map.experts_of(group), 1, KEYS)
+        loads.append(host.handle.hold.remote(replace(spec, expert_dtype=expert_dtype)))
     reports: list[ReadyReport] = ray.get(loads)
     return expert_map.with_replicas(
         tuple(

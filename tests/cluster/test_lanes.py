@@ -7,6 +7,8 @@ import pytest
 import ray
 import torch
 
+from actors.kernels.packed import Kernels
+from actors.lanes.remote import RemoteDispatcher
 from actors.model.fallback import CheckpointExperts
 from cluster.expert_map import ExpertMap
 from cluster.messages import OverlapMode, SamplingParams
@@ -103,3 +105,24 @@ def test_without_a_replica_the_front_computes_from_the_checkpoint(hosts: list[Ex
     dispatcher._fallback = fallback.run
     results = run(make_engine(granite_dir, dispatcher=dispatcher), REQUESTS)
     assert {k: r.token_ids for k, r in results.items()} == {k: r.token_ids for k, r in expected.items()}
+
+
+def test_int8_experts_are_the_same_bits_in_replicas_and_in_the_front(
+    hosts: list[ExpertHost], granite_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert_map = place(hosts, granite_dir, 2, "bfloat16", "int8")
+    config = read_model_config(granite_dir)
+    x_TD = torch.randn(7, config.hidden_size).bfloat16()
+    ids_TK = torch.stack([torch.randperm(config.num_local_experts)[: config.num_experts_per_tok] for _ in x_TD])
+    gates_TK = torch.rand(ids_TK.shape).bfloat16()
+    lonely = connect(expert_map.with_replicas(expert_map.replicas_of(0)))
+    lonely._fallback = CheckpointExperts(granite_dir, config, torch.device("cpu"), torch.bfloat16).run
+
+    def answer(dispatcher: RemoteDispatcher) -> torch.Tensor:
+        return dispatcher.combine(dispatcher.dispatch(0, x_TD, ids_TK, gates_TK))
+
+    by_replicas = answer(connect(expert_map))
+    monkeypatch.setattr(Kernels, "experts", "int8")
+    assert answer(lonely).equal(by_replicas)
+    monkeypatch.setattr(Kernels, "experts", "auto")
+    assert not answer(lonely).equal(by_replicas), "int8 is not bfloat16"
