@@ -43,8 +43,17 @@ def serve_model(config: ClusterConfig) -> None:
             check = check_everything(config)
             _check_port(config)
             _run(config, check)
-        except _Stopped:
+        except BaseException as error:
+            if not _is_stop(error):
+                raise
             console.print("stopped")
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """A signal that comes while Ray's compiled code runs comes out of it as the cause of a SystemError."""
+    while error is not None and not isinstance(error, _Stopped):
+        error = error.__cause__
+    return error is not None
 
 
 class Check:
@@ -156,6 +165,8 @@ def _watch(supervisor: Any) -> NoReturn:
         try:
             state: ClusterState = supervisor.state.remote().result(timeout_s=10)
         except Exception as error:
+            if _is_stop(error):
+                raise
             console.print(f"[yellow]the supervisor does not answer: {type(error).__name__}[/]")
             continue
         if state.state != shown:
