@@ -4,10 +4,6 @@
 
 namespace {
 
-// Bytes ahead of what is read. Weights pass by once per call: kept out of the caches (NTA), they leave room there for all
-// that the processes on this machine do between two layers. It makes a decode step a fifth faster.
-constexpr long PREFETCH = 1024;
-
 // The even inputs of all rows, then the odd ones: so the sums of six rows and all else fit into 16 registers.
 template <int M>
 AVX2 inline void multiply_avx2_rows(const bf16* w, long pairs, const char* x, long stride, float* out) {
@@ -89,26 +85,8 @@ AVX512 void multiply_avx512(const char* tile, long padded, const char* x, long s
   }
 }
 
-// Up to 32 rows: two tiles of sums share each tile of weights.
 AMX void multiply_amx(const char* w, long padded, const char* x, long stride, long rows, float* out) {
-  const long first = rows < 16 ? rows : 16, second = rows - first;
-  const TileConfig config(first, second);
-  _tile_loadconfig(&config);
-  _tile_zero(0);
-  _tile_zero(1);
-  for (long bytes = 0; bytes < 2 * padded; bytes += 64, w += 1024) {
-    for (int line = 0; line < 16; ++line) _mm_prefetch(w + 4 * PREFETCH + 64 * line, _MM_HINT_NTA);
-    _tile_loadd(4, w, 64);
-    _tile_loadd(2, x + bytes, stride);
-    _tile_dpbf16ps(0, 2, 4);
-    if (second) {
-      _tile_loadd(3, x + 16 * stride + bytes, stride);
-      _tile_dpbf16ps(1, 3, 4);
-    }
-  }
-  _tile_stored(0, out, 64);
-  if (second) _tile_stored(1, out + 16 * TILE, 64);
-  _tile_release();
+  amx_sums<false>(w, 2 * padded, x, stride, rows, out);
 }
 
 AVX2 void activate(const float* row, long padded, char* out) {

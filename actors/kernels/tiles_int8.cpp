@@ -5,7 +5,6 @@
 
 namespace {
 
-constexpr long PREFETCH = 1024;  // see tiles_bf16.cpp
 constexpr float LARGEST = 127.0f;
 constexpr float TINY = 1e-35f;  // rows of smaller numbers are zeros: 127 / TINY is still a number
 
@@ -140,28 +139,10 @@ AVX512 void multiply_avx512(const char* tile, long padded, const char* x, long s
   }
 }
 
-// Up to 32 rows: two tiles of sums share each tile of weights.
 AMX void multiply_amx(const char* w, long padded, const char* x, long stride, long rows, float* out) {
-  const long first = rows < 16 ? rows : 16, second = rows - first;
-  const TileConfig config(first, second);
   int32_t sums[MAX_ROWS * TILE];
-  _tile_loadconfig(&config);
-  _tile_zero(0);
-  _tile_zero(1);
-  for (long bytes = 0; bytes < padded; bytes += 64, w += 1024) {
-    for (int line = 0; line < 16; ++line) _mm_prefetch(w + 4 * PREFETCH + 64 * line, _MM_HINT_NTA);
-    _tile_loadd(4, w, 64);
-    _tile_loadd(2, x + bytes, stride);
-    _tile_dpbssd(0, 2, 4);
-    if (second) {
-      _tile_loadd(3, x + 16 * stride + bytes, stride);
-      _tile_dpbssd(1, 3, 4);
-    }
-  }
-  _tile_stored(0, sums, 64);
-  if (second) _tile_stored(1, sums + 16 * TILE, 64);
-  _tile_release();
-  const float* scales = reinterpret_cast<const float*>(w);
+  amx_sums<true>(w, padded, x, stride, rows, sums);
+  const float* scales = reinterpret_cast<const float*>(w + TILE * padded);
   for (long m = 0; m < rows; ++m) {
     const float scale = row_scale(x + m * stride, padded);
     for (long o = 0; o < TILE; ++o) out[m * TILE + o] = float(sums[m * TILE + o]) * scale * scales[o];

@@ -1,5 +1,6 @@
-// AVX512-BF16, AVX512-VNNI and AMX as Intel's manual defines them, in plain C++: what is written with them can be run, slowly, on
-// any CPU with AVX2. Force-included before the kernels. What it can't tell: whether the real instructions round alike.
+// AVX512-BF16, AVX512-VNNI and AMX as Intel's manual defines them, in plain C++: what is written with them can be run,
+// slowly, on any CPU with AVX2. Force-included before the kernels. What it can't tell: whether the real instructions
+// round alike.
 
 #include <cstdint>
 #include <cstdlib>
