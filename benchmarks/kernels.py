@@ -87,11 +87,12 @@ def _measure(stores: dict[str, ExpertStore], num_tokens: int, threads: int, roun
     num_bytes = ids.unique().numel() * 3 * HIDDEN * WIDTH * 2
     flops = num_tokens * TOP_K * 6 * HIDDEN * WIDTH
     square = torch.randn(MATMUL, MATMUL)
-    memory = native.memory(EXPERTS * 3 * HIDDEN * WIDTH * 2).zero_()
     lib = native.library()
     runs: dict[str, Callable[[], object]] = {"product": lambda: square @ square}
+    read_bytes = EXPERTS * 3 * HIDDEN * WIDTH * 2
     if lib:
-        runs["read"] = lambda: lib.outcrop_read(threads, memory.data_ptr(), memory.numel())
+        memory = native.memory(read_bytes).zero_()
+        runs["read"] = lambda: lib.outcrop_read(threads, memory.data_ptr(), read_bytes)
     runs |= {name: lambda store=store: store.run(0, x, ids, gates) for name, store in stores.items()}  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -100,7 +101,7 @@ def _measure(stores: dict[str, ExpertStore], num_tokens: int, threads: int, roun
             run()
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    read = memory.numel() / medians["read"] if "read" in medians else float("nan")
+    read = read_bytes / medians["read"] if "read" in medians else float("nan")
     product = 2 * MATMUL**3 / medians["product"]
     return [
         Figure(

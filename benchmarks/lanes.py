@@ -61,6 +61,8 @@ def expert_cluster(
     """Start Ray and the replicas; all are gone afterwards."""
     from deploy.local_ray import own_ray
 
+    if with_int8 and dtype != "bfloat16":
+        raise SystemExit(f"int8 experts want the rest in bfloat16, not {dtype}: leave out lanes with {INT8}")
     config = read_model_config(model_dir)
     keys = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
     expert_map = ExpertMap(0, groups, contiguous_homes(config.num_hidden_layers, config.num_local_experts, groups))
