@@ -1,29 +1,47 @@
-// Attention of sequences with one new token each, over the paged cache where it lies.
-//
-// Keys and values are [slots, G, C]; slot blocks[s][n / block_size] * block_size + n % block_size holds token n of
-// sequence s. Everything between reading bfloat16 and rounding the result is float32, in an order that depends on the
-// sequence alone. Only slots of tokens that were written are read.
-//
-// Letters: S sequences, H query heads, G key/value heads, R = H / G, C head dimension (a multiple of 8), B blocks.
+// A sequence with one new token reads its keys and values once, as they lie: decode is bound by memory. The tokens of a
+// prompt share them: 64 keys at a time are packed as a matrix, and so are their values, and many queries are multiplied with
+// them. Either way, what is computed for a token depends on its sequence alone, not on where a prompt is cut.
 
-#include "common.h"
+#include "attention.h"
+
+#include "products.h"
 
 namespace {
 
-constexpr long PIECE = 64;  // keys whose scores are computed before their values are read
-constexpr long AHEAD = 8;   // keys fetched in advance
+constexpr long PIECE = 64;         // keys whose scores are computed before their values are read
+constexpr long AHEAD = 8;          // keys fetched in advance
+constexpr long TOGETHER = 128;       // tokens of a prompt that share packed keys
+constexpr long WORTH_IT = 1 << 18; // products of numbers that are worth waking a thread for
+
+// One key/value head of one sequence.
+struct Keys {
+  const Cache& cache;
+  const int32_t* blocks;
+  long block_size, head;
+
+  long at(long token) const {
+    const long slot = blocks[token / block_size] * block_size + token % block_size;
+    return (slot * cache.G + head) * cache.C;
+  }
+  const bf16* key(long token) const { return cache.k + at(token); }
+  const bf16* value(long token) const { return cache.v + at(token); }
+};
 
 AVX2 inline __m256 widen8(const bf16* p) {
   const __m128i narrow8 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow8), 16));
 }
 
+AVX2 inline float sum_of(__m256 lanes) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
 AVX2 inline float dot(const float* q, const bf16* k, long C) {
   __m256 sum = _mm256_setzero_ps();
   for (long c = 0; c < C; c += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(q + c), widen8(k + c), sum);
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  return sum_of(sum);
 }
 
 // out[c .. c + 8 N) += the weighted sum of those columns of n values.
@@ -42,65 +60,179 @@ inline void prefetch(const bf16* p, long C) {
   for (long c = 0; c < C; c += 32) _mm_prefetch(reinterpret_cast<const char*>(p + c), _MM_HINT_T0);
 }
 
-// A query head's softmax so far: sum of exp(score - max), and of that times value. (Milakov and Gimelshein, 2018)
-struct Head {
-  float max = -INFINITY, sum = 0.0f;
-  std::vector<float> q, out;
+AVX2 inline float max_of(const float* row, long n) {
+  __m256 lanes = _mm256_set1_ps(-INFINITY);
+  long i = 0;
+  for (; i + 8 <= n; i += 8) lanes = _mm256_max_ps(lanes, _mm256_loadu_ps(row + i));
+  float eight[8], max = -INFINITY;
+  _mm256_storeu_ps(eight, lanes);
+  for (float lane : eight) max = std::max(max, lane);
+  for (; i < n; ++i) max = std::max(max, row[i]);
+  return max;
+}
 
-  AVX2 void add(const float* scores, const bf16* const* values, long n, long C) {
-    float higher = max;
-    for (long i = 0; i < n; ++i) higher = std::max(higher, scores[i]);
-    const float shrink = exp_(max - higher);
-    float weights[PIECE];
-    for (long i = 0; i < n; ++i) weights[i] = exp_(scores[i] - higher);
-    max = higher, sum *= shrink;
-    for (long i = 0; i < n; ++i) sum += weights[i];
+AVX2 inline float sum_of(const float* row, long n) {
+  __m256 lanes = _mm256_setzero_ps();
+  long i = 0;
+  for (; i + 8 <= n; i += 8) lanes = _mm256_add_ps(lanes, _mm256_loadu_ps(row + i));
+  float sum = sum_of(lanes);
+  for (; i < n; ++i) sum += row[i];
+  return sum;
+}
+
+// A query's softmax so far: sum of exp(score - max), and of that times value. (Milakov and Gimelshein, 2018)
+struct Softmax {
+  float max = -INFINITY, sum = 0.0f;
+
+  // Scores of n more keys become weights; what was summed before, in `out` [C], shrinks to fit.
+  AVX2 void add(float* scores, long n, float* out, long C) {
+    const float higher = std::max(max, max_of(scores, n)), shrink = exp_(max - higher);
+    for (long i = 0; i < n; ++i) scores[i] = exp_(scores[i] - higher);
+    max = higher, sum = sum * shrink + sum_of(scores, n);
     for (long c = 0; c < C; ++c) out[c] *= shrink;
-    long c = 0;
-    for (; c + 32 <= C; c += 32) add_values<4>(values, weights, n, c, out.data());
-    for (; c < C; c += 8) add_values<1>(values, weights, n, c, out.data());
   }
 };
 
-// The R heads that share a key head of one sequence. `k` and `v` begin at that head's slot 0, `step` values per slot.
-AVX2 void attend(const bf16* q, const bf16* k, const bf16* v, long step, const int32_t* blocks, long block_size,
-                 long context, long R, long C, float scale, bf16* out) {
-  std::vector<Head> heads(R);
-  for (long r = 0; r < R; ++r) {
-    heads[r].q.resize(C), heads[r].out.resize(C);
-    for (long c = 0; c < C; ++c) heads[r].q[c] = widen(q[r * C + c]) * scale;
-  }
-  std::vector<float> scores(R * PIECE);
+AVX2 void divide(float* row, long n, float by) {
+  for (long i = 0; i < n; ++i) row[i] /= by;
+}
+
+// The R queries of one token that share a key head.
+AVX2 void attend_single(const float* q, const Keys& keys, long context, long R, float scale, float* out) {
+  const long C = keys.cache.C;
+  std::vector<Softmax> heads(R);
+  std::vector<float> scaled(R * C), scores(R * PIECE);
+  for (long i = 0; i < R * C; ++i) scaled[i] = q[i] * scale;
+  std::fill_n(out, R * C, 0.0f);
   for (long first = 0; first < context; first += PIECE) {
     const long n = std::min(PIECE, context - first);
-    const bf16 *keys[PIECE], *values[PIECE];
+    const bf16 *key[PIECE], *value[PIECE];
+    for (long i = 0; i < n; ++i) key[i] = keys.key(first + i), value[i] = keys.value(first + i);
     for (long i = 0; i < n; ++i) {
-      const long token = first + i, slot = blocks[token / block_size] * block_size + token % block_size;
-      keys[i] = k + slot * step, values[i] = v + slot * step;
+      prefetch(key[std::min(i + AHEAD, n - 1)], C), prefetch(value[i], C);
+      for (long r = 0; r < R; ++r) scores[r * PIECE + i] = dot(scaled.data() + r * C, key[i], C);
     }
-    for (long i = 0; i < n; ++i) {
-      prefetch(keys[std::min(i + AHEAD, n - 1)], C), prefetch(values[i], C);
-      for (long r = 0; r < R; ++r) scores[r * PIECE + i] = dot(heads[r].q.data(), keys[i], C);
+    for (long r = 0; r < R; ++r) {
+      float *weights = scores.data() + r * PIECE, *sums = out + r * C;
+      heads[r].add(weights, n, sums, C);
+      long c = 0;
+      for (; c + 32 <= C; c += 32) add_values<4>(value, weights, n, c, sums);
+      for (; c < C; c += 8) add_values<1>(value, weights, n, c, sums);
     }
-    for (long r = 0; r < R; ++r) heads[r].add(scores.data() + r * PIECE, values, n, C);
   }
-  for (long r = 0; r < R; ++r)
-    for (long c = 0; c < C; ++c) out[r * C + c] = narrow(heads[r].out[c] / heads[r].sum);
+  for (long r = 0; r < R; ++r) divide(out + r * C, C, heads[r].sum);
 }
+
+// Values of tokens [first, first + n) as a packed matrix [C, PIECE]; zeros behind them.
+AVX2 void pack_values(const Keys& keys, long first, long n, char* packed) {
+  const long C = keys.cache.C, tile_bytes = BFLOAT16.tile_bytes(PIECE);
+  static const bf16 nothing[TILE] = {};
+  for (long i = 0; i < PIECE; i += 2) {
+    const bf16 *even = i < n ? keys.value(first + i) : nullptr, *odd = i + 1 < n ? keys.value(first + i + 1) : nullptr;
+    for (long c = 0; c < C; c += TILE) {
+      const long width = std::min(TILE, C - c);
+      const bf16 *a = even ? even + c : nothing, *b = odd ? odd + c : nothing;
+      uint32_t* to = reinterpret_cast<uint32_t*>(packed + c / TILE * tile_bytes) + i / 2 * TILE;
+      for (long j = 0; j < width; ++j) to[j] = uint32_t(a[j]) | uint32_t(b[j]) << 16;
+    }
+  }
+}
+
+// The queries of `tokens` successive tokens that share a key head: row i is query i % R of token i / R. The first token
+// sees `context` keys, each of the others one more. q and out begin at its first query; tokens are `q_stride` and
+// `out_stride` apart.
+void attend_chunk(const Kernel& kernel, const float* q, long q_stride, const Keys& keys, long context, long tokens, long R,
+                  float scale, float* out, long out_stride) {
+  thread_local Scratch query_memory, key_memory, value_memory, score_memory, weight_memory, sum_memory;
+  const Format& format = BFLOAT16;
+  const long C = keys.cache.C, rows = tokens * R, last = context + tokens - 1;
+  const long stride = format.row_bytes(C, kernel), weight_stride = format.row_bytes(PIECE, kernel);
+  const long channels = round_up(C, TILE), key_tile = format.tile_bytes(C), value_tile = format.tile_bytes(PIECE);
+
+  char* queries = query_memory.at_least(rows * stride);
+  for (long i = 0; i < rows; ++i)
+    activation(format, kernel, C, queries + i * stride, [&](float* row) {
+      for (long c = 0; c < C; ++c) row[c] = q[i / R * q_stride + i % R * C + c] * scale;
+    });
+  char* key_tiles = key_memory.at_least(PIECE / TILE * key_tile);
+  char* value_tiles = value_memory.at_least(channels / TILE * value_tile);
+  float* scores = reinterpret_cast<float*>(score_memory.at_least(rows * PIECE * sizeof(float)));
+  float* sums = reinterpret_cast<float*>(sum_memory.at_least(rows * channels * sizeof(float)));
+  std::fill_n(sums, rows * channels, 0.0f);
+  std::vector<Softmax> softmax(rows);
+
+  for (long first = 0; first < last; first += PIECE) {
+    const long n = std::min(PIECE, last - first), tiles = round_up(n, TILE) / TILE;
+    for (long i = 0; i < tiles * TILE; ++i)
+      format.pack_row(i < n ? keys.key(first + i) : nullptr, i < n ? C : 0, format.padded(C), i % TILE,
+                      key_tiles + i / TILE * key_tile);
+    blocks(kernel, 0, tiles, 0, rows, [&](long tile, long row, long count) {
+      float products[MAX_ROWS * TILE];
+      kernel.multiply(key_tiles + tile * key_tile, format.padded(C), queries + row * stride, stride, count, products);
+      for (long m = 0; m < count; ++m)
+        std::memcpy(scores + (row + m) * PIECE + tile * TILE, products + m * TILE, TILE * sizeof(float));
+    });
+
+    for (long i = 0; i < rows; ++i) {
+      const long seen = std::max(0L, std::min(n, context + i / R - first));
+      float* row = scores + i * PIECE;
+      if (seen) softmax[i].add(row, seen, sums + i * channels, C);
+      std::fill(row + seen, row + PIECE, 0.0f);
+    }
+    char* weights = reinterpret_cast<char*>(scores);
+    if (kernel.activate) {
+      weights = weight_memory.at_least(rows * weight_stride);
+      for (long i = 0; i < rows; ++i) kernel.activate(scores + i * PIECE, PIECE, weights + i * weight_stride);
+    }
+
+    pack_values(keys, first, n, value_tiles);
+    blocks(kernel, 0, channels / TILE, 0, rows, [&](long tile, long row, long count) {
+      float products[MAX_ROWS * TILE];
+      kernel.multiply(value_tiles + tile * value_tile, PIECE, weights + row * weight_stride, weight_stride, count, products);
+      for (long m = 0; m < count; ++m) add_row(products + m * TILE, TILE, sums + (row + m) * channels + tile * TILE);
+    });
+  }
+  for (long i = 0; i < rows; ++i) {
+    float* row = out + i / R * out_stride + i % R * C;
+    std::copy_n(sums + i * channels, C, row);
+    divide(row, C, softmax[i].sum);
+  }
+}
+
+// Tokens [first, first + count) of the step's rows, all of sequence s.
+struct Item {
+  long s, first, count;
+};
 
 }  // namespace
 
-// out [S, H, C] = softmax(scale * q k) v over each sequence's first contexts[s] > 0 tokens. q [S, H, C], rows q_stride
-// apart; blocks [S, B].
-EXPORT void outcrop_attention(long threads, const bf16* q, long q_stride, const int64_t* contexts, long S,
-                              const int32_t* blocks, long B, long block_size, const bf16* k, const bf16* v, long H,
-                              long G, long C, float scale, bf16* out) {
+void attention(const Kernel& kernel, State& s, long threads, const Batch& batch, const Cache& cache, long H, float scale,
+               const float* q, long q_stride, float* out) {
+  const long C = cache.C, R = H / cache.G;
+  std::vector<Item> items;
+  long work = 0;
+  for (long seq = 0; seq < batch.S; ++seq) {
+    const long end = batch.starts[seq + 1];
+    work += (end - batch.starts[seq]) * batch.contexts[seq] * H * C;
+    for (long first = batch.starts[seq]; first < end; first += TOGETHER)
+      items.push_back({seq, first, std::min(TOGETHER, end - first)});
+  }
+  s.pool.run(long(items.size()) * cache.G, work < WORTH_IT ? 1 : threads, [&](long number) {
+    const Item& item = items[number / cache.G];
+    const long g = number % cache.G, end = batch.starts[item.s + 1];
+    const Keys keys{cache, batch.blocks + item.s * batch.B, batch.block_size, g};
+    const float* here = q + item.first * q_stride + g * R * C;
+    float* to = out + item.first * H * C + g * R * C;
+    if (end - batch.starts[item.s] == 1) attend_single(here, keys, batch.contexts[item.s], R, scale, to);
+    else attend_chunk(kernel, here, q_stride, keys, batch.contexts[item.s] - (end - 1 - item.first), item.count, R, scale,
+                      to, H * C);
+  });
+}
+
+// As attention(), by itself: k, v [slots, G, C], q and out [T, H, C].
+EXPORT void outcrop_attention(int number, long threads, const Batch* batch, const bf16* k, const bf16* v, long G, long C,
+                              long H, float scale, const float* q, float* out) {
   State& s = state();
   std::lock_guard<std::mutex> guard(s.one_call);
-  const long R = H / G;
-  s.pool.run(S * G, threads, [&](long item) {
-    const long row = item / G, g = item % G;
-    attend(q + row * q_stride + g * R * C, k + g * C, v + g * C, G * C, blocks + row * B, block_size, contexts[row], R,
-           C, scale, out + (row * H + g * R) * C);
-  });
+  attention(BFLOAT16.kernels[number], s, threads, *batch, {k, v, G, C}, H, scale, q, H * C, out);
 }

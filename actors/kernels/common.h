@@ -64,6 +64,10 @@ AVX2 inline void narrow_row(const float* row, long n, bf16* out) {
   for (long i = 0; i < n; ++i) out[i] = narrow(row[i]);
 }
 
+AVX2 inline void add_narrow(const bf16* row, long n, float* out) {
+  for (long i = 0; i < n; ++i) out[i] += widen(row[i]);
+}
+
 // Threads that sleep while nothing is to do.
 
 class Pool {
@@ -139,7 +143,7 @@ class Scratch {
 struct State {
   std::mutex one_call;
   Pool pool;
-  Scratch x, hidden, hidden_x, y;
+  Scratch x, y, hidden, hidden_x, qkv, attended, logits;
 };
 
 // Never destroyed: its threads sleep until the process ends. A forked child has none of them, and perhaps a mutex that

@@ -1,10 +1,9 @@
-"""The native kernels (*.cpp) through ctypes: packed matrices, products with them, attention. The GIL is released.
+"""The native kernels (*.cpp) through ctypes: packed matrices, and products with them. The GIL is released.
 
 The library is built with the package where there is a C++ compiler and an x86-64 CPU (hatch_build.py); what this CPU
 can run is found out here, at run time. Threads: as many as torch may use in this process.
 
-Shapes: T tokens, D input width, O output width, F expert hidden, E experts, K top-k; S sequences, B blocks, P slots of
-a block, H query heads, G key/value heads, C head dimension.
+Shapes: T tokens, D input width, O output width, F expert hidden, E experts, K top-k.
 """
 
 import ctypes
@@ -41,15 +40,15 @@ def library() -> ctypes.CDLL | None:
         _INT, _INT, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER,
     ]  # fmt: skip
     found.outcrop_attention.argtypes = [
-        _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG,
-        _FLOAT, _POINTER,
+        _INT, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _FLOAT, _POINTER, _POINTER,
     ]  # fmt: skip
+    found.outcrop_front_layer.argtypes = [_INT, _LONG, *[_POINTER] * 9]
     found.outcrop_use_huge_pages.argtypes = [_POINTER, _LONG]
     found.outcrop_read.argtypes, found.outcrop_read.restype = [_LONG, _POINTER, _LONG], ctypes.c_uint64
     return found
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     """For those who come only where instruction_sets() has any."""
     lib = library()
     assert lib is not None
@@ -78,12 +77,12 @@ def memory(*shape: int) -> Tensor:
     space = torch.empty(num_bytes + HUGE_PAGE, dtype=torch.uint8)
     first = -space.data_ptr() % HUGE_PAGE
     aligned = space[first : first + num_bytes]
-    _loaded().outcrop_use_huge_pages(aligned.data_ptr(), num_bytes)
+    loaded().outcrop_use_huge_pages(aligned.data_ptr(), num_bytes)
     return aligned.view(shape)
 
 
 def packed_bytes(num_outputs: int, num_inputs: int, is_int8: bool = False) -> int:
-    return int(_loaded().outcrop_packed_bytes(is_int8, num_outputs, num_inputs))
+    return int(loaded().outcrop_packed_bytes(is_int8, num_outputs, num_inputs))
 
 
 def pack(weight_OD: Tensor, out: Tensor | None = None, is_int8: bool = False) -> Tensor:
@@ -92,7 +91,7 @@ def pack(weight_OD: Tensor, out: Tensor | None = None, is_int8: bool = False) ->
     weight_OD = weight_OD.contiguous()
     if out is None:
         out = memory(packed_bytes(weight_OD.shape[0], weight_OD.shape[1], is_int8))
-    _loaded().outcrop_pack(is_int8, weight_OD.data_ptr(), *weight_OD.shape, out.data_ptr())
+    loaded().outcrop_pack(is_int8, weight_OD.data_ptr(), *weight_OD.shape, out.data_ptr())
     return out
 
 
@@ -106,7 +105,7 @@ class NativeLinear:
     isa: int
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        lib = _loaded()
+        lib = loaded()
         x_TD = x_TD.contiguous()
         y_TO = x_TD.new_empty(x_TD.shape[0], self.num_outputs)
         bias = None if self.bias_O is None else self.bias_O.data_ptr()
@@ -150,7 +149,7 @@ class NativeExperts:
 
         Sums are float32 in the order of the choices.
         """
-        lib = _loaded()
+        lib = loaded()
         x_TD, rows_TK, gates_TK = x_TD.contiguous(), rows_TK.contiguous(), gates_TK.contiguous()
         out_TD = torch.empty_like(x_TD)
         lib.outcrop_experts(
@@ -159,21 +158,3 @@ class NativeExperts:
             out_TD.data_ptr(),
         )  # fmt: skip
         return out_TD
-
-
-def attend_singles(
-    q_SHC: Tensor, k_BPGC: Tensor, v_BPGC: Tensor, blocks_SB: Tensor, contexts_S: Tensor, scale: float, out_SHC: Tensor
-) -> None:
-    """softmax(scale * q.k) v over each sequence's first `contexts_S` (int64, at least 1) tokens, into out_SHC.
-
-    bfloat16; C is a multiple of 8; blocks_SB int32. Nothing is copied: all but q must be contiguous.
-    """
-    lib = _loaded()
-    assert all(t.is_contiguous() for t in (k_BPGC, v_BPGC, blocks_SB, contexts_S, out_SHC))
-    if q_SHC.stride()[1:] != (q_SHC.shape[2], 1):
-        q_SHC = q_SHC.contiguous()
-    lib.outcrop_attention(
-        torch.get_num_threads(), q_SHC.data_ptr(), q_SHC.stride(0), contexts_S.data_ptr(), len(contexts_S),
-        blocks_SB.data_ptr(), blocks_SB.shape[1], k_BPGC.shape[1], k_BPGC.data_ptr(), v_BPGC.data_ptr(),
-        q_SHC.shape[1], k_BPGC.shape[2], q_SHC.shape[2], scale, out_SHC.data_ptr(),
-    )  # fmt: skip

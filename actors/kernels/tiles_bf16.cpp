@@ -94,8 +94,11 @@ AVX2 void activate(const float* row, long padded, char* out) {
 }
 
 void pack_row(const bf16* row, long D, long padded, long place, char* tile) {
-  bf16* column = reinterpret_cast<bf16*>(tile) + place * 2;
-  for (long d = 0; d < padded; ++d) column[d / 2 * 2 * TILE + d % 2] = d < D ? row[d] : 0;
+  char* pair = tile + place * 4;
+  for (long d = 0; d < padded; d += 2, pair += TILE * 4) {
+    const bf16 both[] = {d < D ? row[d] : bf16(0), d + 1 < D ? row[d + 1] : bf16(0)};
+    std::memcpy(pair, both, 4);
+  }
 }
 
 }  // namespace

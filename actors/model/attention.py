@@ -1,7 +1,7 @@
 """Causal attention of a step's new tokens over the paged KV cache, with two back ends.
 
 GatherPlan is plain torch and runs anywhere: it copies the keys and values that a sequence needs out of their blocks.
-Where the native kernels are used, it leaves sequences with one new token to them, which read blocks where they lie.
+The native kernels, where they are used, read blocks where they lie instead (actors/kernels/attention.cpp).
 VarlenPlan is PyTorch's flash attention with block tables; it has not been run on a GPU yet.
 A plan is made once per step; every layer then calls `attend`. New tokens are in the cache before they attend.
 
@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.kernels import native
-from actors.kernels.packed import can_pack, use_native
 from actors.model.batch import Span, StepBatch
 from actors.model.paged_kv import PagedKV
 
@@ -49,10 +47,6 @@ def can_use_varlen(kv: PagedKV) -> bool:
     )
 
 
-def can_use_native(kv: PagedKV) -> bool:
-    return can_pack(kv.k_LBSGC) and use_native() and kv.k_LBSGC.shape[-1] % 8 == 0
-
-
 @dataclass(frozen=True, slots=True)
 class Singles:
     """Sequences with one new token each. Padding slots point at the sequence's own first token: a slot that is
@@ -71,20 +65,6 @@ class Singles:
             q_SGRC, k_SGNC, v_SGNC, attn_mask=self.mask_SN[:, None, None], scale=scale
         )
         out_THC[self.rows_S] = o_SGRC.flatten(1, 2)
-
-
-@dataclass(frozen=True, slots=True)
-class PagedSingles:
-    """As Singles, computed by the native kernel: the first rows of the step, of any lengths."""
-
-    contexts_S: Tensor
-    blocks_SB: Tensor
-    block_size: int
-
-    def attend(self, q_THC: Tensor, k_XGC: Tensor, v_XGC: Tensor, scale: float, out_THC: Tensor) -> None:
-        here = slice(len(self.contexts_S))
-        k_BPGC, v_BPGC = (x_XGC.unflatten(0, (-1, self.block_size)) for x_XGC in (k_XGC, v_XGC))
-        native.attend_singles(q_THC[here], k_BPGC, v_BPGC, self.blocks_SB, self.contexts_S, scale, out_THC[here])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +94,7 @@ class GatherPlan(AttentionPlan):
         num_single = batch.num_single
         assert all(span.length == 1 for span in batch.spans[:num_single]), "sequences with one new token come first"
         singles = batch.spans[:num_single]
-        self.parts: list[Singles | PagedSingles | Chunk]
-        if can_use_native(kv) and singles:
-            contexts_S = torch.tensor([span.context for span in singles])
-            self.parts = [PagedSingles(contexts_S, batch.blocks_SB[:num_single].contiguous(), kv.block_size)]
-        else:
-            self.parts = [self._singles(batch, group) for group in group_by_length(singles)]
+        self.parts: list[Singles | Chunk] = [self._singles(batch, group) for group in group_by_length(singles)]
         self.parts += [
             self._chunk(span, blocks_B)
             for span, blocks_B in zip(batch.spans[num_single:], batch.blocks_SB[num_single:], strict=True)

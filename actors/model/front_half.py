@@ -1,8 +1,8 @@
-"""The front's half of GraniteMoE: embeddings, attention, router, norms, head. It holds no expert weights and does not
-know where experts are: a Dispatcher does.
+"""The front's half of GraniteMoE: embeddings, its half of each layer (front_layers.py), head. It holds no expert
+weights and does not know where experts are: a Dispatcher does.
 
-Shapes: T tokens of the step, R rows that need logits, D hidden, L layers, K top-k, E experts, H query heads,
-G key/value heads, C head dimension, V vocabulary. Multipliers as in transformers' modeling_granitemoe.py.
+Shapes: T tokens of the step, R rows that need logits, D hidden, L layers, K top-k, V vocabulary. Multipliers as in
+transformers' modeling_granitemoe.py.
 """
 
 from collections.abc import Generator
@@ -14,27 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.lanes.dispatcher import Dispatcher
-from actors.model.attention import AttentionPlan, plan_attention
 from actors.model.batch import StepBatch
+from actors.model.front_layers import LayerSteps, LayerWeights, NativeLayers, TorchLayers, native_layers
 from actors.model.layers import AnyLinear, rms_norm
-from actors.model.moe import interleave, route
+from actors.model.moe import interleave
 from actors.model.paged_kv import PagedKV, routed_dtype
-from actors.model.rope import Rotary, apply_rotary
+from actors.model.rope import Rotary
 from cluster.model_config import GraniteMoeConfig
 
 # Final hidden states of the rows that need logits [R, D], every token's experts [T, L, K].
 Way = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """`qkv` is q, k and v stacked in this order: one matrix product instead of three."""
-
-    attention_norm_D: Tensor
-    qkv: AnyLinear
-    out: AnyLinear
-    moe_norm_D: Tensor
-    router: AnyLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +43,7 @@ class FrontHalf:
         self.device = weights.embed_VD.device
         self.dtype = weights.embed_VD.dtype
         self.rotary = Rotary(config, self.device)
+        self._native = native_layers(config, weights.layers)
 
     def forward(
         self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher, *, overlap: bool = False
@@ -72,43 +62,26 @@ class FrontHalf:
 
     def _layers(self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher) -> Generator[Any, Tensor, Way]:
         """One micro-batch's way through the layers: yields what was dispatched, is sent what it combines to."""
-        eps, residual = self.config.rms_norm_eps, self.config.residual_multiplier
-        x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD) * self.config.embedding_multiplier
-        angles = self.rotary.angles(batch.positions_T, self.dtype)
-        plan = plan_attention(batch, kv)
-        routed = []
-        for number, layer in enumerate(self.weights.layers):
-            h_TD = rms_norm(x_TD, layer.attention_norm_D, eps)
-            h_TD = self._attention(number, layer, h_TD, angles, batch.slots_T, kv, plan)
-            x_TD = torch.add(x_TD, h_TD, alpha=residual)
-            h_TD = rms_norm(x_TD, layer.moe_norm_D, eps)
-            ids_TK, gates_TK = route(h_TD, layer.router, self.config.num_experts_per_tok)
-            h_TD = yield dispatcher.dispatch(number, h_TD, ids_TK, gates_TK)
-            x_TD = torch.add(x_TD, h_TD, alpha=residual)
+        steps, routed = self._steps(batch, kv), []
+        combined_TD: Tensor | None = None
+        for number in range(len(self.weights.layers)):
+            h_TD, ids_TK, gates_TK = steps.run(number, combined_TD)
+            combined_TD = yield dispatcher.dispatch(number, h_TD, ids_TK, gates_TK)
             routed.append(ids_TK)
         ids_TLK = torch.stack(routed, dim=1).to(routed_dtype(self.config.num_local_experts))
         kv.write_routed(batch.slots_T, ids_TLK)
-        return rms_norm(x_TD[batch.rows_R], self.weights.norm_D, eps), ids_TLK
+        assert combined_TD is not None, "a model has layers"
+        rows_R = batch.rows_R
+        x_RD = torch.add(steps.x_TD[rows_R], combined_TD[rows_R], alpha=self.config.residual_multiplier)
+        return rms_norm(x_RD, self.weights.norm_D, self.config.rms_norm_eps), ids_TLK
+
+    def _steps(self, batch: StepBatch, kv: PagedKV) -> LayerSteps:
+        x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD) * self.config.embedding_multiplier
+        angles = self.rotary.angles(batch.positions_T, self.dtype)
+        if self._native:
+            return NativeLayers(self._native, x_TD, angles, batch, kv)
+        return TorchLayers(self.config, self.weights.layers, x_TD, angles, batch, kv)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """float32 [R, V]."""
         return self.weights.head(hidden_RD).float() / self.config.logits_scaling
-
-    def _attention(
-        self,
-        number: int,
-        layer: LayerWeights,
-        x_TD: Tensor,
-        angles: tuple[Tensor, Tensor],
-        slots_T: Tensor,
-        kv: PagedKV,
-        plan: AttentionPlan,
-    ) -> Tensor:
-        num_q, num_kv = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv_TNC = layer.qkv(x_TD).view(x_TD.shape[0], -1, self.config.head_dim)
-        qk_TNC = apply_rotary(qkv_TNC[:, : num_q + num_kv], angles)
-        q_THC, k_TGC = qk_TNC[:, :num_q], qk_TNC[:, num_q:]
-        kv.write(number, slots_T, k_TGC, qkv_TNC[:, num_q + num_kv :])
-        scale = self.config.attention_multiplier
-        out_THC = plan.attend(q_THC, kv.k_LBSGC[number], kv.v_LBSGC[number], scale)
-        return layer.out(out_THC.flatten(1))

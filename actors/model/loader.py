@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from actors.model.expert_half import ACTIVATIONS, ExpertStore, LayerExperts
-from actors.model.front_half import FrontHalf, FrontWeights, LayerWeights
+from actors.model.front_half import FrontHalf, FrontWeights
+from actors.model.front_layers import LayerWeights
 from actors.model.layers import AnyLinear, Linear, in_place, packed_if_possible
 from cluster.checkpoint import CheckpointInfo, check_checkpoint, layer_shapes
 from cluster.model_config import GraniteMoeConfig

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actors.kernels import native
-from actors.kernels.native import NativeLinear, attend_singles
+from actors.kernels.front_layer import NativeBatch, attend
+from actors.kernels.native import NativeLinear
+from tests.unit.test_native import EXAMPLES, isa  # noqa: F401 - a fixture
 
-pytestmark = pytest.mark.skipif(
-    not native.instruction_sets(), reason="the native kernels have not been built, or this CPU has no AVX2"
-)
 SCALE = 0.125
+# (new tokens, tokens in the cache with them)
+Lengths = list[tuple[int, int]]
 
 
 def paged(contexts: list[int], block_size: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,51 +35,83 @@ def paged(contexts: list[int], block_size: int, heads: int, head_dim: int) -> tu
     return k, v, blocks
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, contexts: list[int]) -> Tensor:
-    out = []
-    for row, context in enumerate(contexts):
+def by_definition(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, lengths: Lengths) -> Tensor:
+    out, start = [], 0
+    for row, (new, context) in enumerate(lengths):
         keys, values = (x[blocks[row].long()].flatten(0, 1)[:context].float().transpose(0, 1) for x in (k, v))
-        q_H1C = q[row].float()[:, None]
-        out.append(F.scaled_dot_product_attention(q_H1C, keys, values, scale=SCALE, enable_gqa=True)[:, 0])
-    return torch.stack(out)
+        q_HTC = q[start : start + new].transpose(0, 1)
+        mask = torch.ones(new, context, dtype=torch.bool).tril(context - new)
+        attended = F.scaled_dot_product_attention(q_HTC, keys, values, attn_mask=mask, scale=SCALE, enable_gqa=True)
+        out.append(attended.transpose(0, 1))
+        start += new
+    return torch.cat(out)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, contexts: list[int]) -> Tensor:
-    out = q.new_full(q.shape, float("nan"))
-    attend_singles(q, k, v, blocks, torch.tensor(contexts), SCALE, out)
-    return out
+def attend_native(isa: int, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, lengths: Lengths) -> Tensor:  # noqa: F811
+    starts = torch.tensor([0, *(new for new, _ in lengths)]).cumsum(0)
+    contexts = torch.tensor([context for _, context in lengths])
+    nothing = torch.empty(0, dtype=torch.bfloat16)
+    batch = NativeBatch(
+        torch.zeros(len(q), dtype=torch.int64), starts, contexts, blocks, (nothing, nothing), k.shape[1]
+    )
+    return attend(batch, q, k, v, SCALE, isa)
+
+
+def queries(lengths: Lengths, heads: int, head_dim: int, sharpness: float = 1.0) -> Tensor:
+    """Rounded: with instructions for bfloat16, queries of prompts are."""
+    num_tokens = sum(new for new, _ in lengths)
+    generator = torch.Generator().manual_seed(num_tokens)
+    return torch.randn(num_tokens, heads, head_dim, generator=generator).mul_(sharpness).bfloat16().float()
 
 
 @given(
-    contexts=st.lists(st.integers(1, 200), min_size=1, max_size=6),
+    lengths=st.lists(st.tuples(st.integers(1, 150), st.integers(0, 100)), min_size=1, max_size=4),
+    num_single=st.integers(0, 4),
     block_size=st.sampled_from([1, 3, 16, 256]),
     kv_heads=st.integers(1, 3),
     shared=st.integers(1, 4),
     head_dim=st.sampled_from([8, 24, 32, 64, 72, 128]),
-    sharpness=st.sampled_from([1.0, 100.0]),
+    sharpness=st.sampled_from([1.0, 30.0]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_attention(
-    contexts: list[int], block_size: int, kv_heads: int, shared: int, head_dim: int, sharpness: float
+    isa: int,  # noqa: F811
+    lengths: Lengths,
+    num_single: int,
+    block_size: int,
+    kv_heads: int,
+    shared: int,
+    head_dim: int,
+    sharpness: float,
 ) -> None:
-    k, v, blocks = paged(contexts, block_size, kv_heads, head_dim)
-    both = torch.randn(len(contexts), kv_heads * shared + 1, head_dim).mul_(sharpness).bfloat16()
-    q = both[:, :-1]  # as in the model: rows are further apart than they are long
-    torch.testing.assert_close(
-        attend(q, k, v, blocks, contexts).float(), by_definition(q, k, v, blocks, contexts), atol=0.01, rtol=0.01
-    )
+    lengths = [(1 if row < num_single else new, new + before) for row, (new, before) in enumerate(lengths)]
+    k, v, blocks = paged([context for _, context in lengths], block_size, kv_heads, head_dim)
+    q = queries(lengths, kv_heads * shared, head_dim, sharpness)
+    actual, expected = attend_native(isa, q, k, v, blocks, lengths), by_definition(q, k, v, blocks, lengths)
+    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.01)
 
 
-def test_a_sequence_is_computed_alike_whatever_is_computed_with_it() -> None:
-    contexts = [130, 1, 64, 65, 7]
-    k, v, blocks = paged(contexts, 16, 2, 64)
-    q = torch.randn(5, 4, 64).bfloat16()
-    alone = [attend(q[i : i + 1], k, v, blocks[i : i + 1], contexts[i : i + 1]) for i in range(5)]
-    assert attend(q, k, v, blocks, contexts).equal(torch.cat(alone))
+def test_a_sequence_is_computed_alike_whatever_is_computed_with_it(isa: int) -> None:  # noqa: F811
+    lengths = [(1, 130), (1, 1), (1, 64), (70, 70), (9, 65), (2, 7)]
+    k, v, blocks = paged([context for _, context in lengths], 16, 2, 64)
+    parts = queries(lengths, 4, 64).split([new for new, _ in lengths])
+    alone = [attend_native(isa, parts[i], k, v, blocks[i : i + 1], lengths[i : i + 1]) for i in range(len(lengths))]
+    assert attend_native(isa, torch.cat(parts), k, v, blocks, lengths).equal(torch.cat(alone))
+
+
+@pytest.mark.parametrize("cut", [2, 63, 64, 65, 129, 178])
+def test_a_prompt_is_computed_alike_wherever_it_is_cut(isa: int, cut: int) -> None:  # noqa: F811
+    k, v, blocks = paged([180], 16, 2, 64)
+    q = queries([(180, 180)], 6, 64)
+    whole = attend_native(isa, q, k, v, blocks, [(180, 180)])
+    first = attend_native(isa, q[:cut], k, v, blocks, [(cut, cut)])
+    assert torch.cat((first, attend_native(isa, q[cut:], k, v, blocks, [(180 - cut, 180)]))).equal(whole)
 
 
 def test_a_forked_child_computes_as_its_parent_does() -> None:
     """fork() takes the pool's memory along, not its threads."""
+    if not native.instruction_sets():
+        pytest.skip("the native kernels have not been built, or this CPU has no AVX2")
     weight, x = torch.randn(256, 64).bfloat16(), torch.randn(3, 64).bfloat16()
     linear = NativeLinear(native.pack(weight), 256, None, native.fastest())
     expected, before = linear(x), torch.get_num_threads()

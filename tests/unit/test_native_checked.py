@@ -14,7 +14,8 @@ SOURCES = sorted(native.LIBRARY.parent.glob("*.cpp"))
 CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 EMULATED = ["-mavx2", "-mfma", "-include", str(Path(__file__).with_name("emulated_intrinsics.h"))]
 BUILD = ["g++", "-O1", "-g", "-std=c++17", "-shared", "-fPIC", "-pthread", *CHECKS, *EMULATED]
-TESTS = [str(Path(__file__).with_name(name)) for name in ("test_native.py", "test_native_attention.py")]
+NAMES = ("test_native.py", "test_native_attention.py", "test_native_front_layer.py")
+TESTS = [str(Path(__file__).with_name(name)) for name in NAMES]
 RUN = """
 import sys, pathlib, pytest
 from actors.kernels import native

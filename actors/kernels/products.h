@@ -1,0 +1,77 @@
+// Rows of activations and the products of packed matrices with them, shared out over the threads.
+
+#pragma once
+
+#include "tiles.h"
+
+constexpr long FEW = 32;    // rows that are not worth waking a thread for
+constexpr long TILES = 4;   // tiles that a thread takes at a time, ...
+constexpr long CHUNK = 24;  // ... and rows that it takes all of them past, so that both stay in its cache
+
+AVX2 inline void add_row(const float* row, long n, float* out) {
+  for (long i = 0; i < n; ++i) out[i] += row[i];
+}
+
+// Calls work(i) for each of `count` rows.
+template <typename Work>
+void for_rows(State& s, long count, long threads, Work work) {
+  s.pool.run(count, count < FEW ? 1 : threads, work);
+}
+
+// A row of activations; fill(row) writes its D float32 numbers.
+template <typename Fill>
+void activation(const Format& format, const Kernel& kernel, long D, char* to, Fill fill) {
+  const long padded = format.padded(D);
+  std::vector<float> wide(kernel.activate ? padded : 0);
+  float* row = kernel.activate ? wide.data() : reinterpret_cast<float*>(to);
+  fill(row);
+  std::fill(row + D, row + padded, 0.0f);
+  if (kernel.activate) kernel.activate(row, padded, to);
+}
+
+// `count` rows of activations in `scratch`; fill(i, row) writes the numbers of the i-th.
+template <typename Fill>
+char* activations(const Format& format, const Kernel& kernel, State& s, Scratch& scratch, long count, long D,
+                  long threads, Fill fill) {
+  const long stride = format.row_bytes(D, kernel);
+  char* act = scratch.at_least(count * stride);
+  for_rows(s, count, threads,
+           [&](long i) { activation(format, kernel, D, act + i * stride, [&](float* row) { fill(i, row); }); });
+  return act;
+}
+
+// Calls each(tile, row, count) for all of a matrix's tiles [first, last) and rows [from, to), `count` rows at a time.
+template <typename Each>
+void blocks(const Kernel& kernel, long first, long last, long from, long to, Each each) {
+  for (long chunk = from; chunk < to; chunk += CHUNK) {
+    const long rows = std::min(CHUNK, to - chunk), parts = (rows + kernel.max_rows - 1) / kernel.max_rows;
+    const long part = (rows + parts - 1) / parts;  // 4 + 4 is faster than 6 + 2
+    for (long tile = first; tile < last; ++tile)
+      for (long row = 0; row < rows; row += part) each(tile, chunk + row, std::min(part, rows - row));
+  }
+}
+
+// Tiles [first, last) of the `item`-th share of a matrix.
+struct Share {
+  long first, last;
+  Share(long item, long tiles) : first(item * TILES), last(std::min(tiles, first + TILES)) {}
+  static long number(long tiles) { return (tiles + TILES - 1) / TILES; }
+};
+
+// A packed matrix [O, D], times T rows of activations: calls each(row, first, width, sums) with up to 16 outputs.
+template <typename Each>
+void product(const Format& format, const Kernel& kernel, State& s, const char* packed, long O, long D, const char* act,
+             long T, long threads, Each each) {
+  const long padded = format.padded(D), stride = format.row_bytes(D, kernel), tile_bytes = format.tile_bytes(D);
+  const long tiles = round_up(O, TILE) / TILE, chunks = (T + CHUNK - 1) / CHUNK;
+  s.pool.run(Share::number(tiles) * chunks, threads, [&](long item) {
+    const Share share(item / chunks, tiles);
+    const long from = item % chunks * CHUNK, to = std::min(T, from + CHUNK);
+    blocks(kernel, share.first, share.last, from, to, [&](long tile, long t, long count) {
+      float sums[MAX_ROWS * TILE];
+      kernel.multiply(packed + tile * tile_bytes, padded, act + t * stride, stride, count, sums);
+      const long first = tile * TILE, width = std::min(TILE, O - first);
+      for (long m = 0; m < count; ++m) each(t + m, first, width, sums + m * TILE);
+    });
+  });
+}

@@ -1,0 +1,134 @@
+"""The front's half of each layer: residual stream, attention, router. One step's way through them, in torch or by the
+native kernels.
+
+Shapes: T tokens of the step, S sequences, D hidden, K top-k, H query heads, G key/value heads, C head dimension,
+N heads of any kind. Multipliers as in transformers' modeling_granitemoe.py.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.kernels.front_layer import NativeBatch, NativeFrontLayer
+from actors.kernels.native import NativeLinear
+from actors.model.attention import plan_attention
+from actors.model.batch import StepBatch
+from actors.model.layers import AnyLinear, rms_norm
+from actors.model.moe import route
+from actors.model.paged_kv import PagedKV
+from actors.model.rope import apply_rotary
+from cluster.model_config import GraniteMoeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """`qkv` is q, k and v stacked in this order: one matrix product instead of three."""
+
+    attention_norm_D: Tensor
+    qkv: AnyLinear
+    out: AnyLinear
+    moe_norm_D: Tensor
+    router: AnyLinear
+
+
+class LayerSteps(ABC):
+    """One step in the front's half of all layers; `x_TD` is the residual stream."""
+
+    x_TD: Tensor
+
+    @abstractmethod
+    def run(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What layer `number` has for its experts: (h_TD, ids_TK int64, gates_TK).
+
+        `combined_TD` is what the experts of the layer before have made of theirs. Keys and values go to the cache.
+        """
+
+
+class TorchLayers(LayerSteps):
+    """Runs anywhere; the oracle of NativeLayers."""
+
+    def __init__(
+        self,
+        config: GraniteMoeConfig,
+        layers: tuple[LayerWeights, ...],
+        x_TD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        batch: StepBatch,
+        kv: PagedKV,
+    ) -> None:
+        self.config = config
+        self.layers = layers
+        self.x_TD = x_TD
+        self.angles = angles
+        self.slots_T = batch.slots_T
+        self.kv = kv
+        self.plan = plan_attention(batch, kv)
+
+    def run(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        layer, config = self.layers[number], self.config
+        if combined_TD is not None:
+            self._add(combined_TD)
+        self._add(self._attention(number, layer, rms_norm(self.x_TD, layer.attention_norm_D, config.rms_norm_eps)))
+        h_TD = rms_norm(self.x_TD, layer.moe_norm_D, config.rms_norm_eps)
+        return h_TD, *route(h_TD, layer.router, config.num_experts_per_tok)
+
+    def _add(self, y_TD: Tensor) -> None:
+        self.x_TD = torch.add(self.x_TD, y_TD, alpha=self.config.residual_multiplier)
+
+    def _attention(self, number: int, layer: LayerWeights, h_TD: Tensor) -> Tensor:
+        num_q, num_kv = self.config.num_attention_heads, self.config.num_key_value_heads
+        qkv_TNC = layer.qkv(h_TD).view(h_TD.shape[0], -1, self.config.head_dim)
+        qk_TNC = apply_rotary(qkv_TNC[:, : num_q + num_kv], self.angles)
+        q_THC, k_TGC = qk_TNC[:, :num_q], qk_TNC[:, num_q:]
+        self.kv.write(number, self.slots_T, k_TGC, qkv_TNC[:, num_q + num_kv :])
+        scale = self.config.attention_multiplier
+        out_THC = self.plan.attend(q_THC, self.kv.k_LBSGC[number], self.kv.v_LBSGC[number], scale)
+        return layer.out(out_THC.flatten(1))
+
+
+class NativeLayers(LayerSteps):
+    """One native call per layer. Sums are float32 throughout; what the model stores is rounded as in TorchLayers."""
+
+    def __init__(
+        self,
+        layers: tuple[NativeFrontLayer, ...],
+        x_TD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        batch: StepBatch,
+        kv: PagedKV,
+    ) -> None:
+        self.layers = layers
+        self.x_TD = x_TD
+        self.kv = kv
+        starts_S1 = torch.tensor([*(span.start for span in batch.spans), batch.num_tokens])
+        contexts_S = torch.tensor([span.context for span in batch.spans])
+        self.batch = NativeBatch(batch.slots_T, starts_S1, contexts_S, batch.blocks_SB, angles, kv.block_size)
+
+    def run(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        k_BSGC, v_BSGC = self.kv.k_LBSGC[number], self.kv.v_LBSGC[number]
+        return self.layers[number].run(self.batch, k_BSGC, v_BSGC, self.x_TD, combined_TD)
+
+
+def native_layers(config: GraniteMoeConfig, layers: tuple[LayerWeights, ...]) -> tuple[NativeFrontLayer, ...] | None:
+    """The same layers for NativeLayers, sharing their memory; None unless all are packed for the native kernels."""
+
+    def native(layer: LayerWeights) -> NativeFrontLayer | None:
+        qkv, out, router = layer.qkv, layer.out, layer.router
+        if not (isinstance(qkv, NativeLinear) and isinstance(out, NativeLinear) and isinstance(router, NativeLinear)):
+            return None
+        return NativeFrontLayer.of(
+            (qkv, out, router),
+            (layer.attention_norm_D, layer.moe_norm_D),
+            num_q=config.num_attention_heads,
+            num_kv=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            top_k=config.num_experts_per_tok,
+            eps=config.rms_norm_eps,
+            residual=config.residual_multiplier,
+            scale=config.attention_multiplier,
+        )
+
+    found = tuple(each for each in map(native, layers) if each)
+    return found if len(found) == len(layers) and config.head_dim % 8 == 0 else None
