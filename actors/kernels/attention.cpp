@@ -8,12 +8,13 @@
 
 namespace {
 
-constexpr long PIECE = 64;         // keys whose scores are computed before their values are read
-constexpr long AHEAD = 8;          // keys fetched in advance
-constexpr long TOGETHER = 128;       // tokens of a prompt that share packed keys
-constexpr long WORTH_IT = 1 << 18; // products of numbers that are worth waking a thread for
+constexpr long PIECE = 64;          // keys whose scores are computed before their values are read
+constexpr long AHEAD = 4;           // keys fetched in advance
+constexpr long TOGETHER = 128;      // tokens of a prompt that share packed keys
+constexpr long ITEMS = 4;           // that each thread should find, so that all end at about the same time
+constexpr long WORTH_IT = 1 << 18;  // products of numbers that are worth waking a thread for
 
-// One key/value head of one sequence.
+// One sequence's keys and values, from a key/value head on.
 struct Keys {
   const Cache& cache;
   const int32_t* blocks;
@@ -38,26 +39,37 @@ AVX2 inline float sum_of(__m256 lanes) {
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-AVX2 inline float dot(const float* q, const bf16* k, long C) {
-  __m256 sum = _mm256_setzero_ps();
-  for (long c = 0; c < C; c += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(q + c), widen8(k + c), sum);
-  return sum_of(sum);
+// scores[i] = q . keys[i], read from value `at` on, for N keys.
+template <int N>
+AVX2 inline void dots(const float* q, const bf16* const* keys, long at, long C, float* scores) {
+  __m256 sum[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) sum[i] = _mm256_setzero_ps();
+  for (long c = 0; c < C; c += 8) {
+    const __m256 eight = _mm256_loadu_ps(q + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sum[i] = _mm256_fmadd_ps(eight, widen8(keys[i] + at + c), sum[i]);
+  }
+  for (int i = 0; i < N; ++i) scores[i] = sum_of(sum[i]);
 }
 
-// out[c .. c + 8 N) += the weighted sum of those columns of n values.
+// out[0 .. 8 N) += the weighted sum of n values, read from value `at` on.
 template <int N>
-AVX2 inline void add_values(const bf16* const* values, const float* weights, long n, long c, float* out) {
+AVX2 inline void add_values(const bf16* const* values, const float* weights, long n, long at, float* out) {
   __m256 sum[N];
-  for (int j = 0; j < N; ++j) sum[j] = _mm256_loadu_ps(out + c + 8 * j);
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j) sum[j] = _mm256_loadu_ps(out + 8 * j);
   for (long i = 0; i < n; ++i) {
     const __m256 weight = _mm256_broadcast_ss(weights + i);
-    for (int j = 0; j < N; ++j) sum[j] = _mm256_fmadd_ps(widen8(values[i] + c + 8 * j), weight, sum[j]);
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) sum[j] = _mm256_fmadd_ps(widen8(values[i] + at + 8 * j), weight, sum[j]);
   }
-  for (int j = 0; j < N; ++j) _mm256_storeu_ps(out + c + 8 * j, sum[j]);
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j) _mm256_storeu_ps(out + 8 * j, sum[j]);
 }
 
-inline void prefetch(const bf16* p, long C) {
-  for (long c = 0; c < C; c += 32) _mm_prefetch(reinterpret_cast<const char*>(p + c), _MM_HINT_T0);
+inline void prefetch(const bf16* p, long n) {
+  for (long i = 0; i < n; i += 32) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
 }
 
 AVX2 inline float max_of(const float* row, long n) {
@@ -97,30 +109,34 @@ AVX2 void divide(float* row, long n, float by) {
   for (long i = 0; i < n; ++i) row[i] /= by;
 }
 
-// The R queries of one token that share a key head.
-AVX2 void attend_single(const float* q, const Keys& keys, long context, long R, float scale, float* out) {
-  const long C = keys.cache.C;
-  std::vector<Softmax> heads(R);
-  std::vector<float> scaled(R * C), scores(R * PIECE);
-  for (long i = 0; i < R * C; ++i) scaled[i] = q[i] * scale;
-  std::fill_n(out, R * C, 0.0f);
+// The queries of one token with `heads` key heads, R with each.
+AVX2 void attend_single(const float* q, const Keys& keys, long heads, long context, long R, float scale, float* out) {
+  const long C = keys.cache.C, H = heads * R;
+  std::vector<Softmax> softmax(H);
+  std::vector<float> scaled(H * C);
+  for (long i = 0; i < H * C; ++i) scaled[i] = q[i] * scale;
+  std::fill_n(out, H * C, 0.0f);
   for (long first = 0; first < context; first += PIECE) {
     const long n = std::min(PIECE, context - first);
     const bf16 *key[PIECE], *value[PIECE];
     for (long i = 0; i < n; ++i) key[i] = keys.key(first + i), value[i] = keys.value(first + i);
-    for (long i = 0; i < n; ++i) {
-      prefetch(key[std::min(i + AHEAD, n - 1)], C), prefetch(value[i], C);
-      for (long r = 0; r < R; ++r) scores[r * PIECE + i] = dot(scaled.data() + r * C, key[i], C);
-    }
-    for (long r = 0; r < R; ++r) {
-      float *weights = scores.data() + r * PIECE, *sums = out + r * C;
-      heads[r].add(weights, n, sums, C);
+    for (long h = 0; h < H; ++h) {
+      const long at = h / R * C;
+      float weights[PIECE], *sums = out + h * C;
+      long i = 0;
+      for (; i + 4 <= n; i += 4) {
+        if (h == 0)
+          for (long j = i; j < i + 4; ++j) prefetch(key[std::min(j + AHEAD, n - 1)], heads * C), prefetch(value[j], heads * C);
+        dots<4>(scaled.data() + h * C, key + i, at, C, weights + i);
+      }
+      for (; i < n; ++i) dots<1>(scaled.data() + h * C, key + i, at, C, weights + i);
+      softmax[h].add(weights, n, sums, C);
       long c = 0;
-      for (; c + 32 <= C; c += 32) add_values<4>(value, weights, n, c, sums);
-      for (; c < C; c += 8) add_values<1>(value, weights, n, c, sums);
+      for (; c + 64 <= C; c += 64) add_values<8>(value, weights, n, at + c, sums + c);
+      for (; c < C; c += 8) add_values<1>(value, weights, n, at + c, sums + c);
     }
   }
-  for (long r = 0; r < R; ++r) divide(out + r * C, C, heads[r].sum);
+  for (long h = 0; h < H; ++h) divide(out + h * C, C, softmax[h].sum);
 }
 
 // Values of tokens [first, first + n) as a packed matrix [C, PIECE]; zeros behind them.
@@ -199,33 +215,41 @@ void attend_chunk(const Kernel& kernel, const float* q, long q_stride, const Key
   }
 }
 
-// Tokens [first, first + count) of the step's rows, all of sequence s.
+// Tokens [first, first + count) of the step's rows, all of sequence s, and key heads from `head` on.
 struct Item {
-  long s, first, count;
+  long s, first, count, head, heads;
 };
+
+// A prompt's queries go head by head. A single token's keys are read once for as many heads as leave enough to do for all
+// threads.
+std::vector<Item> cut(const Batch& batch, long G, long threads) {
+  const long heads = std::max(1L, G * batch.S / std::max(1L, threads * ITEMS));
+  std::vector<Item> items;
+  for (long s = 0; s < batch.S; ++s) {
+    const long end = batch.starts[s + 1], each = end - batch.starts[s] == 1 ? std::min(heads, G) : 1;
+    for (long first = batch.starts[s]; first < end; first += TOGETHER)
+      for (long head = 0; head < G; head += each)
+        items.push_back({s, first, std::min(TOGETHER, end - first), head, std::min(each, G - head)});
+  }
+  return items;
+}
 
 }  // namespace
 
 void attention(const Kernel& kernel, State& s, long threads, const Batch& batch, const Cache& cache, long H, float scale,
                const float* q, long q_stride, float* out) {
   const long C = cache.C, R = H / cache.G;
-  std::vector<Item> items;
+  const std::vector<Item> items = cut(batch, cache.G, threads);
   long work = 0;
-  for (long seq = 0; seq < batch.S; ++seq) {
-    const long end = batch.starts[seq + 1];
-    work += (end - batch.starts[seq]) * batch.contexts[seq] * H * C;
-    for (long first = batch.starts[seq]; first < end; first += TOGETHER)
-      items.push_back({seq, first, std::min(TOGETHER, end - first)});
-  }
-  s.pool.run(long(items.size()) * cache.G, work < WORTH_IT ? 1 : threads, [&](long number) {
-    const Item& item = items[number / cache.G];
-    const long g = number % cache.G, end = batch.starts[item.s + 1];
-    const Keys keys{cache, batch.blocks + item.s * batch.B, batch.block_size, g};
-    const float* here = q + item.first * q_stride + g * R * C;
-    float* to = out + item.first * H * C + g * R * C;
-    if (end - batch.starts[item.s] == 1) attend_single(here, keys, batch.contexts[item.s], R, scale, to);
-    else attend_chunk(kernel, here, q_stride, keys, batch.contexts[item.s] - (end - 1 - item.first), item.count, R, scale,
-                      to, H * C);
+  for (const Item& item : items) work += item.count * item.heads * batch.contexts[item.s] * R * C;
+  s.pool.run(long(items.size()), work < WORTH_IT ? 1 : threads, [&](long number) {
+    const Item& item = items[number];
+    const long last = batch.starts[item.s + 1] - 1, context = batch.contexts[item.s] - (last - item.first);
+    const Keys keys{cache, batch.blocks + item.s * batch.B, batch.block_size, item.head};
+    const float* here = q + item.first * q_stride + item.head * R * C;
+    float* to = out + (item.first * H + item.head * R) * C;
+    if (batch.starts[item.s] == last) attend_single(here, keys, item.heads, context, R, scale, to);
+    else attend_chunk(kernel, here, q_stride, keys, context, item.count, R, scale, to, H * C);
   });
 }
 
