@@ -3,14 +3,13 @@
     python -m benchmarks.kernels [--threads 2]
 
 Shape of 1b-a400m: 32 experts of width 512, hidden 1024, top-8 of random routing, random bfloat16 weights. The limits
-are measured in the same run: a plain parallel read of as many bytes, a large float32 product. Medians; all take turns.
+are measured in the same run (limits.py): a plain parallel read, a large float32 product. Medians; all take turns.
 """
 
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +21,15 @@ import typer
 
 from actors.kernels import native, packed
 from actors.model.expert_half import ACTIVATIONS, ExpertStore, LayerExperts
+from benchmarks.limits import Gauge, experts_cost
+from benchmarks.make_checkpoint import SHAPES
 from benchmarks.report import environment, table
 from cluster.model_config import GraniteMoeConfig
 
-EXPERTS, HIDDEN, WIDTH, TOP_K = 32, 1024, 512, 8
-MATMUL = 2048
+CONFIG = GraniteMoeConfig.model_validate(SHAPES["1b-a400m"])
+EXPERTS, HIDDEN, WIDTH, TOP_K = (
+    CONFIG.num_local_experts, CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_experts_per_tok,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,8 @@ def main(
     stores = {"torch": _store(plain, "torch")}
     if native.instruction_sets():
         stores["native"] = _store(plain, "native")
-    figures = [figure for n in map(int, tokens.split(",")) for figure in _measure(stores, n, threads, rounds)]
+    gauge = Gauge(threads)
+    figures = [figure for n in map(int, tokens.split(",")) for figure in _measure(stores, n, gauge, rounds)]
     table(
         ("tokens", "kernels", "ms", "GB/s", "of a plain read", "GFLOP/s", "of a large product"),
         [
@@ -70,45 +74,35 @@ def main(
         ],
     )  # fmt: skip
     if out:
-        content = {"environment": environment(), "threads": threads, "figures": [asdict(f) for f in figures]}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"environment": environment(), "threads": threads, "limits": asdict(gauge.median)}
+        out.write_text(json.dumps(content | {"figures": [asdict(f) for f in figures]}, indent=1) + "\n")
 
 
 def _store(plain: LayerExperts, choice: Any) -> ExpertStore:
     packed.Kernels.choose(choice)
-    config = GraniteMoeConfig.model_construct(num_local_experts=EXPERTS, hidden_act="silu")
-    return ExpertStore(config, (plain.packed(ACTIVATIONS["silu"]),))
+    return ExpertStore(CONFIG, (plain.packed(ACTIVATIONS[CONFIG.hidden_act]),))
 
 
-def _measure(stores: dict[str, ExpertStore], num_tokens: int, threads: int, rounds: int) -> list[Figure]:
+def _measure(stores: dict[str, ExpertStore], num_tokens: int, gauge: Gauge, rounds: int) -> list[Figure]:
     x = torch.randn(num_tokens, HIDDEN).bfloat16()
     ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(num_tokens)])
     gates = torch.full((num_tokens, TOP_K), 1 / TOP_K).bfloat16()
-    num_bytes = ids.unique().numel() * 3 * HIDDEN * WIDTH * 2
-    flops = num_tokens * TOP_K * 6 * HIDDEN * WIDTH
-    square = torch.randn(MATMUL, MATMUL)
-    lib = native.library()
-    runs: dict[str, Callable[[], object]] = {"product": lambda: square @ square}
-    read_bytes = EXPERTS * 3 * HIDDEN * WIDTH * 2
-    if lib:
-        memory = native.memory(read_bytes).zero_()
-        runs["read"] = lambda: lib.outcrop_read(threads, memory.data_ptr(), read_bytes)
-    runs |= {name: lambda store=store: store.run(0, x, ids, gates) for name, store in stores.items()}  # type: ignore[misc]
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    cost = experts_cost(CONFIG, num_tokens, ids.unique().numel(), itemsize=2)
+    seconds: dict[str, list[float]] = {name: [] for name in stores}
     for _ in range(rounds):
-        for name, run in runs.items():
+        gauge.measure()
+        for name, store in stores.items():
             started = time.perf_counter()
-            run()
+            store.run(0, x, ids, gates)
             seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    read = read_bytes / medians["read"] if "read" in medians else float("nan")
-    product = 2 * MATMUL**3 / medians["product"]
+    limits = gauge.median
     return [
         Figure(
-            name, num_tokens, 1e3 * s, num_bytes / s / 1e9, flops / s / 1e9, num_bytes / s / read, flops / s / product
+            name, num_tokens, 1e3 * s, cost.num_bytes / s / 1e9, cost.flops / s / 1e9,
+            cost.num_bytes / s / limits.bytes_per_second, cost.flops / s / limits.flops_per_second,
         )
-        for name, s in ((name, medians[name]) for name in stores)
-    ]
+        for name, s in ((name, statistics.median(taken)) for name, taken in seconds.items())
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

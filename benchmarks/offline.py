@@ -2,14 +2,17 @@
 
     python -m benchmarks.offline CHECKPOINT [--lanes local,object_ref,zmq] [--batches 1,8,32] [--groups 2]
 
-Every figure is a median over rounds in which the lanes take turns; ratios are medians of ratios within a round.
+Every figure is a median over rounds in which the lanes take turns; ratios are medians of ratios within a round. Each
+round also measures what the machine can do at all (benchmarks/limits.py).
 """
 
 import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,20 +21,38 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch: fronts and replicas c
 import typer
 
 from benchmarks.lanes import INT8, LANES, OVERLAP, expert_cluster, local_dispatcher, make_engine
+from benchmarks.limits import Cost, Gauge, Limits, step_cost
 from benchmarks.report import environment, table
-from cluster.model_config import read_model_config
+from cluster.model_config import GraniteMoeConfig, read_model_config
+
+# Tokens of a step at most: longer prompts take several.
+BUDGET = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """`seconds` per step (decode) or prompt (prefill); `ratio` is this lane's speed over local's in the same round."""
+    """`seconds` per step (decode) or prompt (prefill); `ratio` is this lane's speed over local's in the same round,
+    `limit_share` what of the machine's own limits it reaches (limits.py), `flops_per_byte` what decides on the limit.
+    """
 
     case: str
     lane: str
     tokens_per_second: float
     seconds: float
     ratio: float
+    limit_share: float
+    gflops: float
+    flops_per_byte: float
     phases: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One measurement: its tokens, what it costs at least on a lane, a function of the engine that returns seconds."""
+
+    num_tokens: int
+    cost: Callable[[str], Cost]
+    run: Callable[[Any], float]
 
 
 class Stopwatch:
@@ -103,25 +124,60 @@ def prefill(engine: Any, length: int) -> float:
     return time.perf_counter() - started
 
 
-def measure(engine: Any, dispatchers: dict[str, Any], cases: dict[str, tuple[int, Any]], rounds: int) -> list[Figure]:
-    """`cases`: name -> (tokens of one measurement, function of the engine that returns seconds)."""
+def make_cases(
+    config: GraniteMoeConfig, batches: list[int], prompts: list[int], steps: int, context: int, itemsize: int
+) -> dict[str, Case]:
+    def cost(passes: list[list[tuple[int, int]]], lane: str) -> Cost:
+        """Of all passes over the weights: in each, sequences of (new tokens, context)."""
+        expert_itemsize = 1 if lane.endswith(INT8) else itemsize
+        return sum((step_cost(config, each, itemsize, expert_itemsize) for each in passes), Cost(0, 0))
+
+    cases = {}
+    for batch in batches:
+        passes = [[(1, context + steps // 2)] * batch]
+        cases[f"decode {batch}"] = Case(
+            batch, partial(cost, passes), partial(decode, batch=batch, steps=steps, context=context)
+        )
+    for length in prompts:
+        chunks = [(min(BUDGET, length - start), min(length, start + BUDGET)) for start in range(0, length, BUDGET)]
+        cases[f"prefill {length}"] = Case(
+            length, partial(cost, [[chunk] for chunk in chunks]), partial(prefill, length=length)
+        )
+    return cases
+
+
+def measure(
+    engine: Any, dispatchers: dict[str, Any], cases: dict[str, Case], rounds: int, gauge: Gauge
+) -> list[Figure]:
     watch = Stopwatch(engine)
     figures = []
-    for case, (num_tokens, run) in cases.items():
+    for name, case in cases.items():
         seconds: dict[str, list[float]] = {lane: [] for lane in dispatchers}
         shares: dict[str, dict[str, float]] = {}
+        limits: list[Limits] = []
         for _ in range(rounds):
+            limits.append(gauge.measure())
             for lane, dispatcher in dispatchers.items():
                 watch.use(lane, dispatcher)
                 watch.seconds.clear()
                 started = time.perf_counter()
-                seconds[lane].append(run(engine))
+                seconds[lane].append(case.run(engine))
                 shares[lane] = watch.shares(time.perf_counter() - started)
         for lane, taken in seconds.items():
-            base = seconds.get("local", taken)
-            ratio = statistics.median(b / t for b, t in zip(base, taken, strict=True))
-            median = statistics.median(taken)
-            figures.append(Figure(case, lane, num_tokens / median, median, ratio, shares[lane]))
+            base, cost, median = seconds.get("local", taken), case.cost(lane), statistics.median(taken)
+            figures.append(
+                Figure(
+                    name,
+                    lane,
+                    case.num_tokens / median,
+                    median,
+                    statistics.median(b / t for b, t in zip(base, taken, strict=True)),
+                    statistics.median(limit.seconds(cost) / t for limit, t in zip(limits, taken, strict=True)),
+                    cost.flops / median / 1e9,
+                    cost.flops / cost.num_bytes,
+                    shares[lane],
+                )
+            )
     return figures
 
 
@@ -153,30 +209,39 @@ def main(
 
         torch_dtype = getattr(torch, dtype)
         config = read_model_config(checkpoint)
-        engine = make_engine(checkpoint, config, torch_dtype, 48 * 1024, 512)
+        engine = make_engine(checkpoint, config, torch_dtype, 48 * 1024, BUDGET)
         dispatchers = {
             lane: local_dispatcher(checkpoint, config, torch_dtype)
             if lane == "local"
             else cluster.dispatcher(lane, engine.metrics)
             for lane in lanes.split(",")
         }
-        cases: dict[str, tuple[int, Any]] = {}
-        for batch in map(int, filter(None, batches.split(","))):
-            cases[f"decode {batch}"] = (batch, lambda e, b=batch: decode(e, b, steps, context))
-        for length in map(int, filter(None, prompts.split(","))):
-            cases[f"prefill {length}"] = (length, lambda e, n=length: prefill(e, n))
-        figures = measure(engine, dispatchers, cases, rounds)
-    table(
-        ("case", "lane", "tok/s", "ms", "of local", "where the time goes"),
-        [
-            (f.case, f.lane, f"{f.tokens_per_second:.1f}", f"{1000 * f.seconds:.1f}", f"{f.ratio:.2f}", _shares(f))
-            for f in figures
-        ],
-    )
+        cases = make_cases(config, numbers(batches), numbers(prompts), steps, context, torch_dtype.itemsize)
+        gauge = Gauge(threads)
+        figures = measure(engine, dispatchers, cases, rounds, gauge)
+    show(figures)
     if out:
         settings = {"groups": groups, "replicas": replicas, "context": context, "threads": threads, "dtype": dtype}
-        content = {"environment": environment(), "settings": settings, "figures": [asdict(f) for f in figures]}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"environment": environment(), "settings": settings, "limits": asdict(gauge.median)}
+        out.write_text(json.dumps(content | {"figures": [asdict(f) for f in figures]}, indent=1) + "\n")
+
+
+def numbers(text: str) -> list[int]:
+    """From an option like "1,8,32"; may be empty."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def show(figures: list[Figure]) -> None:
+    table(
+        ("case", "lane", "tok/s", "ms", "of local", "of the limit", "where the time goes"),
+        [
+            (
+                f.case, f.lane, f"{f.tokens_per_second:.1f}", f"{1000 * f.seconds:.1f}", f"{f.ratio:.2f}",
+                f"{f.limit_share:.2f}", _shares(f),
+            )
+            for f in figures
+        ],
+    )  # fmt: skip
 
 
 def _shares(figure: Figure) -> str:

@@ -27,7 +27,7 @@ raise SystemExit(pytest.main(sys.argv[2:]))
 def run_tests(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Leaks are Python's and torch's; AddressSanitizer must be loaded before anything else."""
     preload = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout
-    environment = {"LD_PRELOAD": preload.strip(), "ASAN_OPTIONS": "detect_leaks=0", "NATIVE_EXAMPLES": "15"}
+    environment = {"LD_PRELOAD": preload.strip(), "ASAN_OPTIONS": "detect_leaks=0", "NATIVE_EXAMPLES": "8"}
     command = [sys.executable, "-c", RUN, str(library), "-q", "-s", "-p", "no:cacheprovider", *TESTS, *arguments]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 

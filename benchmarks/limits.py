@@ -1,0 +1,97 @@
+"""A roofline (Williams, Waterman, Patterson, 2009): what the machine can do at all, and what a step must do at least.
+
+A step must read the weights that it needs once, and its sequences' keys and values, and multiply. It can't take less
+than the longer of the two, at the speed of a plain parallel read and of a large float32 product.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.model_config import GraniteMoeConfig
+
+READ_BYTES = 32 * 3 * 1024 * 512 * 2  # the experts of a layer of 1b-a400m: more than caches hold
+MATMUL = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    num_bytes: float
+    flops: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.num_bytes + other.num_bytes, self.flops + other.flops)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    bytes_per_second: float
+    flops_per_second: float
+
+    def seconds(self, cost: Cost) -> float:
+        return max(cost.num_bytes / self.bytes_per_second, cost.flops / self.flops_per_second)
+
+
+class Gauge:
+    """Measures the limits anew at each call, so that they can take turns with what is compared with them."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        from actors.kernels import native
+
+        square = torch.randn(MATMUL, MATMUL)
+        self._product: Callable[[], object] = lambda: square @ square
+        lib = native.library()
+        memory = native.memory(READ_BYTES).zero_() if lib else torch.zeros(READ_BYTES // 8, dtype=torch.int64)
+        # Without our library, a sum: bound by memory as well, if not as closely.
+        self._read: Callable[[], object] = (
+            (lambda: lib.outcrop_read(threads, memory.data_ptr(), READ_BYTES)) if lib else memory.sum
+        )
+
+        self._measured: list[Limits] = []
+
+    def measure(self) -> Limits:
+        limits = Limits(READ_BYTES / _seconds(self._read), 2 * MATMUL**3 / _seconds(self._product))
+        self._measured.append(limits)
+        return limits
+
+    @property
+    def median(self) -> Limits:
+        """Of all measurements."""
+        return Limits(
+            statistics.median(each.bytes_per_second for each in self._measured),
+            statistics.median(each.flops_per_second for each in self._measured),
+        )
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def experts_cost(config: GraniteMoeConfig, num_tokens: int, num_touched: float, itemsize: int) -> Cost:
+    """Experts of a layer, of which `num_touched` have tokens."""
+    expert = 3 * config.hidden_size * config.intermediate_size
+    return Cost(num_touched * expert * itemsize, 2 * num_tokens * config.num_experts_per_tok * expert)
+
+
+def step_cost(
+    config: GraniteMoeConfig, lengths: list[tuple[int, int]], itemsize: int, expert_itemsize: int | None = None
+) -> Cost:
+    """A step of sequences with (new tokens, context with them), one row of logits each; experts chosen evenly."""
+    num_tokens, num_experts = sum(new for new, _ in lengths), config.num_local_experts
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    dense = config.hidden_size * (2 * queries + 2 * keys + num_experts)
+    touched = num_experts * (1 - (1 - config.num_experts_per_tok / num_experts) ** num_tokens)
+    read = sum(context for _, context in lengths)
+    pairs = sum(new * (context - (new - 1) / 2) for new, context in lengths)  # of a query and a key
+    layer = experts_cost(config, num_tokens, touched, expert_itemsize or itemsize) + Cost(
+        (dense + 2 * read * keys) * itemsize, 2 * num_tokens * dense + 4 * pairs * queries
+    )
+    head = config.vocab_size * config.hidden_size
+    layers = config.num_hidden_layers
+    return Cost(layers * layer.num_bytes + head * itemsize, layers * layer.flops + 2 * len(lengths) * head)
