@@ -154,66 +154,87 @@ AVX2 void pack_values(const Keys& keys, long first, long n, char* packed) {
   }
 }
 
-// The queries of `tokens` successive tokens that share a key head: row i is query i % R of token i / R. The first token
-// sees `context` keys, each of the others one more. q and out begin at its first query; tokens are `q_stride` and
-// `out_stride` apart.
-void attend_chunk(const Kernel& kernel, const float* q, long q_stride, const Keys& keys, long context, long tokens, long R,
-                  float scale, float* out, long out_stride) {
-  thread_local Scratch query_memory, key_memory, value_memory, score_memory, weight_memory, sum_memory;
-  const Format& format = BFLOAT16;
-  const long C = keys.cache.C, rows = tokens * R, last = context + tokens - 1;
-  const long stride = format.row_bytes(C, kernel), weight_stride = format.row_bytes(PIECE, kernel);
-  const long channels = round_up(C, TILE), key_tile = format.tile_bytes(C), value_tile = format.tile_bytes(PIECE);
+// The queries of successive tokens that share a key head: row i is query i % R of token i / R. The first token sees
+// `context` keys, each of the others one more. Keys pass by in pieces.
+class Chunk {
+ public:
+  Chunk(const Kernel& kernel, const Keys& keys, long context, long tokens, long R)
+      : kernel_(kernel), keys_(keys), context_(context), R_(R), C_(keys.cache.C), rows_(tokens * R),
+        stride_(BFLOAT16.row_bytes(C_, kernel)), channels_(round_up(C_, TILE)), softmax_(rows_) {
+    thread_local Scratch queries, keys_memory, values, scores, weights, sums;
+    act_ = queries.at_least(rows_ * stride_);
+    key_tiles_ = keys_memory.at_least(PIECE / TILE * BFLOAT16.tile_bytes(C_));
+    value_tiles_ = values.at_least(channels_ / TILE * BFLOAT16.tile_bytes(PIECE));
+    scores_ = reinterpret_cast<float*>(scores.at_least(rows_ * PIECE * sizeof(float)));
+    weights_ = kernel.activate ? weights.at_least(rows_ * weight_bytes()) : reinterpret_cast<char*>(scores_);
+    sums_ = reinterpret_cast<float*>(sums.at_least(rows_ * channels_ * sizeof(float)));
+    std::fill_n(sums_, rows_ * channels_, 0.0f);
+  }
 
-  char* queries = query_memory.at_least(rows * stride);
-  for (long i = 0; i < rows; ++i)
-    activation(format, kernel, C, queries + i * stride, [&](float* row) {
-      for (long c = 0; c < C; ++c) row[c] = q[i / R * q_stride + i % R * C + c] * scale;
-    });
-  char* key_tiles = key_memory.at_least(PIECE / TILE * key_tile);
-  char* value_tiles = value_memory.at_least(channels / TILE * value_tile);
-  float* scores = reinterpret_cast<float*>(score_memory.at_least(rows * PIECE * sizeof(float)));
-  float* sums = reinterpret_cast<float*>(sum_memory.at_least(rows * channels * sizeof(float)));
-  std::fill_n(sums, rows * channels, 0.0f);
-  std::vector<Softmax> softmax(rows);
+  // q and out begin at the first query; tokens are `q_stride` and `out_stride` apart.
+  void attend(const float* q, long q_stride, float scale, float* out, long out_stride) {
+    for (long i = 0; i < rows_; ++i)
+      activation(BFLOAT16, kernel_, C_, act_ + i * stride_, [&](float* row) {
+        for (long c = 0; c < C_; ++c) row[c] = q[i / R_ * q_stride + i % R_ * C_ + c] * scale;
+      });
+    const long last = context_ + rows_ / R_ - 1;
+    for (long first = 0; first < last; first += PIECE) {
+      const long n = std::min(PIECE, last - first);
+      score(first, n);
+      weigh(first, n);
+      add(first, n);
+    }
+    for (long i = 0; i < rows_; ++i) {
+      float* row = out + i / R_ * out_stride + i % R_ * C_;
+      std::copy_n(sums_ + i * channels_, C_, row);
+      divide(row, C_, softmax_[i].sum);
+    }
+  }
 
-  for (long first = 0; first < last; first += PIECE) {
-    const long n = std::min(PIECE, last - first), tiles = round_up(n, TILE) / TILE;
+ private:
+  void score(long first, long n) {
+    const long tiles = round_up(n, TILE) / TILE, tile_bytes = BFLOAT16.tile_bytes(C_), padded = BFLOAT16.padded(C_);
     for (long i = 0; i < tiles * TILE; ++i)
-      format.pack_row(i < n ? keys.key(first + i) : nullptr, i < n ? C : 0, format.padded(C), i % TILE,
-                      key_tiles + i / TILE * key_tile);
-    blocks(kernel, 0, tiles, 0, rows, [&](long tile, long row, long count) {
+      BFLOAT16.pack_row(i < n ? keys_.key(first + i) : nullptr, i < n ? C_ : 0, padded, i % TILE,
+                        key_tiles_ + i / TILE * tile_bytes);
+    blocks(kernel_, 0, tiles, 0, rows_, [&](long tile, long row, long count) {
       float products[MAX_ROWS * TILE];
-      kernel.multiply(key_tiles + tile * key_tile, format.padded(C), queries + row * stride, stride, count, products);
+      kernel_.multiply(key_tiles_ + tile * tile_bytes, padded, act_ + row * stride_, stride_, count, products);
       for (long m = 0; m < count; ++m)
-        std::memcpy(scores + (row + m) * PIECE + tile * TILE, products + m * TILE, TILE * sizeof(float));
+        std::copy_n(products + m * TILE, TILE, scores_ + (row + m) * PIECE + tile * TILE);
     });
+  }
 
-    for (long i = 0; i < rows; ++i) {
-      const long seen = std::max(0L, std::min(n, context + i / R - first));
-      float* row = scores + i * PIECE;
-      if (seen) softmax[i].add(row, seen, sums + i * channels, C);
+  // Scores become weights; zero for what a query does not see.
+  void weigh(long first, long n) {
+    for (long i = 0; i < rows_; ++i) {
+      const long seen = std::max(0L, std::min(n, context_ + i / R_ - first));
+      float* row = scores_ + i * PIECE;
+      if (seen) softmax_[i].add(row, seen, sums_ + i * channels_, C_);
       std::fill(row + seen, row + PIECE, 0.0f);
+      if (kernel_.activate) kernel_.activate(row, PIECE, weights_ + i * weight_bytes());
     }
-    char* weights = reinterpret_cast<char*>(scores);
-    if (kernel.activate) {
-      weights = weight_memory.at_least(rows * weight_stride);
-      for (long i = 0; i < rows; ++i) kernel.activate(scores + i * PIECE, PIECE, weights + i * weight_stride);
-    }
+  }
 
-    pack_values(keys, first, n, value_tiles);
-    blocks(kernel, 0, channels / TILE, 0, rows, [&](long tile, long row, long count) {
+  void add(long first, long n) {
+    const long tile_bytes = BFLOAT16.tile_bytes(PIECE), bytes = weight_bytes();
+    pack_values(keys_, first, n, value_tiles_);
+    blocks(kernel_, 0, channels_ / TILE, 0, rows_, [&](long tile, long row, long count) {
       float products[MAX_ROWS * TILE];
-      kernel.multiply(value_tiles + tile * value_tile, PIECE, weights + row * weight_stride, weight_stride, count, products);
-      for (long m = 0; m < count; ++m) add_row(products + m * TILE, TILE, sums + (row + m) * channels + tile * TILE);
+      kernel_.multiply(value_tiles_ + tile * tile_bytes, PIECE, weights_ + row * bytes, bytes, count, products);
+      for (long m = 0; m < count; ++m) add_row(products + m * TILE, TILE, sums_ + (row + m) * channels_ + tile * TILE);
     });
   }
-  for (long i = 0; i < rows; ++i) {
-    float* row = out + i / R * out_stride + i % R * C;
-    std::copy_n(sums + i * channels, C, row);
-    divide(row, C, softmax[i].sum);
-  }
-}
+
+  long weight_bytes() const { return BFLOAT16.row_bytes(PIECE, kernel_); }
+
+  const Kernel& kernel_;
+  const Keys& keys_;
+  const long context_, R_, C_, rows_, stride_, channels_;
+  std::vector<Softmax> softmax_;
+  char *act_, *key_tiles_, *value_tiles_, *weights_;
+  float *scores_, *sums_;
+};
 
 // Tokens [first, first + count) of the step's rows, all of sequence s, and key heads from `head` on.
 struct Item {
@@ -249,7 +270,7 @@ void attention(const Kernel& kernel, State& s, long threads, const Batch& batch,
     const float* here = q + item.first * q_stride + item.head * R * C;
     float* to = out + (item.first * H + item.head * R) * C;
     if (batch.starts[item.s] == last) attend_single(here, keys, item.heads, context, R, scale, to);
-    else attend_chunk(kernel, here, q_stride, keys, context, item.count, R, scale, to, H * C);
+    else Chunk(kernel, keys, context, item.count, R).attend(here, q_stride, scale, to, H * C);
   });
 }
 

@@ -8,6 +8,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.checkpoints import MODELS, TinyModel, write_checkpoint
+from tests.e2e.collector import Collector, collecting
 from tests.e2e.oracle import Oracle
 from tests.e2e.servers import Server, serving
 
@@ -28,8 +29,16 @@ def oracle(model_dir: Path) -> Oracle:
 
 
 @pytest.fixture(scope="session")
-def server(model_dir: Path) -> Iterator[Server]:
-    with serving(model_dir, "--groups", "2", "--replicas", "1", "--dtype", "float32") as running:
+def unwanted_traces() -> Iterator[Collector]:
+    """A collector that the environment of the server below names, and that no flag does."""
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server(model_dir: Path, unwanted_traces: Collector) -> Iterator[Server]:
+    env = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": unwanted_traces.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    with serving(model_dir, "--groups", "2", "--replicas", "1", "--dtype", "float32", env=env) as running:
         yield running
 
 

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import PREFIX, TABLE
+from tests.e2e.collector import Collector
 from tests.e2e.oracle import Oracle
 from tests.e2e.servers import MODEL, Server, eventually
 
@@ -214,3 +215,15 @@ def test_without_an_id_the_one_that_serve_makes_up_is_ours(http: httpx.Client, s
     request_id = answer.headers["x-request-id"]
     assert answer.json()["id"] == f"cmpl-{request_id}"
     eventually(lambda: f"request_id={request_id}" in server.ray_logs(), "the log names it")
+
+
+def test_no_trace_is_sent_unless_it_is_asked_for(
+    http: httpx.Client, server: Server, unwanted_traces: Collector
+) -> None:
+    """OpenTelemetry's own variable, which the server's environment has, may be there for other programs."""
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"X-Request-Id": "quiet", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    http.post(COMPLETIONS, json={"prompt": "Hi", "max_tokens": 2}, headers=headers)
+    eventually(lambda: "request_id=quiet" in server.ray_logs(), "the log names it")
+    assert trace not in server.ray_logs()
+    assert unwanted_traces.num_requests == 0

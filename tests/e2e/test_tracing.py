@@ -150,13 +150,3 @@ class TestLogs:
         (given_up,) = [line for line in lines(server.actor_logs()) if "is given up" in line["message"]]
         assert victim["id"] in given_up["message"]
         assert [i.partition("-")[0] for i in given_up["request_ids"]] == ["hit"]
-
-
-def test_nothing_is_sent_unless_it_is_asked_for(model_dir: Path) -> None:
-    with collecting() as collector:
-        env = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
-        with serving(model_dir, *FLAGS, env=env) as server:
-            generate(server, "quiet", {"max_tokens": 2}, traceparent=f"00-{TRACE}-{CALLER}-01")
-            (finished,) = [line for line in lines(server.ray_logs()) if line.get("request_id") == "quiet"]
-            assert "trace_id" not in finished
-        assert collector.num_requests == 0
