@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "outcrop"  # the same numbers give the same file
+mpl.rcParams |= {"svg.hashsalt": "outcrop", "svg.fonttype": "none"}  # the same numbers give the same file
 from matplotlib import pyplot  # noqa: E402 - after use()
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,7 +37,8 @@ def draw_scaling(content: Json, picture: Path) -> None:
     size = (max(4.2, 3.2 * len(axes)), 3)
     figure, panels = pyplot.subplots(1, len(axes), figsize=size, squeeze=False, layout="constrained")
     for axis, panel in zip(axes, panels[0], strict=True):
-        _draw_growth(panel, TITLES[axis], [f for f in content["figures"] if f["axis"] == axis])
+        figures = sorted((f for f in content["figures"] if f["axis"] == axis), key=lambda f: f["value"])
+        _draw_growth(panel, TITLES[axis], figures)
     figure.suptitle(
         f"Decode step over zmq, {content['dtype']}, {content['environment']['cores']} cores", fontsize="medium"
     )
@@ -69,7 +70,8 @@ def draw_roofline(kernels: Json, offline: Json, picture: Path) -> None:
     ]
     _draw_roof(right, "whole step", offline["limits"], points)
     environment = offline["environment"]
-    figure.suptitle(f"1b-a400m, bfloat16, {environment['cores']} cores, {environment['bfloat16']}", fontsize="medium")
+    kernels_used = environment["bfloat16"].partition(":")[0]
+    figure.suptitle(f"1b-a400m, bfloat16, {environment['cores']} cores; {kernels_used}", fontsize="medium")
     figure.savefig(picture, metadata={"Date": None})
 
 
@@ -93,7 +95,7 @@ def _draw_roof(panel: Any, title: str, limits: Json, points: list[tuple[str, flo
     panel.set_ylabel("GFLOP/s")
     panel.set_title(title, fontsize="medium")
     panel.legend(fontsize=7)
-    panel.grid(alpha=0.3, which="both")
+    panel.grid(alpha=0.3)
 
 
 if __name__ == "__main__":
