@@ -55,9 +55,9 @@ def supervisor_pid(server: Server) -> int:
 
 
 def post(server: Server, path: str, body: dict[str, object]) -> dict[str, object]:
-    """503: the supervisor is being restarted."""
+    """503: the supervisor is being restarted. Moving the experts of a large model takes minutes on busy cores."""
     for _ in range(60):
-        answer = httpx.post(server.url + path, json=body, timeout=60, trust_env=False)
+        answer = httpx.post(server.url + path, json=body, timeout=600, trust_env=False)
         if answer.status_code != 503:
             break
         time.sleep(0.5)

@@ -10,11 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.kernels import native
+from actors.kernels.packed import Kernels
 from actors.lanes.local import LocalDispatcher
 from actors.model import attention
 from actors.model.batch import Span, StepBatch
 from actors.model.loader import load_experts, load_front
 from actors.model.paged_kv import PagedKV
+from cluster.messages import KernelChoice
 from cluster.model_config import read_model_config
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 
@@ -201,7 +204,13 @@ def test_decodes_are_gathered_with_little_padding(contexts: list[int], limit: in
         assert len(group) == 1 or max(lengths) * len(group) <= limit
 
 
-def test_bfloat16_stays_close_to_transformers_in_bfloat16(tmp_path: Path):
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_bfloat16_stays_close_to_transformers_in_bfloat16(
+    tmp_path: Path, kernels: KernelChoice, monkeypatch: pytest.MonkeyPatch
+):
+    if kernels == "native" and not native.instruction_sets():
+        pytest.skip("the native kernels have not been built, or this CPU has no AVX2")
+    monkeypatch.setattr(Kernels, "choice", kernels)
     # Every expert is chosen: rounding can't flip the router's choice, which would make any comparison loose.
     write_checkpoint(MODELS["all-experts"], tmp_path)
     prompt = PROMPTS[1]
