@@ -10,9 +10,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +18,11 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch: fronts and replicas c
 
 import typer
 
+from benchmarks.cases import BUDGET, Case, make_cases
 from benchmarks.lanes import INT8, LANES, OVERLAP, expert_cluster, local_dispatcher, make_engine
-from benchmarks.limits import Cost, Gauge, Limits, step_cost
+from benchmarks.limits import Gauge, Limits
 from benchmarks.report import environment, table
-from cluster.model_config import GraniteMoeConfig, read_model_config
-
-# Tokens of a step at most: longer prompts take several.
-BUDGET = 512
+from cluster.model_config import read_model_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +40,6 @@ class Figure:
     gflops: float
     flops_per_byte: float
     phases: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One measurement: its tokens, what it costs at least on a lane, a function of the engine that returns seconds."""
-
-    num_tokens: int
-    cost: Callable[[str], Cost]
-    run: Callable[[Any], float]
 
 
 class Stopwatch:
@@ -88,62 +75,6 @@ class Stopwatch:
     def shares(self, total: float) -> dict[str, float]:
         shares = {phase: seconds / total for phase, seconds in self.seconds.items()}
         return shares | {"attention, router and the rest": 1 - sum(shares.values())}
-
-
-def decode(engine: Any, batch: int, steps: int, context: int) -> float:
-    """Seconds per step of `batch` sequences, after their prompts of `context` tokens are in the cache."""
-    from cluster.messages import GenerationRequest, SamplingParams
-
-    params = SamplingParams(max_tokens=steps + 8, temperature=0.0)
-    for i in range(batch):
-        engine.add(GenerationRequest(str(i), "", tuple((7 * i + j) % 4000 + 300 for j in range(context)), params))
-    while any(s.num_output < 2 for s in engine.sequences.values()):
-        engine.step()
-    return _timed_steps(engine, steps)
-
-
-def _timed_steps(engine: Any, steps: int) -> float:
-    started = time.perf_counter()
-    for _ in range(steps):
-        engine.step()
-    seconds = (time.perf_counter() - started) / steps
-    for request_id in tuple(engine.sequences):
-        engine.abort(request_id)
-    return seconds
-
-
-def prefill(engine: Any, length: int) -> float:
-    """Seconds to compute a prompt of `length` tokens and its first new token."""
-    from cluster.messages import GenerationRequest, SamplingParams
-
-    prompt = tuple(j % 4000 + 300 for j in range(length))
-    engine.add(GenerationRequest("p", "", prompt, SamplingParams(max_tokens=1, temperature=0.0)))
-    started = time.perf_counter()
-    while engine.has_work:
-        engine.step()
-    return time.perf_counter() - started
-
-
-def make_cases(
-    config: GraniteMoeConfig, batches: list[int], prompts: list[int], steps: int, context: int, itemsize: int
-) -> dict[str, Case]:
-    def cost(passes: list[list[tuple[int, int]]], lane: str) -> Cost:
-        """Of all passes over the weights: in each, sequences of (new tokens, context)."""
-        expert_itemsize = 1 if lane.endswith(INT8) else itemsize
-        return sum((step_cost(config, each, itemsize, expert_itemsize) for each in passes), Cost(0, 0))
-
-    cases = {}
-    for batch in batches:
-        passes = [[(1, context + steps // 2)] * batch]
-        cases[f"decode {batch}"] = Case(
-            batch, partial(cost, passes), partial(decode, batch=batch, steps=steps, context=context)
-        )
-    for length in prompts:
-        chunks = [(min(BUDGET, length - start), min(length, start + BUDGET)) for start in range(0, length, BUDGET)]
-        cases[f"prefill {length}"] = Case(
-            length, partial(cost, [[chunk] for chunk in chunks]), partial(prefill, length=length)
-        )
-    return cases
 
 
 def measure(

@@ -17,8 +17,8 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import typer
 
+from benchmarks.cases import BUDGET, decode
 from benchmarks.lanes import expert_cluster, make_engine
-from benchmarks.offline import decode
 from benchmarks.report import environment, table
 from cluster.model_config import read_model_config
 
@@ -81,7 +81,7 @@ def main(
             import torch
 
             config = read_model_config(checkpoint)
-            engine = make_engine(checkpoint, config, getattr(torch, dtype), 8 * 1024, 512)
+            engine = make_engine(checkpoint, config, getattr(torch, dtype), 8 * 1024, BUDGET)
             engine.dispatcher = cluster.dispatcher("zmq", engine.metrics)
             for axis, value, case in members:
                 seconds = measure(engine, case, steps, rounds, config.max_context)
