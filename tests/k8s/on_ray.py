@@ -7,11 +7,13 @@ fronts and experts join after the application has been deployed, as pods do.
 """
 
 import json
+import os
 import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import ray
@@ -35,6 +37,10 @@ def main() -> None:
     service = one(overlay("production"), "RayService")
     groups = [group for name, group in ray_groups(service) if name != "head"]
     with TemporaryDirectory(prefix="outcrop-", dir="/tmp") as temp_dir:  # short: paths of sockets have 107 characters
+        # Cluster notes its address for whoever asks for "auto", in a directory that need not be there: in ours, not in
+        # /tmp/ray, where it would send others to this Ray.
+        os.environ["RAY_TMPDIR"] = temp_dir
+        Path(temp_dir, "ray").mkdir()
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "temp_dir": temp_dir}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
