@@ -1,6 +1,7 @@
 // A sequence with one new token reads its keys and values once, as they lie: decode is bound by memory. The tokens of a
 // prompt share them: 64 keys at a time are packed as a matrix, and so are their values, and many queries are multiplied with
-// them. Either way, what is computed for a token depends on its sequence alone, not on where a prompt is cut.
+// them. Either way, what is computed for a token depends on its sequence alone, not on where a prompt is cut (but that a piece
+// of one token goes the first way).
 
 #include "attention.h"
 
@@ -193,16 +194,9 @@ class Chunk {
 
  private:
   void score(long first, long n) {
-    const long tiles = round_up(n, TILE) / TILE, tile_bytes = BFLOAT16.tile_bytes(C_), padded = BFLOAT16.padded(C_);
-    for (long i = 0; i < tiles * TILE; ++i)
-      BFLOAT16.pack_row(i < n ? keys_.key(first + i) : nullptr, i < n ? C_ : 0, padded, i % TILE,
-                        key_tiles_ + i / TILE * tile_bytes);
-    blocks(kernel_, 0, tiles, 0, rows_, [&](long tile, long row, long count) {
-      float products[MAX_ROWS * TILE];
-      kernel_.multiply(key_tiles_ + tile * tile_bytes, padded, act_ + row * stride_, stride_, count, products);
-      for (long m = 0; m < count; ++m)
-        std::copy_n(products + m * TILE, TILE, scores_ + (row + m) * PIECE + tile * TILE);
-    });
+    pack_rows(BFLOAT16, n, C_, key_tiles_, [&](long i) { return keys_.key(first + i); });
+    multiply_tiles(BFLOAT16, kernel_, key_tiles_, C_, 0, round_up(n, TILE) / TILE, act_, 0, rows_,
+                   [&](long i, long key, float* sums) { std::copy_n(sums, TILE, scores_ + i * PIECE + key); });
   }
 
   // Scores become weights; zero for what a query does not see.
@@ -217,13 +211,9 @@ class Chunk {
   }
 
   void add(long first, long n) {
-    const long tile_bytes = BFLOAT16.tile_bytes(PIECE), bytes = weight_bytes();
     pack_values(keys_, first, n, value_tiles_);
-    blocks(kernel_, 0, channels_ / TILE, 0, rows_, [&](long tile, long row, long count) {
-      float products[MAX_ROWS * TILE];
-      kernel_.multiply(value_tiles_ + tile * tile_bytes, PIECE, weights_ + row * bytes, bytes, count, products);
-      for (long m = 0; m < count; ++m) add_row(products + m * TILE, TILE, sums_ + (row + m) * channels_ + tile * TILE);
-    });
+    multiply_tiles(BFLOAT16, kernel_, value_tiles_, PIECE, 0, channels_ / TILE, weights_, 0, rows_,
+                   [&](long i, long c, float* sums) { add_row(sums, TILE, sums_ + i * channels_ + c); });
   }
 
   long weight_bytes() const { return BFLOAT16.row_bytes(PIECE, kernel_); }

@@ -91,14 +91,10 @@ EXPORT void outcrop_experts(int is_int8, int number, long threads, const bf16* x
   s.pool.run(num_busy * out_shares, threads, [&](long item) {
     const Share share(item % out_shares, out_tiles);
     const long e = pairs.busy[item / out_shares];
-    blocks(kernel, share.first, share.last, pairs.start[e], pairs.start[e + 1], [&](long tile, long p, long count) {
-      float sums[MAX_ROWS * TILE];
-      const long first = tile * TILE;
-      const char* w = experts + e * bytes + down_at + tile * format.tile_bytes(F);
-      kernel.multiply(w, hidden_padded, hidden_act + p * hidden_stride, hidden_stride, count, sums);
-      for (long m = 0; m < count; ++m)
-        scale_row(sums + m * TILE, pairs.gate[p + m], std::min(TILE, D - first), y + (p + m) * D + first);
-    });
+    multiply_tiles(format, kernel, experts + e * bytes + down_at, F, share.first, share.last, hidden_act, pairs.start[e],
+                   pairs.start[e + 1], [&](long p, long first, float* sums) {
+                     scale_row(sums, pairs.gate[p], std::min(TILE, D - first), y + p * D + first);
+                   });
   });
 
   // Each token's choices in their order.

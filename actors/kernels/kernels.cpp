@@ -53,11 +53,7 @@ EXPORT int outcrop_isa_works(int number) {
 EXPORT long outcrop_packed_bytes(int is_int8, long O, long D) { return format_of(is_int8).matrix_bytes(O, D); }
 
 EXPORT void outcrop_pack(int is_int8, const bf16* w, long O, long D, char* packed) {
-  const Format& format = format_of(is_int8);
-  for (long o = 0; o < round_up(O, TILE); ++o) {
-    char* tile = packed + o / TILE * format.tile_bytes(D);
-    format.pack_row(w + o * D, o < O ? D : 0, format.padded(D), o % TILE, tile);
-  }
+  pack_rows(format_of(is_int8), O, D, packed, [&](long o) { return w + o * D; });
 }
 
 // y [T, O] = x [T, D] W^T + bias; bias may be null.

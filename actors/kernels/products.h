@@ -58,20 +58,36 @@ struct Share {
   static long number(long tiles) { return (tiles + TILES - 1) / TILES; }
 };
 
+// Packs rows row_of(0) to row_of(O - 1) [D] as a matrix, with zeros behind them.
+template <typename RowOf>
+void pack_rows(const Format& format, long O, long D, char* packed, RowOf row_of) {
+  for (long o = 0; o < round_up(O, TILE); ++o)
+    format.pack_row(o < O ? row_of(o) : nullptr, o < O ? D : 0, format.padded(D), o % TILE,
+                    packed + o / TILE * format.tile_bytes(D));
+}
+
+// Tiles [first, last) of a packed matrix with D inputs, times rows [from, to) of activations: calls
+// each(row, output, sums) with the 16 outputs from `output` on.
+template <typename Each>
+void multiply_tiles(const Format& format, const Kernel& kernel, const char* packed, long D, long first, long last,
+                    const char* act, long from, long to, Each each) {
+  const long padded = format.padded(D), stride = format.row_bytes(D, kernel), tile_bytes = format.tile_bytes(D);
+  blocks(kernel, first, last, from, to, [&](long tile, long row, long count) {
+    float sums[MAX_ROWS * TILE];
+    kernel.multiply(packed + tile * tile_bytes, padded, act + row * stride, stride, count, sums);
+    for (long m = 0; m < count; ++m) each(row + m, tile * TILE, sums + m * TILE);
+  });
+}
+
 // A packed matrix [O, D], times T rows of activations: calls each(row, first, width, sums) with up to 16 outputs.
 template <typename Each>
 void product(const Format& format, const Kernel& kernel, State& s, const char* packed, long O, long D, const char* act,
              long T, long threads, Each each) {
-  const long padded = format.padded(D), stride = format.row_bytes(D, kernel), tile_bytes = format.tile_bytes(D);
   const long tiles = round_up(O, TILE) / TILE, chunks = (T + CHUNK - 1) / CHUNK;
   s.pool.run(Share::number(tiles) * chunks, threads, [&](long item) {
     const Share share(item / chunks, tiles);
     const long from = item % chunks * CHUNK, to = std::min(T, from + CHUNK);
-    blocks(kernel, share.first, share.last, from, to, [&](long tile, long t, long count) {
-      float sums[MAX_ROWS * TILE];
-      kernel.multiply(packed + tile * tile_bytes, padded, act + t * stride, stride, count, sums);
-      const long first = tile * TILE, width = std::min(TILE, O - first);
-      for (long m = 0; m < count; ++m) each(t + m, first, width, sums + m * TILE);
-    });
+    multiply_tiles(format, kernel, packed, D, share.first, share.last, act, from, to,
+                   [&](long t, long first, float* sums) { each(t, first, std::min(TILE, O - first), sums); });
   });
 }

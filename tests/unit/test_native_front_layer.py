@@ -198,7 +198,6 @@ def test_the_step_of_a_token_is_the_same_in_any_company(isa: int) -> None:  # no
         spans=first.batch.spans[:1],
     )
     first.x_TD, first.angles = first.x_TD[:1], (first.angles[0][:1], first.angles[1][:1])
-    first.cached = first.cached.clone()
     alone = NativeLayers(
         native_layers(cfg, (packed(weights, isa),)) or (), first.x_TD.clone(), first.angles, first.batch, together.kv
     )
