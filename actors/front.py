@@ -1,7 +1,7 @@
 """FrontActor: a thin Ray class around Engine.
 
 The engine runs in a thread of its own; the actor's event loop takes requests in and hands outputs out. Outputs wait
-in one mailbox per ingress, so a step sends at most one message to each ingress.
+in one mailbox per ingress (actors/mailboxes.py), so a step sends at most one message to each ingress.
 torch is imported when an actor starts, so that the supervisor can name this class without loading it.
 """
 
@@ -9,17 +9,17 @@ import asyncio
 import time
 
 from actors.expert import where_am_i
-from actors.front_loop import FrontLoop, Mailbox
+from actors.front_loop import FrontLoop
 from actors.process import gently, limit_threads
 from cluster.expert_map import ExpertMap, Identity
 from cluster.logs import set_up_logs
 from cluster.messages import (
     ActorReport,
+    Delivery,
     FrontSpec,
     GenerationRequest,
     LoadProgress,
     ReadyReport,
-    RequestOutput,
     Submitted,
     Wanted,
 )
@@ -33,7 +33,6 @@ class FrontActor:
         set_up_logs(spec.actor_id, spec.logs.style, spec.logs.level)
         self.spec = spec
         self.loop = FrontLoop(spec, namespace)
-        self.mailboxes: dict[str, Mailbox] = {}
         self.ready: ReadyReport | None = None
         self.expert_map: ExpertMap | None = None
         self.wanted: Wanted | None = None
@@ -50,7 +49,7 @@ class FrontActor:
         """Take the first map, compute one token through all layers to see that it works, and serve."""
         await self.set_expert_map(expert_map, wanted)
         await asyncio.to_thread(self.loop.warm_up)
-        self.loop.start(asyncio.get_running_loop(), self.mailboxes)
+        self.loop.start(asyncio.get_running_loop())
 
     async def identity(self) -> Identity | None:
         """For a supervisor that has not started this actor; None while it can't serve."""
@@ -72,19 +71,26 @@ class FrontActor:
         """Accept no more requests; report() tells when the last one has ended."""
         self.loop.is_draining = True
 
+    async def open(self, lease: str) -> None:
+        """Begin to keep outputs for an ingress, until it closes the lease or does not poll for LEASE_S."""
+        self.loop.mailboxes.open(lease)
+
+    async def close(self, lease: str) -> None:
+        """End a lease, and abort what runs for it."""
+        self.loop.close_lease(lease)
+
     async def submit(self, request: GenerationRequest) -> Submitted:
-        self._mailbox(request.ingress_id)
         return self.loop.submit(request)
 
     async def abort(self, request_ids: tuple[str, ...]) -> None:
         self.loop.abort(request_ids)
 
-    async def poll(self, ingress_id: str) -> tuple[RequestOutput, ...]:
-        """What steps have added for this ingress since it last asked; waits until there is something."""
-        return await self._mailbox(ingress_id).take(POLL_S)
-
-    def _mailbox(self, ingress_id: str) -> Mailbox:
-        return self.mailboxes.setdefault(ingress_id, Mailbox())
+    async def poll(self, lease: str, acknowledged: int) -> Delivery | None:
+        """What steps have added behind the number `acknowledged`; waits until there is something. None: the lease has
+        ended, and everything that ran under it.
+        """
+        mailbox = self.loop.mailboxes.get(lease)
+        return await mailbox.take(acknowledged, POLL_S) if mailbox else None
 
     async def progress(self) -> LoadProgress:
         return self.loop.progress

@@ -1,7 +1,8 @@
-"""The thread that owns a front's engine, and the mailboxes its outputs wait in. Knows no Ray."""
+"""The thread that owns a front's engine: takes requests in, steps, hands outputs to the mailboxes. Knows no Ray."""
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import defaultdict, deque
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from actors.mailboxes import Mailboxes
 from actors.process import release_free_memory
 from cluster.expert_map import ExpertMap
 from cluster.messages import ActorReport, FrontSpec, GenerationRequest, LoadProgress, RequestOutput, Submitted
@@ -20,43 +22,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# An ingress polls all the time. One that is silent for this long is gone, and so are its clients.
-INGRESS_LEASE_S = 30.0
 IDLE_WAIT_S = 1.0
 SETTLE_S = 30.0
+EXPIRE_PERIOD_S = 1.0
+# An engine that fails this often in a row will not recover.
+MAX_FAILED_TURNS = 20
+FAILED_TURN_PAUSE_S = 0.1
 
 
-class Mailbox:
-    """Outputs for one ingress. Belongs to the event loop."""
-
-    def __init__(self) -> None:
-        self._outputs: list[RequestOutput] = []
-        self._filled = asyncio.Event()
-        self.last_seen = time.monotonic()
-
-    def put(self, outputs: list[RequestOutput]) -> None:
-        self._outputs += outputs
-        self._filled.set()
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._outputs)
-
-    async def take(self, timeout: float) -> tuple[RequestOutput, ...]:
-        self.last_seen = time.monotonic()
-        try:
-            await asyncio.wait_for(self._filled.wait(), timeout)
-        except TimeoutError:
-            return ()
-        finally:
-            self.last_seen = time.monotonic()
-        outputs, self._outputs = tuple(self._outputs), []
-        self._filled.clear()
-        return outputs
+def _end_process() -> None:
+    """The quickest way for everyone to notice: requests are replayed elsewhere, the supervisor starts a successor."""
+    os._exit(1)
 
 
 class FrontLoop:
-    def __init__(self, spec: FrontSpec, namespace: str) -> None:
+    def __init__(self, spec: FrontSpec, namespace: str, give_up: Callable[[], None] = _end_process) -> None:
         self.spec = spec
         self.namespace = namespace
         self.metrics = Metrics()
@@ -67,9 +47,11 @@ class FrontLoop:
         self._incoming: deque[GenerationRequest] = deque()
         self._inbox: deque[Callable[[Engine], None]] = deque()
         self._wake = threading.Event()
-        self._ingress_of: dict[str, str] = {}
-        self._mailboxes: dict[str, Mailbox] = {}
+        self._lease_of: dict[str, str] = {}
+        self.mailboxes = Mailboxes()
         self.is_draining = False
+        self._last_turn: float | None = None
+        self._give_up = give_up
 
     def load(self) -> tuple[int, int, int]:
         """Returns bytes of weights, tokens and bytes of the KV cache."""
@@ -93,21 +75,24 @@ class FrontLoop:
         assert self.engine is not None
         self.engine.warm_up()
 
-    def start(self, event_loop: asyncio.AbstractEventLoop, mailboxes: dict[str, Mailbox]) -> None:
+    def start(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        """Serve. Called from the event loop, like all that follows but for what is said to wait."""
         self._event_loop = event_loop
-        self._mailboxes = mailboxes
+        self._expire_leases()
+        self._last_turn = time.monotonic()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def submit(self, request: GenerationRequest) -> Submitted:
         assert self.engine is not None
-        if request.request_id in self._ingress_of:
-            return Submitted(True)  # asked twice, because the first answer was lost
+        if self.mailboxes.get(request.lease) is None:
+            return Submitted(False, "dropped")
         if self.is_draining:
             return Submitted(False, "draining")
         num_waiting = len(self.engine.scheduler.waiting) + len(self._incoming)
-        if num_waiting >= self.spec.engine.max_num_waiting:
+        # What another front has lost was admitted once, and is no more than that one had room for.
+        if num_waiting >= self.spec.engine.max_num_waiting and not request.attempt:
             return Submitted(False, "full", num_waiting)
-        self._ingress_of[request.request_id] = request.ingress_id
+        self._lease_of[request.request_id] = request.lease
         self._incoming.append(request)
         self._wake.set()
         return Submitted(True, num_waiting=num_waiting)
@@ -118,10 +103,21 @@ class FrontLoop:
     def _abort(self, engine: "Engine", request_ids: tuple[str, ...]) -> None:
         for request_id in request_ids:
             engine.abort(request_id)
-            self._ingress_of.pop(request_id, None)
+            self._lease_of.pop(request_id, None)
+
+    def close_lease(self, lease: str) -> None:
+        """Forget an ingress, and abort all that runs for it."""
+        self.mailboxes.close(lease)
+        self.abort(tuple(request_id for request_id, owner in tuple(self._lease_of.items()) if owner == lease))
+
+    def _expire_leases(self) -> None:
+        for lease in self.mailboxes.expire():
+            logger.warning("%s has been silent for too long: its requests are aborted", lease)
+            self.close_lease(lease)
+        self._event_loop.call_later(EXPIRE_PERIOD_S, self._expire_leases)
 
     def settle(self) -> None:
-        """Wait for the end of the step that is running. Raises TimeoutError."""
+        """Wait, in a thread, for the end of the step that is running. Raises TimeoutError."""
         self._between_steps(lambda engine: None)
 
     def check_integrity(self) -> None:
@@ -148,49 +144,59 @@ class FrontLoop:
     def _run(self) -> None:
         engine = self.engine
         assert engine is not None
-        while True:
+        num_failed = 0
+        while num_failed < MAX_FAILED_TURNS:
             try:
-                self._obey(engine)
-                if engine.has_work:
-                    self._deliver(engine.step())
-                else:
-                    self._wake.wait(IDLE_WAIT_S)
-                self._drop_lost_ingresses(engine)
+                self._turn(engine)
+                num_failed, self._last_turn = 0, time.monotonic()
             except Exception:
+                num_failed += 1
                 logger.exception("the engine loop goes on after an unexpected error")
-                time.sleep(0.1)
+                time.sleep(FAILED_TURN_PAUSE_S)
+        logger.critical("the engine has failed %d times in a row: this front ends", num_failed)
+        self._give_up()
+
+    def _turn(self, engine: "Engine") -> None:
+        self._obey(engine)
+        if engine.has_work:
+            self._deliver(engine.step())
+        else:
+            self._wake.wait(IDLE_WAIT_S)
 
     def _obey(self, engine: "Engine") -> None:
         self._wake.clear()
         # A command is taken before requests are: those that came before it are then all there when it runs.
         commands = [self._inbox.popleft() for _ in range(len(self._inbox))]
         while self._incoming:
-            engine.add(self._incoming.popleft())
+            self._take_in(engine, self._incoming.popleft())
         for command in commands:
-            command(engine)
+            try:
+                command(engine)
+            except Exception:  # those behind it are still to be obeyed
+                logger.exception("a command to the engine has failed")
+
+    def _take_in(self, engine: "Engine", request: GenerationRequest) -> None:
+        try:
+            engine.add(request)
+        except Exception as error:
+            logger.exception("a request was not taken in", extra={"request_ids": [request.label]})
+            engine.abort(request.request_id)
+            reason = f"{type(error).__name__}: {error}"
+            self._deliver([RequestOutput(request.request_id, finish_reason="error", error=reason)])
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        by_ingress: dict[str, list[RequestOutput]] = defaultdict(list)
+        by_lease: dict[str, list[RequestOutput]] = defaultdict(list)
         for output in outputs:
-            take = self._ingress_of.pop if output.finish_reason else self._ingress_of.get
-            if ingress_id := take(output.request_id, None):
-                by_ingress[ingress_id].append(output)
-        if by_ingress:
-            self._event_loop.call_soon_threadsafe(self._post, by_ingress)
+            take = self._lease_of.pop if output.finish_reason else self._lease_of.get
+            if lease := take(output.request_id, None):
+                by_lease[lease].append(output)
+        if by_lease:
+            self._event_loop.call_soon_threadsafe(self._post, by_lease)
 
-    def _post(self, by_ingress: dict[str, list[RequestOutput]]) -> None:
-        for ingress_id, outputs in by_ingress.items():
-            if mailbox := self._mailboxes.get(ingress_id):
+    def _post(self, by_lease: dict[str, list[RequestOutput]]) -> None:
+        for lease, outputs in by_lease.items():
+            if mailbox := self.mailboxes.get(lease):
                 mailbox.put(outputs)
-
-    def _drop_lost_ingresses(self, engine: "Engine") -> None:
-        limit = time.monotonic() - INGRESS_LEASE_S
-        lost = {name for name, mailbox in tuple(self._mailboxes.items()) if mailbox.last_seen < limit}
-        for ingress_id in lost:
-            orphans = tuple(r for r, owner in tuple(self._ingress_of.items()) if owner == ingress_id)
-            logger.warning("ingress %s is gone: %d requests aborted", ingress_id, len(orphans))
-            self._abort(engine, orphans)
-            self._mailboxes.pop(ingress_id, None)
 
     def report(self) -> ActorReport:
         engine = self.engine
@@ -207,8 +213,14 @@ class FrontLoop:
             self.metrics.samples(),
             tuple(tuple(layer) for layer in engine.expert_counts.tolist()),
             self.remote.lane_names() if self.remote else "local",
-            len(self._ingress_of) + sum(mailbox.num_waiting for mailbox in tuple(self._mailboxes.values())),
+            len(self._lease_of) + self.mailboxes.num_outputs,
+            self.stuck_seconds,
         )
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Since the engine's thread has last ended a step, or looked for work; 0 before it serves."""
+        return 0.0 if self._last_turn is None else time.monotonic() - self._last_turn
 
 
 def _check_integrity(engine: "Engine") -> None:

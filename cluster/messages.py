@@ -50,16 +50,22 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to continue. `output_token_ids` are tokens that an earlier front has already emitted. Outputs of
-    a traced request carry a Timing.
+    """One sequence to continue, as it is offered to one front.
+
+    `request_id` is the ingress's own, another one for each offer, and never parsed; `label` is what people call the
+    request, for log lines, and may be anything a client chose. Outputs go to the mailbox of `lease`.
+    `output_token_ids` are tokens that an earlier front has already emitted; `attempt` counts the fronts that have lost
+    the sequence. Outputs of a traced request carry a Timing.
     """
 
     request_id: str
-    ingress_id: str
+    lease: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     output_token_ids: tuple[int, ...] = ()
     is_traced: bool = False
+    label: str = ""
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +140,19 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Delivery:
+    """Outputs for one ingress, in order. The first has the number `first`; numbers count up from 1 within a lease."""
+
+    first: int
+    outputs: tuple[RequestOutput, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
-    """A front's answer to a request: accepted, or why not ("full": ask again later)."""
+    """A front's answer to a request: accepted, or why not ("full": ask again later; "dropped": the lease has ended)."""
 
     accepted: bool
-    reason: Literal["", "full", "draining"] = ""
+    reason: Literal["", "full", "draining", "dropped"] = ""
     num_waiting: int = 0
 
 
@@ -264,7 +278,8 @@ class ActorReport:
     """What the supervisor reads from a live actor: counters only grow while the actor lives.
 
     `expert_counts[layer][expert]` are routed (token, choice) pairs; empty for expert replicas. `num_requests` are those
-    that a front has not finished or whose outputs have not been fetched.
+    that a front has not finished or whose outputs have not been acknowledged. `stuck_seconds`: since a front's engine
+    has last ended a step, or looked for work.
     """
 
     actor_id: str
@@ -274,6 +289,7 @@ class ActorReport:
     expert_counts: tuple[tuple[int, ...], ...] = ()
     lane: str = ""
     num_requests: int = 0
+    stuck_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from cluster.messages import SamplingParams
 from cluster.metrics import Metrics
-from deploy.front_client import FrontClient, OutputStream
+from deploy.front_client import FrontClient
 from deploy.openai.choices import Choice, ChoiceDelta
+from deploy.output_stream import OutputStream
 from deploy.request_trace import RequestTrace
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ class Generation:
         request_id: str,
         trace: RequestTrace | None = None,
     ) -> None:
-        # Clients may send one id twice; fronts must not take the second request for the first.
-        self.id = f"{request_id}-{uuid.uuid4().hex[:8]}"
         self.request_id = request_id
         self.choices = [plan.choice for plan in plans]
         self._plans = plans
@@ -67,7 +65,7 @@ class Generation:
 
     async def _offer(self, index: int, plan: Plan) -> OutputStream:
         is_traced = self._trace is not None
-        return await self._client.submit(f"{self.id}-{index}", plan.prompt_token_ids, plan.params, is_traced)
+        return await self._client.submit(f"{self.request_id}-{index}", plan.prompt_token_ids, plan.params, is_traced)
 
     def close(self) -> None:
         """Abort what has not finished."""
@@ -94,6 +92,16 @@ class Generation:
             yield delta
 
     async def _pump(
+        self, choice: Choice, stream: OutputStream, arrived: "asyncio.Queue[ChoiceDelta | Exception]"
+    ) -> None:
+        try:
+            await self._forward(choice, stream, arrived)
+        except Exception as error:  # unseen, it would leave the client waiting for ever
+            logger.exception("a choice has failed", extra={"request_id": self.request_id})
+            self._metrics.inc("requests_failed_total", reason="internal")
+            arrived.put_nowait(GenerationFailed(f"{type(error).__name__}: {error}"))
+
+    async def _forward(
         self, choice: Choice, stream: OutputStream, arrived: "asyncio.Queue[ChoiceDelta | Exception]"
     ) -> None:
         last = None

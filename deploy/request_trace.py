@@ -13,7 +13,7 @@ from cluster.messages import RequestOutput, SamplingParams, Timing
 from deploy.openai.choices import Choice
 
 if TYPE_CHECKING:
-    from deploy.front_client import OutputStream
+    from deploy.output_stream import OutputStream
 
 Attributes = dict[str, Any]
 COSTS = ("num_steps", "expert_wait_seconds", "expert_compute_seconds", "num_failovers", "num_local_tokens")

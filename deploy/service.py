@@ -56,7 +56,7 @@ class Service:
         self.supervisor = supervisor
         self.started = int(time.time())
         self.ingress_id = f"ingress-{uuid.uuid4().hex[:8]}"
-        self.client = FrontClient(self.ingress_id, self.metrics)
+        self.client = FrontClient(self.ingress_id, self.metrics, config.max_num_waiting)
         self.state = ClusterState("starting", "starting", "")
         self._follow = asyncio.create_task(self._follow_state())
 

@@ -96,7 +96,7 @@ class Engine:
     def _begin(self, chunks: list[Chunk]) -> Step:
         """Name the step, and note it where a trace will ask for it."""
         self._step_id = self._step_id.next()
-        step = Step(self._step_id, tuple(chunk.sequence.request.request_id for chunk in chunks))
+        step = Step(self._step_id, tuple(chunk.sequence.request.label for chunk in chunks))
         for chunk in chunks:
             if chunk.sequence.request.is_traced:
                 chunk.sequence.steps.append(step)

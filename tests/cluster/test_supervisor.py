@@ -46,17 +46,21 @@ def front(supervisor: Supervisor, number: int = 0) -> Any:
 
 async def submit(actor: Any, request_id: str, ingress: str = "in", **params: Any) -> Any:
     request = GenerationRequest(request_id, ingress, tuple(PROMPT), SamplingParams(temperature=0.0, **params))
+    await actor.open.remote(ingress)
     return await actor.submit.remote(request)
 
 
 async def collect(actor: Any, ingress: str = "in", count: int = 1) -> dict[str, list[RequestOutput]]:
     """Outputs by request, until `count` requests have finished."""
     outputs: dict[str, list[RequestOutput]] = {}
-    finished = 0
+    finished = received = 0
     while finished < count:
-        for output in await actor.poll.remote(ingress):
+        delivery = await actor.poll.remote(ingress, received)
+        received = delivery.first - 1 + len(delivery.outputs)
+        for output in delivery.outputs:
             outputs.setdefault(output.request_id, []).append(output)
             finished += output.finish_reason is not None
+    await actor.close.remote(ingress)
     return outputs
 
 

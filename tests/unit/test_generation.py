@@ -1,79 +1,111 @@
 """How the choices of one request are handed to fronts: all at once, or none."""
 
 import asyncio
-from types import SimpleNamespace
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 
-from cluster.messages import GenerationRequest, SamplingParams, Submitted
+from cluster.messages import GenerationRequest, SamplingParams, Submitted, TokenLogprob
 from cluster.metrics import Metrics
-from deploy.front_client import FrontClient, Overloaded, _Front
-from deploy.generation import Generation, Plan
-from deploy.openai.choices import Choice
+from deploy import front_client
+from deploy.front_client import FrontClient, Overloaded
+from deploy.generation import Generation, GenerationFailed, Plan
+from deploy.openai.choices import Choice, ChoiceDelta
 from deploy.openai.parsing import parse_body
 from deploy.openai.requests import CompletionRequest
 from deploy.text import Tokenizer
 from tests import tiny_tokenizers
+from tests.unit.fake_front import FakeFront, fronts_state
 
 TOKENIZER = Tokenizer(tiny_tokenizers.byte_level())
 REQUEST = parse_body(b'{"prompt": "Hi"}', CompletionRequest)
 PARAMS = SamplingParams(max_tokens=4)
 
 
-class Handle:
+class Handle(FakeFront):
     """A front that answers submit() once it has been asked `waits_for` times, and takes `room` sequences."""
 
     def __init__(self, waits_for: int = 1, room: int = 99) -> None:
-        self.asked: list[str] = []
-        self.submit = SimpleNamespace(remote=self._submit)
-        self._all_there = asyncio.Event()
+        super().__init__()
+        self.all_there = asyncio.Event()
         self._waits_for, self._room = waits_for, room
 
-    async def _submit(self, request: GenerationRequest) -> Submitted:
-        self.asked.append(request.request_id)
-        is_full = len(self.asked) > self._room
-        if len(self.asked) >= self._waits_for:
-            self._all_there.set()
-        await self._all_there.wait()
-        return Submitted(False, "full") if is_full else Submitted(True)
+    async def do_submit(self, request: GenerationRequest) -> Submitted:
+        self.offered.append(request)
+        number = len(self.offered)
+        if number >= self._waits_for:
+            self.all_there.set()
+        await self.all_there.wait()
+        if number > self._room:
+            return Submitted(False, "full")
+        self.taken.append(request)
+        return Submitted(True)
 
 
-def generation(fronts: list[_Front], n: int) -> Generation:
-    client = FrontClient("ingress", Metrics())
-    client._fronts = {front.name: front for front in fronts}
+@asynccontextmanager
+async def generation(n: int, **fronts: FakeFront) -> AsyncIterator[Generation]:
+    client = FrontClient("ingress", Metrics(), max_held=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(front_client.ray, "get_actor", lambda name, namespace: fronts[name])
+        client.update(fronts_state(**fronts))
+    while len(client._open_links()) < len(fronts):
+        await asyncio.sleep(0)
     choices = [Choice(i, REQUEST, PARAMS, (1, 2), TOKENIZER) for i in range(n)]
-    return Generation([Plan(choice, (1, 2), PARAMS) for choice in choices], client, Metrics(), "r")
+    yield Generation([Plan(choice, (1, 2), PARAMS) for choice in choices], client, Metrics(), "r")
+    await client.close()
 
 
 async def test_choices_are_submitted_together() -> None:
-    handle = Handle(waits_for=3)
-    request = generation([_Front("a", handle)], 3)
-    await asyncio.wait_for(request.submit(), 5)
-    assert handle.asked == [f"{request.id}-{i}" for i in range(3)]
+    front = Handle(waits_for=3)
+    async with generation(3, a=front) as request:
+        await asyncio.wait_for(request.submit(), 5)
+        assert [each.label for each in front.offered] == ["r-0", "r-1", "r-2"]
 
 
 async def test_choices_that_are_submitted_together_spread_over_fronts() -> None:
-    handles = Handle(waits_for=2), Handle(waits_for=2)
-    await asyncio.wait_for(generation([_Front(str(i), h) for i, h in enumerate(handles)], 4).submit(), 5)
-    assert [len(handle.asked) for handle in handles] == [2, 2]
+    fronts = Handle(waits_for=2), Handle(waits_for=2)
+    async with generation(4, a=fronts[0], b=fronts[1]) as request:
+        await asyncio.wait_for(request.submit(), 5)
+    assert [len(front.taken) for front in fronts] == [2, 2]
 
 
 async def test_if_one_choice_finds_no_place_the_others_are_taken_back() -> None:
-    front = _Front("a", Handle(waits_for=3, room=2))
-    request = generation([front], 3)
-    with pytest.raises(Overloaded):
-        await asyncio.wait_for(request.submit(), 5)
-    assert {front.aborts.get_nowait() for _ in range(2)} == {f"{request.id}-{i}" for i in range(2)}
-    assert (front.streams, front.outstanding_tokens) == ({}, 0)
+    front = Handle(waits_for=3, room=2)
+    async with generation(3, a=front) as request:
+        with pytest.raises(Overloaded):
+            await asyncio.wait_for(request.submit(), 5)
+        await eventually(lambda: sorted(front.aborted) == sorted(each.request_id for each in front.taken))
 
 
 async def test_a_client_that_leaves_meanwhile_takes_its_choices_back() -> None:
-    front = _Front("a", Handle(waits_for=9))
-    task = asyncio.create_task(generation([front], 3).submit())
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert front.aborts.qsize() == 3, "they may have been taken, and only the answers are missing"
-    assert not front.streams
+    """They may have been taken, and only the answers are missing."""
+    front = Handle(waits_for=9)
+    async with generation(3, a=front) as request:
+        task = asyncio.create_task(request.submit())
+        await eventually(lambda: len(front.offered) == 3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await eventually(lambda: len(front.aborted) == 3)
+
+
+async def test_a_choice_that_fails_unexpectedly_ends_its_request() -> None:
+    """Whatever is wrong in what a front says, the client gets an answer."""
+    front = Handle()
+    async with generation(2, a=front) as request:
+        await request.submit()
+        front.say(front.taken[0], 5, logprobs=(TokenLogprob(5, 0.0, 1), TokenLogprob(6, 0.0, 1)))  # two for one token
+        with pytest.raises(GenerationFailed):
+            await asyncio.wait_for(read(request), 5)
+        request.close()
+
+
+async def read(request: Generation) -> list[ChoiceDelta]:
+    return [delta async for delta in request.deltas()]
+
+
+async def eventually(is_true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not is_true():
+            await asyncio.sleep(0.005)

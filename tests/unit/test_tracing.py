@@ -16,11 +16,11 @@ from opentelemetry.trace import StatusCode
 
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.messages import GenerationRequest, RequestOutput, SamplingParams, Timing
-from deploy.front_client import OutputStream
 from deploy.open_tracing import open_tracing
 from deploy.openai.choices import Choice
 from deploy.openai.parsing import parse_body
 from deploy.openai.requests import CompletionRequest
+from deploy.output_stream import OutputStream
 from deploy.request_id import RequestId
 from deploy.request_trace import RequestTrace
 from deploy.text import Tokenizer

@@ -1,0 +1,82 @@
+"""What steps have added for each ingress and the ingress has not acknowledged yet. Belongs to the actor's event loop.
+
+An ingress opens a mailbox under a lease, a name that it never uses again, and polls it. Outputs are numbered from 1,
+and each poll says up to which number they have arrived: an answer that was lost on its way is given again. A lease that
+nobody polls for a while ends, and whoever polls it later is told so, instead of waiting for what will never come.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+from cluster.messages import Delivery, RequestOutput
+
+# An ingress polls all the time. One that is silent for this long is gone, and so are its clients.
+LEASE_S = 30.0
+
+Clock = Callable[[], float]
+
+
+class Mailbox:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._outputs: deque[RequestOutput] = deque()
+        self._num_acknowledged = 0
+        self._filled = asyncio.Event()
+        self.last_seen = clock()
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self._outputs)
+
+    def put(self, outputs: list[RequestOutput]) -> None:
+        self._outputs += outputs
+        self._filled.set()
+
+    async def take(self, acknowledged: int, timeout: float) -> Delivery:
+        """Forget outputs up to the number `acknowledged`, and give all later ones once there are any."""
+        self.last_seen = self._clock()
+        self._forget(acknowledged)
+        try:
+            await asyncio.wait_for(self._filled.wait(), timeout)
+        except TimeoutError:
+            pass
+        finally:
+            self.last_seen = self._clock()
+        return Delivery(self._num_acknowledged + 1, tuple(self._outputs))
+
+    def _forget(self, acknowledged: int) -> None:
+        while self._outputs and self._num_acknowledged < acknowledged:
+            self._outputs.popleft()
+            self._num_acknowledged += 1
+        if not self._outputs:
+            self._filled.clear()
+
+
+class Mailboxes:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._by_lease: dict[str, Mailbox] = {}
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(mailbox.num_outputs for mailbox in tuple(self._by_lease.values()))
+
+    def open(self, lease: str) -> None:
+        self._by_lease.setdefault(lease, Mailbox(self._clock))
+
+    def get(self, lease: str) -> Mailbox | None:
+        """None if the lease has ended."""
+        return self._by_lease.get(lease)
+
+    def close(self, lease: str) -> None:
+        self._by_lease.pop(lease, None)
+
+    def expire(self) -> list[str]:
+        """End the leases that nobody has polled for LEASE_S; returns them."""
+        limit = self._clock() - LEASE_S
+        lost = [lease for lease, mailbox in self._by_lease.items() if mailbox.last_seen < limit]
+        for lease in lost:
+            self.close(lease)
+        return lost

@@ -1,0 +1,58 @@
+"""Outputs wait for an ingress until it has acknowledged them, or has been silent for too long."""
+
+import asyncio
+
+from actors.mailboxes import LEASE_S, Mailbox, Mailboxes
+from cluster.messages import RequestOutput
+
+OUTPUTS = [RequestOutput("r", (token,)) for token in range(4)]
+
+
+def tokens(outputs: tuple[RequestOutput, ...]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+async def test_what_was_not_acknowledged_comes_again() -> None:
+    mailbox = Mailbox()
+    mailbox.put(OUTPUTS[:2])
+    for _ in range(2):
+        delivery = await mailbox.take(0, 1)
+        assert (delivery.first, tokens(delivery.outputs)) == (1, [0, 1])
+    mailbox.put(OUTPUTS[2:])
+    delivery = await mailbox.take(1, 1)
+    assert (delivery.first, tokens(delivery.outputs)) == (2, [1, 2, 3])
+    assert (await mailbox.take(4, 0.01)).outputs == ()
+    assert mailbox.num_outputs == 0
+
+
+async def test_an_old_acknowledgement_brings_nothing_back() -> None:
+    mailbox = Mailbox()
+    mailbox.put(OUTPUTS)
+    await mailbox.take(3, 1)
+    delivery = await mailbox.take(1, 1)
+    assert (delivery.first, tokens(delivery.outputs)) == (4, [3])
+
+
+async def test_two_polls_at_a_time_lose_nothing() -> None:
+    """The caller of the older one has gone, and only one of the two answers arrives."""
+    mailbox = Mailbox()
+    old, new = (asyncio.create_task(mailbox.take(0, 5)) for _ in range(2))
+    await asyncio.sleep(0)
+    mailbox.put(OUTPUTS)
+    await old
+    assert tokens((await new).outputs) == [0, 1, 2, 3]
+
+
+async def test_silence_ends_a_lease() -> None:
+    now = 0.0
+    mailboxes = Mailboxes(lambda: now)
+    for lease in ("polled", "silent"):
+        mailboxes.open(lease)
+    now = LEASE_S - 1
+    polled = mailboxes.get("polled")
+    assert polled is not None
+    await polled.take(0, 0.01)
+    now = LEASE_S + 1
+    assert mailboxes.expire() == ["silent"]
+    assert mailboxes.get("silent") is None
+    assert mailboxes.get("polled") is polled
