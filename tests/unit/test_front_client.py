@@ -55,7 +55,7 @@ class Cluster:
 
     @property
     def num_replays(self) -> float:
-        return sum(value for name, _, value in self.metrics.samples() if name == "front_replays_total")
+        return sum(value for name, _, value in self.metrics.samples() if name == "outcrop_front_replays_total")
 
 
 @asynccontextmanager
