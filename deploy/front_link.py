@@ -90,11 +90,12 @@ class FrontLink:
         self._add(stream)
         stream.front, stream.offered = self.name, time.monotonic()
         try:
-            answer: Submitted = await self.handle.submit.remote(request)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                answer: Submitted = await self.handle.submit.remote(request)
         except (asyncio.CancelledError, TaskCancelledError):  # with a request, Ray cancels the calls made for it
             self._take_back(stream)
             raise
-        except RayError as error:
+        except (RayError, TimeoutError) as error:
             logger.warning("front %s did not take a request: %s", self.name, _first_line(error))
             self._take_back(stream)  # it may have taken it, and only the answer was lost
             return "lost"

@@ -144,6 +144,19 @@ async def test_a_front_that_answers_again_takes_it(monkeypatch: pytest.MonkeyPat
         assert len({request.request_id for request in front.offered}) == 3
 
 
+async def test_a_front_that_never_answers_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is frozen, and takes what it was offered when it wakes: then the abort is there, too."""
+    monkeypatch.setattr(front_link, "CALL_TIMEOUT_S", 0.05)
+    frozen = asyncio.Event()
+    async with cluster(monkeypatch, a=FakeFront(), b=FakeFront()) as found:
+        a, b = found.fronts.values()
+        found.client._links["b"].outstanding_tokens = 1
+        monkeypatch.setattr(a, "do_submit", lambda request: frozen.wait(), raising=False)
+        await found.client.submit("r", PROMPT, PARAMS)
+        assert len(b.taken) == 1
+        await until(lambda: len(a.aborted) == 1)
+
+
 @pytest.mark.parametrize("answer", [None, DRAINING, LOST])
 async def test_no_front_for_long_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, answer: Submitted | RayError | None
