@@ -49,20 +49,24 @@ def server(model_dir: Path) -> Iterator[Server]:
 
 def check(server: Server, expected: list[list[int]], name: str, fault: Fault, num_choices: int = 1) -> None:
     eventually(lambda: is_whole(server), "all actors are ready", 60)
-    with Load(server, CLIENTS, TOKENS, PROMPTS, num_choices) as load:
-        load.wait_for(1)
-        load.take_stall()
-        before = load.throughput(RATE_S)
-        load.wait_for(1)
-        usual = load.take_stall()
-        with load.breaking(name in BREAKING):
-            fault(server)
-            load.wait_for(2)
-        stall = load.take_stall()
-        eventually(lambda: is_whole(server), "the cluster has healed", 60)
-        load.wait_for(1)
-        recovered = load.throughput(RATE_S) / before
-    ROWS.append(load.outcome(name, expected, usual, stall, recovered))
+    load = Load(server, CLIENTS, TOKENS, PROMPTS, num_choices)
+    usual = stall = recovered = 0.0
+    try:
+        with load:
+            load.wait_for(1)
+            load.take_stall()
+            before = load.throughput(RATE_S)
+            load.wait_for(1)
+            usual = load.take_stall()
+            with load.breaking(name in BREAKING):
+                fault(server)
+                load.wait_for(2)
+            stall = load.take_stall()
+            eventually(lambda: is_whole(server), "the cluster has healed", 60)
+            load.wait_for(1)
+            recovered = load.throughput(RATE_S) / before
+    finally:
+        ROWS.append(load.outcome(name, expected, usual, stall, recovered))
     load.check(expected)
     server.wait_idle()
 
