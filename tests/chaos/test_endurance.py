@@ -12,12 +12,13 @@ import psutil
 import pytest
 
 from tests.chaos.conftest import CLIENTS, FLAGS, PROMPTS, TOKENS
-from tests.chaos.faults import FAULTS, is_whole
-from tests.chaos.load import Load, Outcome, print_table
+from tests.chaos.faults import BREAKING, FAULTS, is_whole
+from tests.chaos.load import Load, print_table
 from tests.e2e.servers import Server, eventually, serving
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "15"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
+ALL = FAULTS | BREAKING
 # Ray keeps idle workers and connections for a while; a leak grows with each fault.
 TOLERANCE = 1.25
 
@@ -67,17 +68,20 @@ def test_random_faults_leave_nothing_behind(model_dir: Path, expected: list[list
                 eventually(lambda: is_whole(server), "healed", 60)
             load.wait_for(1)
             rate, before = load.throughput(3), usage(server)
-            deadline, num_faults = time.monotonic() + SECONDS, 0
+            deadline = time.monotonic() + SECONDS
+            drawn: list[str] = []
             while time.monotonic() < deadline and not load.errors:
-                FAULTS[dice.choice(list(FAULTS))](server)
-                num_faults += 1
-                eventually(lambda: is_whole(server), "healed", 90)
+                drawn.append(dice.choice(list(ALL)))
+                with load.breaking(drawn[-1] in BREAKING):
+                    ALL[drawn[-1]](server)
+                    eventually(lambda: is_whole(server), f"healed after {drawn[-1]!r}", 90)
+                    load.wait_for(1)
                 time.sleep(dice.random())
             load.wait_for(1)
             after, stall = usage(server), load.take_stall()
             recovered = load.throughput(3) / rate
-        name = f"{num_faults} random faults"
-        print_table([Outcome(name, load.num_requests, len(load.errors), 0.0, stall, recovered)])
+        name = f"{len(drawn)} random faults, the last: {drawn[-1]}"
+        print_table([load.outcome(name, expected, 0.0, stall, recovered)])
         for field in fields(Usage):
             print(f"{field.name:20} {getattr(before, field.name):7d} -> {getattr(after, field.name):7d}")
         load.check(expected)

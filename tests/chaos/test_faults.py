@@ -1,6 +1,7 @@
 """Faults under streaming load: no request fails, and no token changes. Prints a table of stalls (`make chaos`).
 
 Stalls are reported, not asserted: these machines are shared. What must hold is 0 failed requests and equal tokens.
+A client whose ingress is killed may see its connection end: such requests are counted apart, as broken.
 """
 
 import os
@@ -11,7 +12,21 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.conftest import CLIENTS, FLAGS, PROMPTS, TOKENS
-from tests.chaos.faults import FAULTS, Fault, freeze, is_whole, kill, pids, scale, supervisor_pid
+from tests.chaos.faults import (
+    BREAKING,
+    FAULTS,
+    Fault,
+    cut,
+    freeze,
+    ingress_pid,
+    is_whole,
+    kill,
+    kill_supervisor_without_checkpoint,
+    leave_in_mid_answer,
+    pids,
+    scale,
+    supervisor_pid,
+)
 from tests.chaos.load import Load, Outcome, print_table
 from tests.e2e.servers import Server, eventually, serving
 
@@ -32,32 +47,54 @@ def server(model_dir: Path) -> Iterator[Server]:
         yield running
 
 
-def check(server: Server, expected: list[list[int]], name: str, fault: Fault) -> None:
+def check(server: Server, expected: list[list[int]], name: str, fault: Fault, num_choices: int = 1) -> None:
     eventually(lambda: is_whole(server), "all actors are ready", 60)
-    with Load(server, CLIENTS, TOKENS, PROMPTS) as load:
-        load.wait_for(1)
-        load.take_stall()
-        before = load.throughput(RATE_S)
-        load.wait_for(1)
-        usual = load.take_stall()
-        fault(server)
-        load.wait_for(2)
-        stall = load.take_stall()
-        eventually(lambda: is_whole(server), "the cluster has healed", 60)
-        load.wait_for(1)
-        recovered = load.throughput(RATE_S) / before
-    ROWS.append(Outcome(name, load.num_requests, len(load.errors), usual, stall, recovered))
+    load = Load(server, CLIENTS, TOKENS, PROMPTS, num_choices)
+    usual = stall = recovered = 0.0
+    try:
+        with load:
+            load.wait_for(1)
+            load.take_stall()
+            before = load.throughput(RATE_S)
+            load.wait_for(1)
+            usual = load.take_stall()
+            with load.breaking(name in BREAKING):
+                fault(server)
+                load.wait_for(2)
+            stall = load.take_stall()
+            eventually(lambda: is_whole(server), "the cluster has healed", 60)
+            load.wait_for(1)
+            recovered = load.throughput(RATE_S) / before
+    finally:
+        ROWS.append(load.outcome(name, expected, usual, stall, recovered))
     load.check(expected)
     server.wait_idle()
 
 
-# It breaks everything once, in a minute; the others are run by `make chaos`.
-SHORT = {"kill a front, a replica and the supervisor"}
+# They break everything once, in half a minute each; `make chaos` runs the others.
+SHORT = {"kill a front, a replica and the supervisor", "kill the ingress"}
+ALL = FAULTS | BREAKING
 
 
-@pytest.mark.parametrize("fault", [f if f in SHORT else pytest.param(f, marks=pytest.mark.long) for f in FAULTS])
+@pytest.mark.parametrize("fault", [f if f in SHORT else pytest.param(f, marks=pytest.mark.long) for f in ALL])
 def test_no_request_fails_and_no_token_changes(server: Server, expected: list[list[int]], fault: str) -> None:
-    check(server, expected, fault, FAULTS[fault])
+    check(server, expected, fault, ALL[fault])
+
+
+@pytest.mark.long
+def test_ids_that_clients_send_are_never_keys(server: Server, expected: list[list[int]]) -> None:
+    """Clients with equal ids, and two choices of one request, are replayed side by side. See Load for the ids."""
+    check(server, expected, "kill one front of two, n=2", FAULTS["kill one front of two"], num_choices=2)
+
+
+def test_faults_in_short_succession(server: Server, expected: list[list[int]]) -> None:
+    def break_many(server: Server) -> None:
+        cut(server, 2)
+        freeze(ingress_pid(server), 3)
+        leave_in_mid_answer(server, 100)
+        kill_supervisor_without_checkpoint(server, 2)
+
+    check(server, expected, "cut, freeze, leave, kill without checkpoint", break_many)
 
 
 def test_operators_are_answered_over_the_loss_of_the_supervisor(server: Server) -> None:

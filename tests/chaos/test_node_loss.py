@@ -18,7 +18,7 @@ import pytest
 from tests.chaos.conftest import CLIENTS, FLAGS, PROMPTS, TOKENS
 from tests.chaos.faults import is_whole
 from tests.chaos.faults import pids as all_pids
-from tests.chaos.load import Load, Outcome, print_table
+from tests.chaos.load import Load, print_table
 from tests.e2e.servers import Server, clean_environment, eventually, free_port, session
 
 RAY = Path(sys.executable).with_name("ray")
@@ -102,7 +102,7 @@ def test_a_node_with_two_replicas_is_lost(model_dir: Path, expected: list[list[i
                 eventually(lambda: is_whole(server), "the lost replicas are on the new node", 120)
                 load.wait_for(1)
                 recovered = load.throughput(3) / before
-            print_table([Outcome("lose a node", load.num_requests, len(load.errors), usual, stall, recovered)])
+            print_table([load.outcome("lose a node", expected, usual, stall, recovered)])
             load.check(expected)
             server.wait_idle()
             actors = [*all_pids(server, "fronts"), *all_pids(server, "replicas")]

@@ -51,6 +51,7 @@ class Server:
     def __init__(self, model: str | Path, *flags: str, env: Mapping[str, str] | None = None) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.model_dir = Path(model)
         self._output = tempfile.TemporaryFile(prefix="e2e-")  # noqa: SIM115 - lives as long as the server
         command = [OUTCROP, "serve", str(model), "--port", str(self.port), "--served-model-name", MODEL, *flags]
         self._before = set(Path("/tmp").glob("outcrop-*"))
