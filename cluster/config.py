@@ -80,7 +80,11 @@ class ClusterConfig(BaseModel):
     kv_cache_gib: float | None = Field(None, description="KV cache of each front, in GiB.", gt=0)
     gpu_memory_utilization: float = Field(0.9, description="Share of a GPU that a front may use.", gt=0, le=1)
     block_size: int | None = Field(None, description="Tokens per KV block; default 16, on GPUs 256.", ge=1, le=4096)
-    max_num_batched_tokens: int = Field(512, description="Token budget of one engine step.", ge=1)
+    max_num_batched_tokens: int | None = Field(
+        None,
+        description="Token budget of one engine step; default: what the machine computes in 0.25 s, at most 512.",
+        ge=1,
+    )
     max_num_seqs: int = Field(64, description="Sequences that run at once in a front.", ge=1)
     max_num_waiting: int = Field(256, description="Sequences that may wait in a front; beyond it 429.", ge=1)
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prompt prefixes.")
@@ -144,7 +148,7 @@ class ClusterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "ClusterConfig":
-        if self.max_num_seqs > self.max_num_batched_tokens:
+        if self.max_num_batched_tokens is not None and self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs={self.max_num_seqs} is more than max_num_batched_tokens={self.max_num_batched_tokens}: "
                 "a step computes at least one token of each running sequence"

@@ -67,6 +67,10 @@ class GenerationRequest:
     label: str = ""
     attempt: int = 0
 
+    @property
+    def is_replay(self) -> bool:
+        return self.attempt > 0 or bool(self.output_token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -167,7 +171,7 @@ class EngineOptions:
     block_size: int
     kv_cache_bytes: int | None
     gpu_memory_utilization: float
-    max_num_batched_tokens: int
+    max_num_batched_tokens: int | None
     max_num_seqs: int
     max_num_waiting: int
     enable_prefix_caching: bool

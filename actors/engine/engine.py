@@ -59,7 +59,8 @@ class Engine:
         sequence = Sequence.of(request)
         self.sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
-        self.metrics.inc("prompt_tokens_total", len(request.prompt_token_ids))
+        if not request.is_replay:
+            self.metrics.inc("prompt_tokens_total", len(request.prompt_token_ids))
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -75,7 +76,21 @@ class Engine:
             self._finish(sequence, "abort")
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step. If it fails, its sequences end with an error and the engine goes on."""
+        """Compute one step. If it fails, its sequences end with an error and the engine goes on.
+
+        What can't be laid at the door of some sequences, such as a scheduler that fails, would fail again in every
+        step: then all sequences end, and the engine goes on with empty books.
+        """
+        everyone = tuple(self.sequences.values())
+        try:
+            return self._step()
+        except Exception as error:
+            logger.exception("no step is possible: %d sequences end", len(everyone))
+            self.sequences.clear()
+            self.scheduler.clear()
+            return [_failure(sequence, error) for sequence in everyone]
+
+    def _step(self) -> list[RequestOutput]:
         started = time.monotonic()
         chunks = self.scheduler.schedule()
         if not chunks:
@@ -87,6 +102,7 @@ class Engine:
             logger.exception("step of %d sequences failed", len(chunks), extra=step.extra)
             outputs = [self._fail(chunk.sequence, error) for chunk in chunks]
         num_tokens, seconds = sum(chunk.length for chunk in chunks), time.monotonic() - started
+        self.scheduler.budget.observe(num_tokens, seconds)
         self.metrics.observe("step_tokens", num_tokens)
         self.metrics.observe("step_seconds", seconds)
         if logger.isEnabledFor(logging.DEBUG):
@@ -98,9 +114,15 @@ class Engine:
         self._step_id = self._step_id.next()
         step = Step(self._step_id, tuple(chunk.sequence.request.label for chunk in chunks))
         for chunk in chunks:
+            if chunk.sequence.started is None:
+                self._start(chunk.sequence)
             if chunk.sequence.request.is_traced:
                 chunk.sequence.steps.append(step)
         return step
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.started = time.monotonic()
+        self.metrics.observe("request_queue_time_seconds", sequence.started - sequence.arrived)
 
     @torch.inference_mode()
     def _compute(self, chunks: list[Chunk], step: Step) -> list[RequestOutput]:
@@ -187,7 +209,7 @@ class Engine:
             logprobs,
             None if scores is None else tuple(scores),
             reason,
-            sequence.num_cached,
+            sequence.num_cached or 0,
             routed,
             timing=sequence.take_timing() if sequence.request.is_traced else None,
         )
@@ -203,15 +225,11 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         del self.sequences[sequence.request.request_id]
         self.scheduler.finish(sequence, reason)
-        if sequence.started is not None:
-            self.metrics.observe("request_queue_time_seconds", sequence.started - sequence.arrived)
 
     def _fail(self, sequence: Sequence, error: Exception) -> RequestOutput:
         if sequence.finish_reason is None:
             self._finish(sequence, "error")
-        return RequestOutput(
-            sequence.request.request_id, finish_reason="error", error=f"{type(error).__name__}: {error}"
-        )
+        return _failure(sequence, error)
 
     def _routed(self, sequence: Sequence) -> RoutedExperts:
         """The experts of the tokens computed since the last report. A sequence's last token is never computed."""
@@ -243,3 +261,7 @@ class Engine:
         scheduled: Iterable[Sequence] = (*self.scheduler.running, *self.scheduler.waiting)
         assert {id(s) for s in scheduled} == {id(s) for s in self.sequences.values()}, "a sequence leaked"
         self.scheduler.check_integrity()
+
+
+def _failure(sequence: Sequence, error: Exception) -> RequestOutput:
+    return RequestOutput(sequence.request.request_id, finish_reason="error", error=f"{type(error).__name__}: {error}")

@@ -70,16 +70,15 @@ class BlockAllocator:
 
     def match_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks that hold the longest run of `hashes` from the start, each with one more reference."""
-        found: list[int] = []
-        for key in hashes:
-            block = self._block_of.get(key)
-            if block is None:
-                break
-            found.append(block)
+        found = [self._block_of[key] for key in hashes[: self.num_found(hashes)]]
         for block in found:
             self._cached.pop(block, None)
             self._count[block] += 1
         return found
+
+    def num_found(self, hashes: Sequence[bytes]) -> int:
+        """Length of that run."""
+        return next((i for i, key in enumerate(hashes) if key not in self._block_of), len(hashes))
 
     def publish(self, block: int, key: bytes) -> None:
         """Make a full, computed block findable. The first block with a given content wins."""
@@ -104,5 +103,5 @@ class BlockAllocator:
 
 
 def block_hash(previous: bytes, tokens: Sequence[int]) -> bytes:
-    """Hash of a full block, chained to the block before it. 128 bits of blake2b: collisions can't be crafted."""
-    return hashlib.blake2b(array("q", tokens).tobytes(), key=previous, digest_size=16).digest()
+    """Hash of a full block, chained to the block before it. 256 bits of blake2b: collisions can't be crafted."""
+    return hashlib.blake2b(array("q", tokens).tobytes(), key=previous, digest_size=32).digest()

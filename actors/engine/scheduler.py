@@ -1,16 +1,17 @@
 """Which tokens the next step computes. Knows sequences and block numbers, no tensors.
 
-Continuous batching with a token budget: first one token for every sequence that is being continued, then prompt
-chunks, first come first served. A sequence gets the blocks of all its tokens when it is admitted, so only the growth
-of running sequences can run out of blocks; then the youngest is preempted and later computed again.
+Continuous batching with a budget of tokens: first one token for every sequence that is being continued, then pieces of
+prompts. The shortest prompts are read first, so that none waits behind longer ones; but the oldest gets half of what
+is left for prompts, so that each is read in the end. A sequence gets the blocks of all its tokens when it is admitted,
+so only the growth of running sequences can run out of blocks; then the youngest is preempted and later computed again.
 """
 
-import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from actors.engine.kv_cache import BlockAllocator
 from actors.engine.sequence import Sequence
+from actors.engine.step_budget import StepBudget
 from cluster.messages import FinishReason
 
 
@@ -29,10 +30,10 @@ class Chunk:
 
 class Scheduler:
     def __init__(
-        self, allocator: BlockAllocator, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
+        self, allocator: BlockAllocator, *, max_num_batched_tokens: int | None, max_num_seqs: int, max_model_len: int
     ) -> None:
         self.allocator = allocator
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.budget = StepBudget(max_num_batched_tokens)
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.waiting: deque[Sequence] = deque()
@@ -50,11 +51,8 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """Form the next step; sequences with a single token come first. Empty only if there is no work."""
-        chunks = self._continue_running(self.max_num_batched_tokens)
-        budget = self.max_num_batched_tokens - sum(chunk.length for chunk in chunks)
-        chunks += self._prefill_running(budget)
-        budget = self.max_num_batched_tokens - sum(chunk.length for chunk in chunks)
-        chunks += self._admit_waiting(budget)
+        chunks = self._continue_running(self.budget.most_decodes(len(self.running)))
+        chunks += self._read_prompts(self.budget.prompt_tokens(len(chunks)))
         return sorted(chunks, key=lambda chunk: chunk.length > 1)
 
     def _continue_running(self, budget: int) -> list[Chunk]:
@@ -84,46 +82,67 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _prefill_running(self, budget: int) -> list[Chunk]:
-        chunks = []
-        for sequence in self.running:
-            if budget > 0 and sequence.num_uncomputed > 1:
-                chunks.append(Chunk(sequence, min(budget, sequence.num_uncomputed)))
-                budget -= chunks[-1].length
-        return chunks
+    def _read_prompts(self, budget: int) -> list[Chunk]:
+        prompts = self._prompts() if budget > 0 else []
+        turns = [(sequence, -(-budget // 2)) for sequence in prompts[:1]]
+        turns += [(sequence, budget) for sequence in sorted(prompts, key=self._num_unread)]
+        shares: Counter[Sequence] = Counter()
+        left = budget
+        for sequence, most in turns:
+            if left > 0 and self._admit(sequence):
+                share = min(most, left, sequence.num_uncomputed - shares[sequence])
+                shares[sequence] += share
+                left -= share
+        chunks = (Chunk(sequence, _piece(length, sequence.num_uncomputed)) for sequence, length in shares.items())
+        return [chunk for chunk in chunks if chunk.length > (not chunk.completes and budget > 2)]
 
-    def _admit_waiting(self, budget: int) -> list[Chunk]:
-        chunks = []
-        while budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
-                break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            chunks.append(Chunk(sequence, min(budget, sequence.num_uncomputed)))
-            budget -= chunks[-1].length
-        return chunks
+    def _prompts(self) -> list[Sequence]:
+        """What is being read or could be, the oldest first. While that one finds no room, nobody else takes any."""
+        reading = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        prompts = sorted((*reading, *self.waiting), key=lambda sequence: sequence.arrived)
+        return prompts if prompts and self._admit(prompts[0]) else sorted(reading, key=lambda s: s.arrived)
+
+    def _num_unread(self, sequence: Sequence) -> int:
+        """What a waiting sequence would find in the prefix cache, it need not read."""
+        if sequence.blocks:
+            return sequence.num_uncomputed
+        num_found = self.allocator.num_found(self._prefix_hashes(sequence))
+        return len(sequence.token_ids) - num_found * self.allocator.block_size
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give the sequence blocks for all its tokens, reusing computed prefixes. False if there are too few."""
-        matched = self._match_prefix(sequence)
+        """Let the sequence run, if it does not: give it blocks for all its tokens, reusing computed prefixes. False if
+        there are too few, or as many sequences as may run.
+        """
+        if sequence.blocks:
+            return True
+        if len(self.running) >= self.max_num_seqs:
+            return False
+        matched = self.allocator.match_prefix(self._prefix_hashes(sequence))
         missing = self._num_blocks(len(sequence.token_ids)) - len(matched)
         if not self.allocator.can_allocate(missing):
             self.allocator.free(matched)
             return False
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
         sequence.blocks = matched + self.allocator.allocate(missing)
-        sequence.num_computed = sequence.num_cached = len(matched) * self.allocator.block_size
+        sequence.num_computed = len(matched) * self.allocator.block_size
         sequence.num_published = len(matched)
-        self.num_prefix_queries += len(sequence.token_ids)
-        self.num_prefix_hits += sequence.num_cached
-        sequence.started = sequence.started or time.monotonic()
+        if sequence.num_cached is None:
+            self._count_cached(sequence)
         return True
 
-    def _match_prefix(self, sequence: Sequence) -> list[int]:
+    def _count_cached(self, sequence: Sequence) -> None:
+        """Once for each request: what a preempted or replayed sequence finds, it has mostly computed itself."""
+        sequence.num_cached = 0 if sequence.request.is_replay else sequence.num_computed
+        if not sequence.request.is_replay:
+            self.num_prefix_queries += len(sequence.token_ids)
+            self.num_prefix_hits += sequence.num_cached
+
+    def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
         if not self.allocator.enable_prefix_caching or sequence.wants_prompt_logprobs:
             return []  # prompt scores need the hidden state of every prompt position
         # At least one token is always computed: the next one is sampled from its logits.
-        return self.allocator.match_prefix(sequence.full_hashes(self.allocator.block_size, len(sequence.token_ids) - 1))
+        return sequence.full_hashes(self.allocator.block_size, len(sequence.token_ids) - 1)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.allocator.block_size)
@@ -149,6 +168,12 @@ class Scheduler:
         sequence.blocks = []
         sequence.finish_reason = reason
 
+    def clear(self) -> None:
+        """Forget every sequence, and what the cache holds: nothing that may be wrong is kept."""
+        self.running, self.waiting = [], deque()
+        old = self.allocator
+        self.allocator = BlockAllocator(old.num_blocks, old.block_size, old.enable_prefix_caching)
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, blocks and counters agree."""
         assert len(self.running) <= self.max_num_seqs, "more sequences run than allowed"
@@ -163,3 +188,10 @@ class Scheduler:
             assert sequence.num_computed < len(sequence.token_ids), "a running sequence has nothing to compute"
             assert sequence.num_computed <= room, "computed tokens lie outside the sequence's blocks"
         self.allocator.check_integrity(s.blocks for s in self.running)
+
+
+def _piece(length: int, unread: int) -> int:
+    """Leave no piece of a single token where a prompt is cut: it would be computed as a continuation is, which rounds
+    differently in bfloat16, and equal prompts should agree however they are cut.
+    """
+    return length - 1 if unread - length == 1 and length > 2 else length

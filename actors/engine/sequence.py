@@ -9,7 +9,7 @@ from actors.lanes.dispatcher import Step
 from cluster.messages import FinishReason, GenerationRequest, Timing, TokenLogprob
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """`num_computed` tokens have their K and V in `blocks`. The rest of `token_ids` is still to be computed."""
 
@@ -18,7 +18,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_computed: int = 0
-    num_cached: int = 0
+    num_cached: int | None = None  # prompt tokens found in the prefix cache, at the first admission
     num_published: int = 0
     num_routed: int = 0  # tokens whose experts have been reported
     prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -92,4 +92,4 @@ class Sequence:
     def reset(self) -> None:
         """Forget what was computed, after the blocks were given back (preemption by recompute)."""
         self.blocks = []
-        self.num_computed = self.num_cached = self.num_published = 0
+        self.num_computed = self.num_published = 0

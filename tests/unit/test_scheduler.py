@@ -9,7 +9,7 @@ from actors.engine.sequence import Sequence
 from cluster.messages import GenerationRequest, SamplingParams
 
 
-def make(num_blocks: int = 16, block_size: int = 4, budget: int = 16, max_num_seqs: int = 4) -> Scheduler:
+def make(num_blocks: int = 16, block_size: int = 4, budget: int | None = 16, max_num_seqs: int = 4) -> Scheduler:
     allocator = BlockAllocator(num_blocks, block_size)
     return Scheduler(allocator, max_num_batched_tokens=budget, max_num_seqs=max_num_seqs, max_model_len=64)
 
@@ -82,6 +82,122 @@ def test_equal_prompts_share_blocks_but_the_last_token_is_computed() -> None:
     assert step(scheduler)[1] == ("b", 4)
     assert scheduler.running[1].blocks[:3] == scheduler.running[0].blocks[:3]
     assert scheduler.running[1].num_cached == 12
+
+
+def plenty(budget: int | None) -> Scheduler:
+    """Room for all: only the budget makes anyone wait."""
+    return make(num_blocks=4096, budget=budget, max_num_seqs=64)
+
+
+def steps_until_read(scheduler: Scheduler, *wanted: Sequence) -> int:
+    """Steps until each of these has its first token."""
+    for count in range(1, 5000):
+        step(scheduler)
+        if all(sequence.num_output for sequence in wanted):
+            return count
+    raise AssertionError("never read")
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    scheduler = plenty(budget=64)
+    scheduler.add(sequence("long", 1500))
+    step(scheduler)
+    scheduler.add(short := sequence("short", 30, first=5000))
+    assert step(scheduler) == [("long", 34), ("short", 30)]
+    assert short.num_output == 1
+
+
+@given(
+    budget=st.integers(8, 64),
+    before=st.lists(st.integers(65, 400), max_size=6),
+    beside=st.lists(st.integers(65, 400), max_size=6),
+    num_steps=st.integers(0, 5),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_fits_into_its_share_is_read_in_the_next_step(
+    budget: int, before: list[int], beside: list[int], num_steps: int, data: st.DataObject
+) -> None:
+    """Whatever else is being read or waits to be, as long as nobody is being answered."""
+    scheduler = plenty(budget)
+    for i, length in enumerate(before):
+        scheduler.add(sequence(f"before-{i}", length, max_tokens=1, first=1000 * i))
+    for _ in range(num_steps):
+        step(scheduler)
+    for i, length in enumerate(beside):
+        scheduler.add(sequence(f"beside-{i}", length, max_tokens=1, first=10000 + 1000 * i))
+    short = sequence("short", data.draw(st.integers(1, budget // 2)), max_tokens=1, first=50000)
+    scheduler.add(short)
+    num_shorter = sum(one.num_uncomputed <= len(short.token_ids) for one in scheduler.running)
+    assert steps_until_read(scheduler, short) <= 1 + num_shorter, "only what is shorter goes first"
+
+
+@given(budget=st.integers(4, 64), lengths=st.lists(st.integers(1, 300), min_size=1, max_size=5), num=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_no_prompt_starves_however_many_shorter_ones_come(budget: int, lengths: list[int], num: int) -> None:
+    """In each step at least half of the budget is for the oldest."""
+    scheduler = plenty(budget)
+    prompts = [sequence(f"long-{i}", length, max_tokens=1, first=1000 * i) for i, length in enumerate(lengths)]
+    for prompt in prompts:
+        scheduler.add(prompt)
+    most = sum(-(-2 * length // budget) + 1 for length in lengths)
+    for count in range(most):
+        for i in range(num):
+            first = 100000 + 1000 * count + 70 * i
+            scheduler.add(sequence(f"short-{count}-{i}", budget // 2, max_tokens=1, first=first))
+        step(scheduler)
+    assert all(prompt.num_output for prompt in prompts)
+
+
+def test_nobody_takes_the_room_that_the_oldest_waits_for() -> None:
+    scheduler = make(num_blocks=6, budget=64)
+    scheduler.add(sequence("a", 14, max_tokens=2))
+    step(scheduler)
+    scheduler.add(sequence("big", 17, max_tokens=1, first=100))
+    scheduler.add(sequence("small", 3, max_tokens=1, first=200))
+    assert step(scheduler) == [("a", 1)], "two blocks are free: enough for the small one, but it is not its turn"
+    assert step(scheduler)[0] == ("big", 17)
+
+
+def test_what_the_prefix_cache_holds_counts_as_read() -> None:
+    scheduler = plenty(budget=64)
+    scheduler.add(sequence("first", 200, max_tokens=1))
+    while scheduler.has_work:
+        step(scheduler)
+    scheduler.add(sequence("other", 150, max_tokens=1, first=1000))
+    scheduler.add(sequence("again", 201, max_tokens=1))
+    assert ("again", 1) in step(scheduler)
+
+
+def test_cached_tokens_are_those_of_the_prompt_at_its_first_admission() -> None:
+    scheduler = make(num_blocks=8, budget=64, max_num_seqs=2)
+    everyone = [sequence(name, 5, max_tokens=20, first=first) for name, first in (("old", 0), ("young", 100))]
+    for one in everyone:
+        scheduler.add(one)
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.num_preemptions > 0, "the test is meant to preempt"
+    assert [one.num_cached for one in everyone] == [0, 0]
+    assert (scheduler.num_prefix_queries, scheduler.num_prefix_hits) == (10, 0)
+
+
+def test_a_replay_counts_no_cached_tokens() -> None:
+    scheduler = plenty(budget=64)
+    for attempt in (0, 1, 1):
+        request = GenerationRequest("a", "test", tuple(range(20)), SamplingParams(max_tokens=1), attempt=attempt)
+        scheduler.add(replay := Sequence.of(request))
+        step(scheduler)
+        assert replay.num_cached == 0
+    assert (scheduler.num_prefix_queries, scheduler.num_prefix_hits) == (20, 0)
+
+
+def test_a_cut_leaves_no_single_token() -> None:
+    scheduler = plenty(budget=20)
+    scheduler.add(sequence("a", 21))
+    assert step(scheduler) == [("a", 19)]
+    scheduler.add(sequence("b", 17, first=100))
+    scheduler.add(sequence("c", 9, first=200))
+    assert step(scheduler) == [("a", 2), ("c", 9), ("b", 9)]
 
 
 @given(
