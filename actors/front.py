@@ -7,6 +7,7 @@ torch is imported when an actor starts, so that the supervisor can name this cla
 
 import asyncio
 import time
+from dataclasses import replace
 
 from actors.expert import where_am_i
 from actors.front_loop import FrontLoop
@@ -38,18 +39,24 @@ class FrontActor:
         self.wanted: Wanted | None = None
 
     async def load(self) -> ReadyReport:
-        """Read the front's weights and size its KV cache. Serving starts with start()."""
+        """Read the front's weights. Serving starts with start()."""
         started = time.monotonic()
-        weight_bytes, kv_tokens, kv_bytes = await asyncio.to_thread(gently, self.loop.load)
-        seconds = time.monotonic() - started
-        self.ready = ReadyReport(self.spec.actor_id, *where_am_i(), weight_bytes, seconds, kv_tokens, kv_bytes)
-        return self.ready
+        weight_bytes = await asyncio.to_thread(gently, self.loop.load)
+        self.loaded = ReadyReport(self.spec.actor_id, *where_am_i(), weight_bytes, time.monotonic() - started)
+        return self.loaded
 
-    async def start(self, expert_map: ExpertMap, wanted: Wanted | None = None) -> None:
-        """Take the first map, compute one token through all layers to see that it works, and serve."""
+    async def start(
+        self, expert_map: ExpertMap, wanted: Wanted | None = None, others: tuple[int, ...] = ()
+    ) -> ReadyReport:
+        """Take the first map, size the KV cache, compute one token through all layers to see that it works, and serve.
+
+        `others` are the KV caches of the other fronts on this node, in bytes; 0 for one that starts as well.
+        """
         await self.set_expert_map(expert_map, wanted)
-        await asyncio.to_thread(self.loop.warm_up)
+        kv_tokens, kv_bytes = await asyncio.to_thread(self.loop.warm_up, others)
         self.loop.start(asyncio.get_running_loop())
+        self.ready = replace(self.loaded, kv_cache_tokens=kv_tokens, kv_cache_bytes=kv_bytes)
+        return self.ready
 
     async def identity(self) -> Identity | None:
         """For a supervisor that has not started this actor; None while it can't serve."""

@@ -1,6 +1,6 @@
-"""Puts a front's parts together: weights, KV cache, scheduler, dispatcher and its lane."""
+"""Puts a front's parts together: weights, dispatcher and its lane, then KV cache and scheduler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from actors.lanes.zmq_client import ZmqLane
 from actors.model import loader
 from actors.model.device import torch_device, torch_dtype
 from actors.model.fallback import CheckpointExperts
+from actors.model.front_half import FrontHalf
 from actors.model.paged_kv import PagedKV
 from cluster.checkpoint import check_checkpoint
 from cluster.messages import EngineOptions, FrontSpec, LoadProgress
@@ -28,8 +29,11 @@ from cluster.model_config import read_model_config
 
 
 @dataclass(frozen=True, slots=True)
-class BuiltFront:
-    engine: Engine
+class FrontParts:
+    """What is there once a front has loaded."""
+
+    model: FrontHalf
+    dispatcher: Dispatcher
     remote: RemoteDispatcher | None
     weight_bytes: int
 
@@ -45,10 +49,9 @@ class _Loading:
         self.report(LoadProgress(self.loaded, self.total))
 
 
-def build_engine(
+def load_parts(
     spec: FrontSpec, namespace: str, metrics: Metrics, report: Callable[[LoadProgress], None]
-) -> BuiltFront:
-    """Raises ModelError if the KV cache can't hold one sequence of full length."""
+) -> FrontParts:
     options, model_dir = spec.engine, Path(spec.engine.model_path)
     config = read_model_config(model_dir)
     Kernels.choose(options.kernels, options.expert_dtype)
@@ -64,12 +67,17 @@ def build_engine(
     else:
         fallback = CheckpointExperts(model_dir, config, device, dtype)
         dispatcher = remote = RemoteDispatcher(make_lane(spec, namespace), metrics, fallback.run)
-    num_blocks = num_kv_blocks(options, config, dtype, device)
-    kv = PagedKV(config, num_blocks, options.block_size, device, dtype)
+    return FrontParts(model, dispatcher, remote, loading.total)
+
+
+def build_engine(spec: FrontSpec, parts: FrontParts, metrics: Metrics, others: Sequence[int] = ()) -> Engine:
+    """`others`: see num_kv_blocks. Raises ModelError if the KV cache can't hold one sequence of full length."""
+    options, model = spec.engine, parts.model
+    num_blocks = num_kv_blocks(options, model.config, model.dtype, model.device, others)
+    kv = PagedKV(model.config, num_blocks, options.block_size, model.device, model.dtype)
+    overlap = Overlap(options.overlap if parts.remote else "never")
     scheduler = make_scheduler(options, num_blocks)
-    overlap = Overlap(options.overlap if remote else "never")
-    engine = Engine(model, kv, dispatcher, scheduler, metrics, overlap, spec.actor_id)
-    return BuiltFront(engine, remote, loading.total)
+    return Engine(model, kv, parts.dispatcher, scheduler, metrics, overlap, spec.actor_id)
 
 
 def make_lane(spec: FrontSpec, namespace: str) -> Lane:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -53,15 +53,14 @@ class FrontLoop:
         self._last_turn: float | None = None
         self._give_up = give_up
 
-    def load(self) -> tuple[int, int, int]:
-        """Returns bytes of weights, tokens and bytes of the KV cache."""
-        from actors.front_builder import build_engine
+    def load(self) -> int:
+        """Returns bytes of weights."""
+        from actors.front_builder import load_parts
 
-        built = build_engine(self.spec, self.namespace, self.metrics, self._advance)
-        self.engine, self.remote = built.engine, built.remote
+        self._parts = load_parts(self.spec, self.namespace, self.metrics, self._advance)
+        self.remote = self._parts.remote
         release_free_memory()
-        kv = built.engine.kv
-        return built.weight_bytes, kv.num_blocks * kv.block_size, kv.num_bytes
+        return self._parts.weight_bytes
 
     def _advance(self, progress: LoadProgress) -> None:
         self.progress = progress
@@ -70,10 +69,17 @@ class FrontLoop:
         if self.remote:
             self.remote.set_map(expert_map)
 
-    def warm_up(self) -> None:
-        """See Engine.warm_up. Called before the thread starts."""
-        assert self.engine is not None
+    def warm_up(self, others: Sequence[int]) -> tuple[int, int]:
+        """Make the engine and see that it works (Engine.warm_up). Called before the thread starts.
+
+        `others`: see cpu_budget in actors/engine/memory.py. Returns tokens and bytes of the KV cache.
+        """
+        from actors.front_builder import build_engine
+
+        self.engine = build_engine(self.spec, self._parts, self.metrics, others)
         self.engine.warm_up()
+        kv = self.engine.kv
+        return kv.num_blocks * kv.block_size, kv.num_bytes
 
     def start(self, event_loop: asyncio.AbstractEventLoop) -> None:
         """Serve. Called from the event loop, like all that follows but for what is said to wait."""

@@ -150,9 +150,14 @@ class Fleet:
 
     async def _start_front(self, member: Member) -> None:
         version = self.expert_map.version
-        await member.handle.start.remote(self.expert_map, self.wanted)
         assert member.ready is not None
-        member.become_ready(member.ready)
+        fronts = [m.ready for m in self.of_kind("front") if m is not member and m.handle and m.ready]
+        others = tuple(ready.kv_cache_bytes for ready in fronts if ready.node == member.ready.node)
+        try:
+            ready = await member.handle.start.remote(self.expert_map, self.wanted, others)
+        except RayError as error:
+            raise ray_actors.cause(error) from None
+        member.become_ready(ready)
         if self.expert_map.version > version:  # it was not among those that heard of the new one
             await self._tell_fronts([member])
 

@@ -1,24 +1,38 @@
 """How large a front's KV cache is, from the options and from what the machine has."""
 
+import logging
+from collections.abc import Sequence
+
 import torch
 
+from actors.engine.host_memory import available_memory
 from actors.model.paged_kv import PagedKV
 from cluster.messages import EngineOptions
 from cluster.model_config import GraniteMoeConfig, ModelError
 
+logger = logging.getLogger(__name__)
+
 GIB = 2**30
-# Without a setting, a CPU front takes at most this: weights and other processes share the memory.
-CPU_DEFAULT = GIB // 2
+# Without a setting, the fronts of a host share this much of the memory that is free once all weights are loaded: the
+# rest is for what computes, for actors that join later, and for the page cache. A front takes LEAST where there is that
+# much, or where nobody tells how much there is.
+SHARE, LEAST = 0.5, GIB // 2
 
 
-def num_kv_blocks(options: EngineOptions, config: GraniteMoeConfig, dtype: torch.dtype, device: torch.device) -> int:
+def num_kv_blocks(
+    options: EngineOptions,
+    config: GraniteMoeConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    others: Sequence[int] = (),
+) -> int:
     """Blocks that fit the budget; never more than max_num_seqs sequences of full length could use.
 
-    Raises ModelError if not even one sequence of max_model_len tokens fits.
+    `others`: see cpu_budget. Raises ModelError if not even one sequence of max_model_len tokens fits.
     """
     block = PagedKV.bytes_per_block(config, options.block_size, dtype)
     needed = -(-options.max_model_len // options.block_size)
-    budget = options.kv_cache_bytes or _default_budget(options, device, needed * block)
+    budget = options.kv_cache_bytes or _default_budget(options, device, needed * block, others)
     if budget < needed * block:
         raise ModelError(
             f"kv_cache_gib={budget / GIB:.3g} holds {budget // block * options.block_size} tokens, fewer than "
@@ -28,8 +42,29 @@ def num_kv_blocks(options: EngineOptions, config: GraniteMoeConfig, dtype: torch
     return min(budget // block, needed * options.max_num_seqs)
 
 
-def _default_budget(options: EngineOptions, device: torch.device, least: int) -> int:
+def _default_budget(options: EngineOptions, device: torch.device, least: int, others: Sequence[int]) -> int:
     if device.type == "cuda":  # not yet run on a GPU
         free, total = torch.cuda.mem_get_info()
         return int(free - (1 - options.gpu_memory_utilization) * total)
-    return max(CPU_DEFAULT, least)
+    available = available_memory()
+    if available is not None and available < least:
+        logger.warning(
+            "%.3g GiB of memory are free, and one sequence of max_model_len=%d tokens takes %.3g GiB: lower max_model_len",
+            available / GIB,
+            options.max_model_len,
+            least / GIB,
+        )
+    return max(cpu_budget(available, others), least)
+
+
+def cpu_budget(available: int | None, others: Sequence[int]) -> int:
+    """Bytes for the KV cache of a front beside others on its host.
+
+    `available` is free now. `others` are the sizes of the other fronts' caches there, 0 for those that choose theirs at
+    this moment too. Memory is taken when it is first written to, so what the others have chosen may still look free.
+    """
+    if available is None:
+        return LEAST
+    num_choosing = 1 + sum(size == 0 for size in others)
+    share = int(SHARE * (available - sum(others)) / num_choosing)
+    return max(share, min(LEAST, available // num_choosing))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.engine.engine import Engine
 from cluster.messages import GenerationRequest, RoutedExperts, SamplingParams
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.engines import make_engine, run
@@ -193,6 +194,70 @@ def test_a_failing_step_ends_its_sequences_and_nothing_else(model_dir: Path, exp
     engine.check_integrity()
     engine.dispatcher = working
     assert run(engine, greedy([PROMPTS[0]]))["0"].token_ids == expected[0]
+
+
+def test_a_scheduler_that_fails_ends_every_sequence_and_nothing_else(
+    model_dir: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose fault it is can't be told, and it would fail again: they are told, blocks come back, the engine goes on."""
+    engine = make_engine(model_dir, max_num_seqs=2)
+    names = [str(i) for i in range(4)]
+    for i, name in enumerate(names):
+        engine.add(GenerationRequest(name, "test", tuple(PROMPTS[i]), GREEDY))
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler, "_read_prompts", lambda budget: [][0])
+        outputs = engine.step()
+    assert sorted(output.request_id for output in outputs) == names
+    assert {output.finish_reason for output in outputs} == {"error"}
+    assert {output.error for output in outputs} == {"IndexError: list index out of range"}
+    assert not engine.has_work
+    engine.check_integrity()
+    assert run(engine, greedy([PROMPTS[0]]))["0"].token_ids == expected[0]
+
+
+def test_books_that_do_not_balance_end_every_sequence_too(model_dir: Path, expected: list[list[int]]) -> None:
+    """Even giving blocks back fails then: the books are begun anew."""
+    engine = make_engine(model_dir)
+    for i in range(2):
+        engine.add(GenerationRequest(str(i), "test", tuple(PROMPTS[i]), GREEDY))
+    engine.step()
+    engine.scheduler.allocator.free(engine.scheduler.running[0].blocks)
+    outputs = [output for _ in range(GREEDY.max_tokens) if engine.has_work for output in engine.step()]
+    assert {o.request_id for o in outputs if o.finish_reason == "error"} == {"0", "1"}
+    engine.check_integrity()
+    assert run(engine, greedy([PROMPTS[0]]))["0"].token_ids == expected[0]
+
+
+def test_cached_tokens_are_at_most_the_prompt_after_a_preemption(model_dir: Path) -> None:
+    engine = make_engine(model_dir, num_blocks=24, budget=9)
+    results = run(engine, greedy(PROMPTS))
+    assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
+    assert {output.num_cached_tokens for result in results.values() for output in result.outputs} == {0}
+    assert engine.scheduler.num_prefix_hits == 0
+
+
+def metric(engine: Engine, name: str) -> float:
+    return sum(value for key, _, value in engine.metrics.samples() if key == f"outcrop_{name}")
+
+
+def test_queue_time_is_known_when_a_sequence_starts_and_only_once(model_dir: Path) -> None:
+    engine = make_engine(model_dir, max_num_seqs=1, num_blocks=24, budget=9)
+    for i in range(2):
+        engine.add(GenerationRequest(str(i), "test", tuple(PROMPTS[i]), GREEDY))
+    engine.step()
+    assert metric(engine, "request_queue_time_seconds_count") == 1
+    while engine.has_work:
+        engine.step()
+    assert metric(engine, "request_queue_time_seconds_count") == 2
+
+
+@pytest.mark.parametrize(("replayed", "attempt"), [((7, 8), 1), ((), 1)])
+def test_a_replay_counts_no_prompt_tokens(model_dir: Path, replayed: tuple[int, ...], attempt: int) -> None:
+    engine = make_engine(model_dir)
+    engine.add(GenerationRequest("a", "test", (1, 2, 3), GREEDY))
+    engine.add(GenerationRequest("b", "test", (4, 5), GREEDY, replayed, attempt=attempt))
+    assert metric(engine, "prompt_tokens_total") == 3
 
 
 def test_stop_tokens_end_a_sequence_and_min_tokens_delays_them(model_dir: Path, expected: list[list[int]]) -> None:
