@@ -1,5 +1,6 @@
 """Turns scheduled chunks into the tensors of one forward pass."""
 
+import numpy as np
 import torch
 
 from actors.engine.scheduler import Chunk
@@ -21,13 +22,16 @@ def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> S
         slots += [sequence.blocks[p // block_size] * block_size + p % block_size for p in range(first, last)]
         rows += range(start + sequence.first_scored_row(chunk.length), start + chunk.length)
         spans.append(Span(start, chunk.length, last))
+    # An array, because lists padded to the longest would cost as much as if all were that long.
     width = max(len(chunk.sequence.blocks) for chunk in chunks)
-    blocks = [chunk.sequence.blocks + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
+    blocks = np.zeros((len(chunks), width), dtype=np.int32)
+    for row, chunk in zip(blocks, chunks, strict=True):
+        row[: len(chunk.sequence.blocks)] = chunk.sequence.blocks
     batch = StepBatch(
         torch.tensor(tokens),
         torch.tensor(positions),
         torch.tensor(slots),
-        torch.tensor(blocks, dtype=torch.int32),
+        torch.from_numpy(blocks),
         torch.tensor(rows, dtype=torch.int64),
         tuple(spans),
     )

@@ -10,6 +10,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from actors.engine.adjustments import Adjustments
 from actors.engine.sequence import Sequence
 from cluster.messages import SamplingParams, TokenLogprob
 
@@ -44,27 +45,9 @@ def adjust(logits_V: Tensor, sequence: Sequence) -> Tensor:
     params = sequence.request.params
     if _is_unadjusted(params, sequence.num_output):
         return logits_V
-    logits_V = logits_V.clone()
-    if params.logit_bias:
-        ids, biases = zip(*params.logit_bias, strict=True)
-        logits_V[list(ids)] += torch.tensor(biases, dtype=logits_V.dtype, device=logits_V.device)
-    _penalise(logits_V, params, sequence)
-    if sequence.num_output < params.min_tokens and params.stop_token_ids:
-        logits_V[list(params.stop_token_ids)] = -torch.inf
-    return logits_V
-
-
-def _penalise(logits_V: Tensor, params: SamplingParams, sequence: Sequence) -> None:
-    """Repetition counts prompt and output, as in CTRL (arXiv 1909.05858); the others the output only, as OpenAI."""
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sequence.token_ids, device=logits_V.device).unique()
-        values = logits_V[seen]
-        penalty = params.repetition_penalty
-        logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if (params.frequency_penalty or params.presence_penalty) and sequence.num_output:
-        emitted = torch.tensor(sequence.output_ids, device=logits_V.device)
-        ids, counts = emitted.unique(return_counts=True)
-        logits_V[ids] -= params.frequency_penalty * counts + params.presence_penalty
+    if sequence.adjustments is None:
+        sequence.adjustments = Adjustments(params, logits_V.shape[-1], logits_V.device)
+    return sequence.adjustments.apply(logits_V, sequence.token_ids, sequence.num_prompt)
 
 
 def draw(logits_V: Tensor, params: SamplingParams, u: float) -> int:

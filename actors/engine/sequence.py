@@ -1,12 +1,15 @@
 """One sequence in a front: its tokens, its KV blocks, and what has been computed. Knows no tensors."""
 
 import time
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from actors.engine.kv_cache import block_hash
 from actors.lanes.dispatcher import Step
 from cluster.messages import FinishReason, GenerationRequest, Timing, TokenLogprob
+
+if TYPE_CHECKING:
+    from actors.engine.adjustments import Adjustments
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +30,7 @@ class Sequence:
     started: float | None = None
     reported: float | None = None  # when the last Timing was taken
     steps: list[Step] = field(default_factory=list)  # those since then
+    adjustments: "Adjustments | None" = None  # what the sampler keeps between steps
 
     @classmethod
     def of(cls, request: GenerationRequest) -> "Sequence":
@@ -41,10 +45,6 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
-
-    @property
-    def output_ids(self) -> Items[int]:
-        return self.token_ids[self.num_prompt :]
 
     @property
     def num_uncomputed(self) -> int:

@@ -206,7 +206,7 @@ def test_a_scheduler_that_fails_ends_every_sequence_and_nothing_else(
         engine.add(GenerationRequest(name, "test", tuple(PROMPTS[i]), GREEDY))
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.scheduler, "_read_prompts", lambda budget: [][0])
+        patch.setattr(engine.scheduler, "schedule", lambda: [][0])
         outputs = engine.step()
     assert sorted(output.request_id for output in outputs) == names
     assert {output.finish_reason for output in outputs} == {"error"}

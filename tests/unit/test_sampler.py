@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.engine.sampler import draw, sample, sample_one, token_logprob, uniform
+from actors.engine.sampler import adjust, draw, sample, sample_one, token_logprob, uniform
 from actors.engine.sequence import Sequence
 from cluster.messages import GenerationRequest, SamplingParams
 
@@ -96,6 +96,35 @@ def test_frequency_and_presence_penalties_count_the_output_only() -> None:
     assert sample_one(logits, sequence((2,), (0,), temperature=0.0, presence_penalty=1.0)) == 1
     assert sample_one(logits, sequence((2,), (0, 0), temperature=0.0, frequency_penalty=0.2)) == 0
     assert sample_one(logits, sequence((2,), (0, 0, 0), temperature=0.0, frequency_penalty=0.2)) == 1
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=6),
+    st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=4),
+    st.sampled_from([1.0, 0.5, 1.7]),
+    st.sampled_from([0.0, 0.3]),
+    st.sampled_from([0.0, -0.7]),
+)
+@settings(deadline=None)
+def test_what_is_kept_from_step_to_step_follows_the_sequence(
+    prompt: list[int], growth: list[list[int]], repetition: float, frequency: float, presence: float
+) -> None:
+    """The rules word by word, over the whole sequence each time, are the oracle."""
+    one = sequence(
+        tuple(prompt), repetition_penalty=repetition, frequency_penalty=frequency, presence_penalty=presence,
+        logit_bias=((3, 0.5),), min_tokens=3, stop_token_ids=(1,),
+    )  # fmt: skip
+    for new in [[], *growth]:
+        one.token_ids += new
+        output = one.token_ids[len(prompt) :]
+        expected = []
+        for token, logit in enumerate(LOGITS.tolist()):
+            value = logit + 0.5 * (token == 3)
+            if token in one.token_ids:
+                value = value / repetition if value > 0 else value * repetition
+            value -= frequency * output.count(token) + presence * (token in output)
+            expected.append(-math.inf if token == 1 and len(output) < 3 else value)
+        assert adjust(LOGITS, one).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_adjusting_leaves_the_model_s_logits_alone() -> None:
