@@ -49,9 +49,7 @@ class _Loading:
         self.report(LoadProgress(self.loaded, self.total))
 
 
-def load_parts(
-    spec: FrontSpec, namespace: str, metrics: Metrics, report: Callable[[LoadProgress], None]
-) -> FrontParts:
+def load_parts(spec: FrontSpec, namespace: str, metrics: Metrics, report: Callable[[LoadProgress], None]) -> FrontParts:
     options, model_dir = spec.engine, Path(spec.engine.model_path)
     config = read_model_config(model_dir)
     Kernels.choose(options.kernels, options.expert_dtype)

@@ -56,7 +56,10 @@ class Engine:
         return self.scheduler.has_work
 
     def add(self, request: GenerationRequest) -> None:
+        """Raises ValueError for a sequence that could never run: it would hold up all that wait behind it."""
         sequence = Sequence.of(request)
+        if not 0 < len(sequence.token_ids) <= self.scheduler.max_model_len:
+            raise ValueError(f"{len(sequence.token_ids)} tokens: 1 to {self.scheduler.max_model_len} can be computed")
         self.sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
         if not request.is_replay:

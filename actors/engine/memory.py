@@ -49,7 +49,7 @@ def _default_budget(options: EngineOptions, device: torch.device, least: int, ot
     available = available_memory()
     if available is not None and available < least:
         logger.warning(
-            "%.3g GiB of memory are free, and one sequence of max_model_len=%d tokens takes %.3g GiB: lower max_model_len",
+            "%.3g GiB of memory are free, one sequence of max_model_len=%d tokens takes %.3g GiB: lower max_model_len",
             available / GIB,
             options.max_model_len,
             least / GIB,

@@ -1,7 +1,7 @@
 """How many tokens a step may compute. Knows numbers only: steps are observed, no clock is read.
 
 Whoever is being answered waits for each step to end. Without a setting, steps beside running answers are therefore as
-large as fits a target time on this machine, with this model, now; while nobody waits, they are as large as is efficient.
+large as fits a target time on this machine, with this model, now; while nobody waits, they are as large as pays.
 """
 
 import statistics

@@ -229,6 +229,15 @@ def test_books_that_do_not_balance_end_every_sequence_too(model_dir: Path, expec
     assert run(engine, greedy([PROMPTS[0]]))["0"].token_ids == expected[0]
 
 
+@pytest.mark.parametrize("length", [0, 257])
+def test_what_could_never_run_is_not_taken_in(model_dir: Path, length: int) -> None:
+    engine = make_engine(model_dir)
+    with pytest.raises(ValueError, match=rf"{length} tokens: 1 to 256 can be computed"):
+        engine.add(GenerationRequest("a", "test", (1,) * length, GREEDY))
+    assert not engine.has_work
+    engine.check_integrity()
+
+
 def test_cached_tokens_are_at_most_the_prompt_after_a_preemption(model_dir: Path) -> None:
     engine = make_engine(model_dir, num_blocks=24, budget=9)
     results = run(engine, greedy(PROMPTS))

@@ -133,5 +133,5 @@ def test_a_setting_is_kept_and_refused_if_too_small() -> None:
     block = PagedKV.bytes_per_block(model, engine.block_size, torch.bfloat16)
     assert num_kv_blocks(engine, model, torch.bfloat16, torch.device("cpu")) == GIB // block
     model, engine = options(kv_cache_gib=0.1)
-    with pytest.raises(ModelError, match="kv_cache_gib=0.1 holds 2176 tokens, fewer than max_model_len=4096"):
+    with pytest.raises(ModelError, match=r"kv_cache_gib=0\.1 holds 2176 tokens, fewer than max_model_len=4096"):
         num_kv_blocks(engine, model, torch.bfloat16, torch.device("cpu"))
