@@ -77,7 +77,9 @@ class ClusterConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where fronts and experts compute.")
     kernels: KernelChoice = Field("auto", description="What computes bfloat16 on a CPU: see `outcrop check`.")
     max_model_len: int | None = Field(None, description="Longest prompt + output, in tokens.", ge=1)
-    kv_cache_gib: float | None = Field(None, description="KV cache of each front, in GiB.", gt=0)
+    kv_cache_gib: float | None = Field(
+        None, description="KV cache of each front, in GiB; default: a share of the memory that is free.", gt=0
+    )
     gpu_memory_utilization: float = Field(0.9, description="Share of a GPU that a front may use.", gt=0, le=1)
     block_size: int | None = Field(None, description="Tokens per KV block; default 16, on GPUs 256.", ge=1, le=4096)
     max_num_batched_tokens: int | None = Field(

@@ -11,7 +11,7 @@ from openai import OpenAI
 from tests.e2e.servers import MODEL, Server, serving
 
 # 3 prompts of 1,500 tokens fit into the KV cache, 24 answers of 300 tokens don't.
-FLAGS = "--lane local --dtype float32 --max-num-batched-tokens 64 --kv-cache-gib 0.0037".split()
+FLAGS = ["--lane", "local", "--dtype", "float32", "--max-num-batched-tokens", "64", "--kv-cache-gib", "0.0037"]
 
 
 @pytest.fixture(scope="module")
