@@ -8,8 +8,9 @@ import statistics
 from collections import deque
 
 TARGET_S = 0.25
-# Prompt tokens of a step: never fewer, so that prompts are read however slow the machine is; never more.
-LEAST, MOST = 32, 512
+# Prompt tokens of a step: never fewer, since a step of a few costs nearly as much (it reads the same weights) and first
+# tokens would come late where answers alone take the target; never more.
+LEAST, MOST = 64, 512
 # Their median counts: a step that a failover held up changes nothing.
 MEMORY = 5
 
