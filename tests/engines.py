@@ -25,7 +25,7 @@ def make_engine(
     dispatcher: Dispatcher | None = None,
     num_blocks: int = 64,
     block_size: int = 4,
-    budget: int = 64,
+    budget: int | None = 64,
     max_num_seqs: int = 8,
     prefix_caching: bool = True,
     dtype: torch.dtype = torch.float32,

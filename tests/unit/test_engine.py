@@ -246,6 +246,41 @@ def test_cached_tokens_are_at_most_the_prompt_after_a_preemption(model_dir: Path
     assert engine.scheduler.num_prefix_hits == 0
 
 
+class Clock:
+    """Stands still but for the experts: each of a step's tokens takes them 2.5 ms."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.now, self.sizes = 0.0, list[int]()
+        self._dispatch = engine.dispatcher.dispatch
+        engine.dispatcher.dispatch = self._take_time  # type: ignore[method-assign]
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def _take_time(self, layer: int, x_TD: torch.Tensor, *rest: torch.Tensor) -> Any:
+        if layer == 0:
+            self.now += 0.0025 * len(x_TD)
+            self.sizes.append(len(x_TD))
+        return self._dispatch(layer, x_TD, *rest)
+
+
+def test_without_a_setting_steps_beside_answers_take_as_long_as_the_target(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 tokens are 0.25 s here. While nobody is being answered, a step may take longer."""
+    engine = make_engine(model_dir, budget=None, num_blocks=600, prefix_caching=False)
+    clock = Clock(engine)
+    monkeypatch.setattr("actors.engine.engine.time", clock)
+    engine.add(GenerationRequest("0", "test", (1,) * 230, SamplingParams(max_tokens=20)))
+    engine.step()
+    for i in range(1, 5):
+        engine.add(GenerationRequest(str(i), "test", (i,) * 230, SamplingParams(max_tokens=20)))
+    while engine.has_work:
+        engine.step()
+    assert clock.sizes[0] == 230
+    assert max(clock.sizes[1:]) == 100
+
+
 def metric(engine: Engine, name: str) -> float:
     return sum(value for key, _, value in engine.metrics.samples() if key == f"outcrop_{name}")
 
