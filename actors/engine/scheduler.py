@@ -93,14 +93,14 @@ class Scheduler:
                 share = min(most, left, sequence.num_uncomputed - shares[sequence])
                 shares[sequence] += share
                 left -= share
-        chunks = (Chunk(sequence, _piece(length, sequence.num_uncomputed)) for sequence, length in shares.items())
-        return [chunk for chunk in chunks if chunk.length > (not chunk.completes and budget > 2)]
+        chunks = (Chunk(sequence, _piece(share, sequence.num_uncomputed)) for sequence, share in shares.items())
+        return [c for c in chunks if c.length > 1 or (c.length and (c.completes or budget <= 2))]
 
     def _prompts(self) -> list[Sequence]:
         """What is being read or could be, the oldest first. While that one finds no room, nobody else takes any."""
         reading = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         prompts = sorted((*reading, *self.waiting), key=lambda sequence: sequence.arrived)
-        return prompts if prompts and self._admit(prompts[0]) else sorted(reading, key=lambda s: s.arrived)
+        return prompts if prompts and self._admit(prompts[0]) else [one for one in prompts if one.blocks]
 
     def _num_unread(self, sequence: Sequence) -> int:
         """What a waiting sequence would find in the prefix cache, it need not read."""
@@ -191,7 +191,7 @@ class Scheduler:
 
 
 def _piece(length: int, unread: int) -> int:
-    """Leave no piece of a single token where a prompt is cut: it would be computed as a continuation is, which rounds
-    differently in bfloat16, and equal prompts should agree however they are cut.
+    """Where a prompt is cut, no piece of a single token is left if that can be helped: it would be computed as a
+    continuation is, which rounds differently in bfloat16, and equal prompts should agree however they are cut.
     """
     return length - 1 if unread - length == 1 and length > 2 else length
