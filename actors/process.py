@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import TypeVar
 T = TypeVar("T")
 # A third of the weight of others: low enough not to be felt, high enough that the dead are soon replaced.
 LOW_PRIORITY = 5
+MAX_FILES = 65536
 
 
 def limit_threads(num_threads: int) -> None:
@@ -37,6 +39,14 @@ def gently(work: Callable[[], T]) -> T:
 def _lower_priority() -> None:
     with contextlib.suppress(OSError, AttributeError):  # another system
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
+
+
+def raise_file_limit() -> None:
+    """As far as a user may: a front holds two files open for each replica, a replica two for each front."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def release_free_memory() -> None:
