@@ -44,11 +44,12 @@ class AutoLane(Lane):
         if len(by_lane) == 1:
             return self._receive(*next(iter(by_lane.items())), timeout_s)
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:  # rare: a message was sent again, and over the other lane
+        while True:  # rare: a message was sent again, and over the other lane
             for lane, inners in by_lane.items():
                 with contextlib.suppress(LaneTimeout):
-                    return self._receive(lane, inners, TURN_S)
-        raise LaneTimeout(f"no answer within {timeout_s:.3f} s")
+                    return self._receive(lane, inners, min(TURN_S, timeout_s))
+            if time.monotonic() >= deadline:  # without time left, what has come already still counts
+                raise LaneTimeout(f"no answer within {timeout_s:.3f} s")
 
     def _receive(self, lane: Lane, inners: list[Any], timeout_s: float) -> tuple[Ticket, bytes | memoryview]:
         try:
