@@ -6,12 +6,15 @@ import os
 import resource
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
-# A third of the weight of others: low enough not to be felt, high enough that the dead are soon replaced.
+# Where nothing less is allowed: a third of the weight of others.
 LOW_PRIORITY = 5
+# So long may others keep all cores for themselves. Then the work gets its share: the dead must be replaced.
+IDLE_S = 5.0
 MAX_FILES = 65536
 
 
@@ -28,17 +31,53 @@ def limit_threads(num_threads: int) -> None:
 
 
 def gently(work: Callable[[], T]) -> T:
-    """Run `work` at low priority: a replica that joins under load must not hold up those that compute on its cores.
+    """Run `work` at the lowest priority: an actor that joins under load must not hold up those that compute on its
+    cores.
 
-    In a thread of its own, because only the superuser may raise a priority again (on Linux each thread has its own).
+    In a thread of its own, because on Linux each thread has its own priority, and a user may not raise one again.
     """
-    with ThreadPoolExecutor(1, initializer=_lower_priority) as pool:
-        return pool.submit(work).result()
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(_lower_priority).result()
+        done = pool.submit(work)
+        wait([done], IDLE_S)
+        if may_leave_idle():
+            _leave_idle()
+            _set_niceness(thread)
+        return done.result()
 
 
-def _lower_priority() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # another system
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
+def _lower_priority() -> int:
+    thread = threading.get_native_id()
+    if may_leave_idle():
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        _set_niceness(thread)
+    return thread
+
+
+def _set_niceness(thread: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # another system, or it has ended
+        os.setpriority(os.PRIO_PROCESS, thread, LOW_PRIORITY)
+
+
+@cache
+def may_leave_idle() -> bool:
+    """Whether a thread can go to SCHED_IDLE, where it runs only while nobody else wants to, and come back. Tried in a
+    thread that ends: without the right to it, there is no way back.
+    """
+    with ThreadPoolExecutor(1) as pool, contextlib.suppress(OSError, AttributeError):
+        pool.submit(os.sched_setscheduler, 0, os.SCHED_IDLE, os.sched_param(0)).result()
+        pool.submit(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0)).result()
+        return True
+    return False
+
+
+def _leave_idle() -> None:
+    """All threads of this process: those that the work has started have inherited its priority."""
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(OSError):
+            if os.sched_getscheduler(thread) == os.SCHED_IDLE:
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def raise_file_limit() -> None:
