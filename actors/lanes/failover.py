@@ -32,9 +32,8 @@ class Latency:
         known[bucket] = before + SMOOTHING * (seconds - before)
 
     def at_least(self, replica_id: str, num_tokens: int, seconds: float) -> None:
-        """No answer has come for so long. Says something only of a replica that was expected to be faster."""
-        known = self._seconds.get(replica_id)
-        if not known or seconds > _expected(known, num_tokens):
+        """No answer has come for so long. Says nothing of a replica that is not expected to be faster."""
+        if DEADLINE_FACTOR * seconds > self.deadline((replica_id,), num_tokens):
             self.observe(replica_id, num_tokens, seconds)
 
     def deadline(self, replica_ids: Iterable[str], num_tokens: int) -> float:

@@ -3,14 +3,12 @@
 Shapes: T tokens, D hidden, K top-k; P tokens of a part. A part is what one group gets of one layer's tokens.
 """
 
-import contextlib
 import logging
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from actors.lanes.dispatcher import Dispatcher
 from actors.lanes.failover import Breaker, HedgeBudget, Latency
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.parts import CorruptAnswerError, HomeTable, NotHeldError, Part, Sent, checked, split
+from actors.lanes.recovery import LateAnswers, Probes
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.metrics import Metrics
 
@@ -29,8 +28,6 @@ logger = logging.getLogger(__name__)
 MAP_WAIT_S = 2.0
 # Computing a part in the front costs more than waiting a little longer for the last replica that may answer.
 LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
-# An answer that has not come by then is not expected any more.
-LATE_S = 15.0
 
 # (layer, x, ids, gates) -> partial sums, without any replica
 Fallback = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -38,14 +35,6 @@ Fallback = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 class DispatchError(RuntimeError):
     """No replica computed a part; the step can't be finished."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Late:
-    """A message that another replica, or the front itself, has answered first."""
-
-    sent: Sent
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +56,8 @@ class RemoteDispatcher(Dispatcher):
         self._latency = Latency()
         self._hedges = HedgeBudget()
         self._breaker = Breaker()
-        self._probes: dict[str, Any] = {}  # replica -> ticket
-        self._late: dict[Any, _Late] = {}  # by ticket
-        self._looked_at = 0.0
+        self._late = LateAnswers(lane, self._latency)
+        self._probes = Probes(lane)
         self._outstanding: Counter[str] = Counter()
         self._num_sent: Counter[str] = Counter()
         self._connecting = threading.Lock()
@@ -77,6 +65,7 @@ class RemoteDispatcher(Dispatcher):
         self._map: ExpertMap | None = None
         self._homes: list[HomeTable] = []
         self._by_group: dict[int, list[ReplicaAddress]] = {}
+        self._by_id: dict[str, ReplicaAddress] = {}
         self._followed = 0  # the map's version that this thread has seen
         self._stale = 0  # the version after which no newer one came, though a replica refused
         self._num_bytes: Counter[tuple[str, str]] = Counter()  # (lane, direction)
@@ -126,9 +115,9 @@ class RemoteDispatcher(Dispatcher):
         if version != self._followed:
             self._follow_map()
         if self._late:
-            self._hear_late()
+            self._late.hear()
         if self._breaker:
-            self._probe()
+            self._probes.look(self._breaker, self._late.owing, self._by_id)
         parts = split(layer, x_TD, ids_TK, gates_TK, homes, version)
         for part in parts:
             self._send(part)
@@ -145,7 +134,7 @@ class RemoteDispatcher(Dispatcher):
             for part in pending.parts:
                 for sent in tuple(part.sent):
                     self._drop(part, sent)
-                    self._late[sent.ticket] = _Late(sent, part.num_tokens)
+                    self._late.expect(sent, part.num_tokens)
             self.step.wait_seconds += time.monotonic() - started
 
     def forget(self, pending: _Pending) -> None:
@@ -280,54 +269,14 @@ class RemoteDispatcher(Dispatcher):
     def _follow_map(self) -> None:
         """Forget what was known of replicas that have left; begin anew to share out messages among those that stay."""
         assert self._map is not None
-        here = {r.replica_id for r in self._map.replicas}
         self._followed = self._map.version
+        self._by_id = {r.replica_id: r for r in self._map.replicas}
+        here = set(self._by_id)
         self._breaker.keep_only(here)
         self._latency.keep_only(here)
         self._num_sent.clear()
         self._outstanding = +self._outstanding
-        for replica_id in self._probes.keys() - here:
-            self.lane.forget(self._probes.pop(replica_id))
-
-    def _hear_late(self) -> None:
-        """Learn from answers that nobody waits for any more how slow their replicas are."""
-        last_looked, self._looked_at = self._looked_at, time.monotonic()
-        for ticket, late in tuple(self._late.items()):
-            if self._looked_at - late.sent.at > LATE_S:
-                self.lane.forget(ticket)
-                del self._late[ticket]
-        while self._late:
-            try:
-                ticket, _ = self.lane.receive(list(self._late), 0.0)
-            except LaneTimeout:
-                return
-            except LaneError as error:
-                del self._late[error.ticket]
-            else:
-                late = self._late.pop(ticket)
-                # When it came is not known, but that it had not when we last looked.
-                waited = last_looked - late.sent.at
-                self._latency.at_least(late.sent.replica.replica_id, late.num_tokens, waited)
-
-    def _probe(self) -> None:
-        """Take replicas back that have answered, and ask those again whose pause is over.
-
-        A probe costs a replica nothing: one that still owes an answer to a message is not taken back for that.
-        """
-        owing = {late.sent.replica.replica_id for late in self._late.values()}
-        for replica_id, ticket in tuple(self._probes.items()):
-            if replica_id not in owing and self.lane.is_alive(ticket):
-                logger.info("replica %s answers again", replica_id)
-                self._breaker.close(replica_id)
-                del self._probes[replica_id]
-        assert self._map is not None
-        by_id = {r.replica_id: r for r in self._map.replicas}
-        for replica_id in self._breaker.take_due():
-            if old := self._probes.pop(replica_id, None):
-                self.lane.forget(old)
-            if replica_id in by_id:
-                with contextlib.suppress(LaneError):
-                    self._probes[replica_id] = self.lane.probe(by_id[replica_id])
+        self._probes.keep_only(here)
 
     def _compute_here(self, part: Part) -> Tensor:
         """No replica of the group answers: slow, but right."""

@@ -1,84 +1,22 @@
-"""The fast lane, the front's end: one socket per replica that stays open, raw frames, no Ray on the way.
-
-A message is two frames: an 8-byte number that the answer repeats, and a packed dispatch (wire.py). An answer whose
-number nobody waits for any more is dropped: a replica that was given up may wake and answer late.
-
-zmq is told not to connect again by itself: its socket then has nowhere to send to as soon as a connection is lost,
-which tells of the loss without a monitor (two more sockets per replica, and a queue of events that blocks all
-connections once nobody has read it for some minutes), and nothing is sent to whoever takes over a replica's port.
-"""
+"""The fast lane, the front's end: a connection per replica that stays open, raw frames, no Ray on the way."""
 
 import itertools
 import logging
 import os
-import struct
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import zmq
 
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
+from actors.lanes.zmq_link import HELLO, SLICE_MS, Link, Ticket, new_socket
 from actors.process import raise_file_limit
 from cluster.expert_map import ReplicaAddress
 from cluster.messages import LaneKeys
 
 logger = logging.getLogger(__name__)
 
-NUMBER = struct.Struct("<Q")
-HELLO = b"hello"  # a body that asks the server for its name
-# A dispatch of 16k tokens of hidden size 4096 in float32 is 256 MiB; nothing larger is a message of ours.
-MAX_MESSAGE = 512 * 2**20
 HANDSHAKE_S = 2.0
-# How long a single read of the socket waits. Only then is a loss looked for: it would cost each answer another call.
-SLICE_MS = 10
-# A host that has vanished sends no reset: bytes that it has not acknowledged for this long mean that it is lost.
-VANISHED_MS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    replica_id: str
-    number: int
-
-
-@dataclass(slots=True, eq=False)
-class _Link:
-    """Connected from the replica's answer to a greeting until the connection is lost. `answers` holds answers that
-    came while another was waited for.
-    """
-
-    socket: zmq.Socket[bytes]
-    endpoint: str
-    waiting: set[int] = field(default_factory=set)
-    answers: dict[int, memoryview] = field(default_factory=dict)
-    is_connected: bool = False
-
-    def take_in(self, *, wait: bool = False) -> None:
-        """Read an answer, or else see whether the connection is lost. If told to wait, for SLICE_MS at most."""
-        try:
-            frames = self.socket.recv_multipart(0 if wait else zmq.DONTWAIT, copy=False)
-        except zmq.Again:
-            if not self.socket.get(zmq.EVENTS) & zmq.POLLOUT:
-                self.is_connected = False
-            return
-        if len(frames) == 2 and len(frames[0]) == NUMBER.size:
-            (number,) = NUMBER.unpack(frames[0].buffer)
-            if number in self.waiting:
-                self.answers[number] = frames[1].buffer
-
-    def hear_greeting(self, ticket: Ticket) -> bool:
-        """Whether the greeting was answered, and by the replica itself: its port may have another owner by now."""
-        self.take_in()
-        answer = self.answers.pop(ticket.number, None)
-        if answer is None:
-            return False
-        self.waiting.discard(ticket.number)
-        self.is_connected = bytes(answer) == ticket.replica_id.encode()
-        return self.is_connected
-
-    def close(self) -> None:
-        self.socket.close(linger=0)
 
 
 class ZmqLane(Lane):
@@ -91,15 +29,15 @@ class ZmqLane(Lane):
         self._keys = keys
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, Link] = {}
         # Links of replicas that have left: open until their last answer has come, closed by the thread that uses them.
-        self._retired: list[tuple[str, _Link]] = []
+        self._retired: list[tuple[str, Link]] = []
         self._numbers = itertools.count(1)
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         """send() to a replica that does not shake hands raises LaneError until it answers a probe."""
-        links: dict[str, _Link] = {}
-        new: dict[str, _Link] = {}
+        links: dict[str, Link] = {}
+        new: dict[str, Link] = {}
         for replica in replicas:
             known = self._links.get(replica.replica_id)
             if known and known.is_connected:
@@ -115,35 +53,21 @@ class ZmqLane(Lane):
         link = self._links.get(replica_id)
         return link is not None and link.is_connected
 
-    def _open(self, replica: ReplicaAddress) -> _Link | None:
+    def _open(self, replica: ReplicaAddress) -> Link | None:
         """None if the replica has no endpoint for this host, or this process no socket left."""
         endpoint = usable_endpoint(replica)
         if endpoint is None:
             return None
         try:
-            return _Link(self._socket(endpoint), endpoint)
+            return Link(new_socket(self._context, endpoint, self._keys), endpoint)
         except zmq.ZMQError as error:
             logger.error("no connection to replica %s at %s: %s", replica.replica_id, endpoint, error)
             return None
 
-    def _socket(self, endpoint: str) -> "zmq.Socket[bytes]":
-        socket = self._context.socket(zmq.DEALER)
-        socket.linger = 0
-        socket.rcvtimeo = SLICE_MS
-        socket.reconnect_ivl = -1
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
-        if endpoint.startswith("tcp:"):
-            socket.setsockopt(zmq.TCP_MAXRT, VANISHED_MS)
-            socket.curve_serverkey = self._keys.server_public
-            socket.curve_publickey = self._keys.client_public
-            socket.curve_secretkey = self._keys.client_secret
-        socket.connect(endpoint)
-        return socket
-
-    def _shake_hands(self, links: dict[str, _Link]) -> None:
+    def _shake_hands(self, links: dict[str, Link]) -> None:
         """Greet all side by side, and wait for all together: one deadline, however many don't answer."""
         poller = zmq.Poller()
-        greeted: dict[zmq.Socket[bytes], tuple[_Link, Ticket]] = {}
+        greeted: dict[zmq.Socket[bytes], tuple[Link, Ticket]] = {}
         for replica_id, link in links.items():
             greeted[link.socket] = link, self._post(link, replica_id, HELLO)
             poller.register(link.socket, zmq.POLLIN)
@@ -164,18 +88,13 @@ class ZmqLane(Lane):
             raise LaneError(f"replica {replica.replica_id} is not connected")
         return self._post(link, replica.replica_id, message)
 
-    def _post(self, link: _Link, replica_id: str, body: bytes) -> Ticket:
-        number = next(self._numbers)
-        link.waiting.add(number)
-        try:
-            link.socket.send_multipart([NUMBER.pack(number), body], zmq.DONTWAIT, copy=False)
-        except zmq.ZMQError as error:
-            link.waiting.discard(number)
-            raise LaneError(f"replica {replica_id}: {error}") from None
-        return Ticket(replica_id, number)
+    def _post(self, link: Link, replica_id: str, body: bytes) -> Ticket:
+        ticket = Ticket(replica_id, next(self._numbers))
+        link.post(ticket, body)
+        return ticket
 
     def receive(self, tickets: Sequence[Ticket], timeout_s: float) -> tuple[Ticket, memoryview]:
-        by_link: dict[_Link, list[Ticket]] = {}
+        by_link: dict[Link, list[Ticket]] = {}
         for ticket in tickets:
             link = self._link_of(ticket)
             if link is None:
@@ -183,7 +102,7 @@ class ZmqLane(Lane):
             by_link.setdefault(link, []).append(ticket)
         return self._wait(by_link, timeout_s)
 
-    def _wait(self, by_link: dict[_Link, list[Ticket]], timeout_s: float) -> tuple[Ticket, memoryview]:
+    def _wait(self, by_link: dict[Link, list[Ticket]], timeout_s: float) -> tuple[Ticket, memoryview]:
         deadline = time.monotonic() + timeout_s
         has_looked = False
         while True:
@@ -200,7 +119,7 @@ class ZmqLane(Lane):
             self._read(list(by_link), max(0.0, remaining))
             has_looked = True
 
-    def _read(self, links: list[_Link], timeout_s: float) -> None:
+    def _read(self, links: list[Link], timeout_s: float) -> None:
         """Take in what has come on the links; waits until something has, or a slice or the time is over."""
         if len(links) == 1 and 1000 * timeout_s >= SLICE_MS:
             links[0].take_in(wait=True)
@@ -212,7 +131,7 @@ class ZmqLane(Lane):
         for link in links:
             link.take_in()
 
-    def _link_of(self, ticket: Ticket) -> _Link | None:
+    def _link_of(self, ticket: Ticket) -> Link | None:
         current = self._links.get(ticket.replica_id)
         if current and ticket.number in current.waiting:
             return current
@@ -240,7 +159,7 @@ class ZmqLane(Lane):
             link = self._reopen(replica, link)
         return self._post(link, replica.replica_id, HELLO)
 
-    def _reopen(self, replica: ReplicaAddress, lost: _Link | None) -> _Link:
+    def _reopen(self, replica: ReplicaAddress, lost: Link | None) -> Link:
         link = self._open(replica)
         if link is None:
             raise LaneError(f"replica {replica.replica_id} is not connected")

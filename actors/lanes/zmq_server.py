@@ -16,7 +16,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from actors.lanes import wire
-from actors.lanes.zmq_client import HELLO, MAX_MESSAGE, NUMBER
+from actors.lanes.zmq_link import HELLO, MAX_MESSAGE, NUMBER
 from cluster.leftovers import OwnedDirectory, sweep
 from cluster.messages import LaneKeys
 

@@ -302,7 +302,22 @@ def test_a_new_map_ends_the_wait_for_replicas_that_left() -> None:
     dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
     assert torch.equal(compute(dispatcher), EXPECTED)
     assert not dispatcher._breaker
-    assert not dispatcher._probes
+
+
+def test_a_probe_of_a_replica_that_left_is_forgotten() -> None:
+    """A connection that has left the map is closed once nothing is expected over it."""
+    lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
+    dispatcher = make(lane)
+    now = [0.0]
+    dispatcher._breaker = Breaker(lambda: now[0])
+    compute(dispatcher)
+    now[0] += REPROBE_S[0]
+    compute(dispatcher)
+    assert "a" in dispatcher._probes
+    assert dispatcher._map
+    dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
+    compute(dispatcher)
+    assert [(ticket.replica, ticket.frame) for ticket in lane.forgotten] == [("a", b"")]
 
 
 def test_a_replica_that_joins_does_not_get_all_messages_until_it_has_caught_up() -> None:

@@ -13,7 +13,8 @@ import zmq
 
 from actors.lanes import wire
 from actors.lanes.lane import LaneError, LaneTimeout
-from actors.lanes.zmq_client import HANDSHAKE_S, HELLO, NUMBER, ZmqLane
+from actors.lanes.zmq_client import HANDSHAKE_S, ZmqLane
+from actors.lanes.zmq_link import HELLO, NUMBER
 from actors.lanes.zmq_server import DIRECTORY, ZmqServer
 from cluster.expert_map import ReplicaAddress
 from cluster.leftovers import OwnedDirectory
