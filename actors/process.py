@@ -11,7 +11,7 @@ from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
-# Where nothing less is allowed: a third of the weight of others.
+# Where nothing less is allowed or good: a third of the weight of others.
 LOW_PRIORITY = 5
 # So long may others keep all cores for themselves. Then the work gets its share: the dead must be replaced.
 IDLE_S = 5.0
@@ -30,25 +30,26 @@ def limit_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def gently(work: Callable[[], T]) -> T:
+def gently(work: Callable[[], T], *, while_serving: bool = False) -> T:
     """Run `work` at the lowest priority: an actor that joins under load must not hold up those that compute on its
-    cores.
+    cores. `while_serving`: at low priority only, as threads that serve wait for this one's share of the interpreter.
 
     In a thread of its own, because on Linux each thread has its own priority, and a user may not raise one again.
     """
+    is_idle = not while_serving and may_leave_idle()
     with ThreadPoolExecutor(1) as pool:
-        thread = pool.submit(_lower_priority).result()
+        thread = pool.submit(_lower_priority, is_idle).result()
         done = pool.submit(work)
-        wait([done], IDLE_S)
-        if may_leave_idle():
+        if is_idle:
+            wait([done], IDLE_S)
             _leave_idle()
             _set_niceness(thread)
         return done.result()
 
 
-def _lower_priority() -> int:
+def _lower_priority(is_idle: bool) -> int:
     thread = threading.get_native_id()
-    if may_leave_idle():
+    if is_idle:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     else:
         _set_niceness(thread)

@@ -36,6 +36,8 @@ def test_loading_is_gentle_and_what_comes_after_is_not() -> None:
     before = priority()
     lowest = (os.SCHED_IDLE, before[1]) if may_leave_idle() else (before[0], max(before[1], LOW_PRIORITY))
     assert gently(priority) == lowest
+    low = (before[0], max(before[1], LOW_PRIORITY))
+    assert gently(priority, while_serving=True) == low
     assert priority() == before
 
 
