@@ -4,7 +4,7 @@ import os
 import socket as sockets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ import torch
 import zmq
 
 from actors.lanes import wire
-from actors.lanes.lane import LaneError, LaneTimeout
+from actors.lanes.auto import AutoLane
+from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.zmq_client import HANDSHAKE_S, ZmqLane
 from actors.lanes.zmq_link import HELLO, NUMBER
 from actors.lanes.zmq_server import DIRECTORY, ZmqServer
@@ -386,3 +387,56 @@ def test_a_ticket_of_a_connection_that_was_replaced_is_lost_at_once(lane: ZmqLan
         lane.forget(lane.send(target, MESSAGE))  # closes what was lost
         with pytest.raises(LaneError, match="left the map"):
             lane.receive([ticket], 5)
+
+
+class Everywhere(Lane):
+    """Reaches every replica, and nobody answers."""
+
+    name = "everywhere"
+
+    def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
+        pass
+
+    def send(self, replica: ReplicaAddress, message: bytes) -> object:
+        return object()
+
+    def receive(self, tickets: Sequence[object], timeout_s: float) -> tuple[object, bytes]:
+        raise LaneTimeout("nobody answers")
+
+    def forget(self, ticket: object) -> None:
+        pass
+
+    def probe(self, replica: ReplicaAddress) -> object:
+        return object()
+
+    def is_alive(self, ticket: object) -> bool:
+        return True
+
+
+def test_auto_probes_over_the_lane_that_gets_through_and_returns_to_zmq_when_that_does(
+    lane: ZmqLane, tmp_path: Path
+) -> None:
+    auto = AutoLane(lane, Everywhere())
+    with Greeters(tmp_path, ["someone else"]) as greeters:
+        (target,) = greeters.replicas
+        auto.connect([target])
+        assert auto.name_for(target) == "everywhere"
+        assert auto.is_alive(auto.probe(target)), "or it would never be used again"
+        auto.send(target, MESSAGE)
+        assert auto.name_for(target) == "everywhere"
+    with Greeters(tmp_path, ["r0"]):
+        auto.probe(target)
+        deadline = time.monotonic() + 5
+        while auto.name_for(target) != "zmq":
+            assert time.monotonic() < deadline
+            auto.send(target, MESSAGE)
+
+
+def test_auto_looks_at_both_lanes_even_without_time_left(server: ZmqServer, connect: Connect) -> None:
+    lane = connect()
+    auto = AutoLane(lane, Everywhere())
+    target = address(server, "ipc")
+    answered = auto.send(target, MESSAGE)
+    assert lane._links["r0"].socket.poll(5000), "the answer has come"
+    other = (auto.fallback, auto.fallback.send(target, MESSAGE))
+    assert auto.receive([other, answered], 0.0)[0] == answered
