@@ -116,4 +116,4 @@ class Breaker:
         """Forget replicas that have left the map."""
         for known in (self._due, self._pause, self._closed):
             for replica_id in known.keys() - replica_ids:
-                del known[replica_id]  # type: ignore[attr-defined]
+                del known[replica_id]

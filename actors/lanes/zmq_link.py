@@ -58,7 +58,7 @@ class Link:
         try:
             frames = self.socket.recv_multipart(0 if wait else zmq.DONTWAIT, copy=False)
         except zmq.Again:
-            if not self.socket.get(zmq.EVENTS) & zmq.POLLOUT:
+            if not self.socket.poll(0, zmq.POLLOUT):
                 self.is_connected = False
             return
         if len(frames) == 2 and len(frames[0]) == NUMBER.size:
