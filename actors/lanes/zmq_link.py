@@ -51,7 +51,8 @@ class Link:
             self.socket.send_multipart([NUMBER.pack(ticket.number), body], zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as error:
             self.waiting.discard(ticket.number)
-            raise LaneError(f"replica {ticket.replica_id}: {error}") from None
+            self.is_connected = False
+            raise LaneError(f"{self.endpoint}: disconnected ({error})") from None
 
     def take_in(self, *, wait: bool = False) -> None:
         """Read an answer, or else see whether the connection is lost. If told to wait, for SLICE_MS at most."""
