@@ -239,7 +239,12 @@ def test_a_refusal_waits_once_for_a_map_that_does_not_come(monkeypatch: pytest.M
 
     dispatcher = make(ScriptedLane(a=moved, b=moved, c=echo, d=echo), fallback=True)
     waits: list[float] = []
-    monkeypatch.setattr(dispatcher._map_changed, "wait_for", lambda newer, timeout: bool(waits.append(timeout)))
+
+    def wait_in_vain(is_newer: Callable[[], bool], timeout: float) -> bool:
+        waits.append(timeout)
+        return False
+
+    monkeypatch.setattr(dispatcher._map_changed, "wait_for", wait_in_vain)
     for _ in range(5):
         assert torch.equal(compute(dispatcher), EXPECTED)
     assert waits == [MAP_WAIT_S, 0, 0, 0, 0]
@@ -249,10 +254,15 @@ def test_a_refusal_waits_once_for_a_map_that_does_not_come(monkeypatch: pytest.M
     assert waits[-1] == MAP_WAIT_S, "a newer map that is wrong as well"
 
 
-def test_a_map_is_taken_even_if_its_replicas_cannot_be_connected(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_map_is_taken_even_if_its_replicas_cannot_be_connected(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(replicas: Iterable[ReplicaAddress]) -> None:
+        raise OSError("too many open files")
+
     lane = ScriptedLane(a=echo, b=echo, c=echo, d=echo)
     dispatcher = make(lane)
-    lane.connect = lambda replicas: 1 / 0  # type: ignore[assignment,return-value,misc]
+    monkeypatch.setattr(lane, "connect", fail)
     assert dispatcher._map
     dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
     assert dispatcher.map_version == 2
@@ -458,7 +468,8 @@ def make_slow(lane: SlowLane) -> RemoteDispatcher:
 
 
 def local_and_failovers(dispatcher: RemoteDispatcher) -> tuple[float, float]:
-    return tuple(sum(counted(dispatcher, name).values()) for name in ("local_fallback_tokens_total", "failovers_total"))
+    local, failovers = (counted(dispatcher, name) for name in ("local_fallback_tokens_total", "failovers_total"))
+    return sum(local.values()), sum(failovers.values())
 
 
 @pytest.mark.parametrize("seconds", [20 * DEADLINE_FLOOR_S, 50 * DEADLINE_FLOOR_S])

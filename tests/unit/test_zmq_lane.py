@@ -285,9 +285,9 @@ class Greeters:
         self.context = zmq.Context()
         self.context.set(zmq.MAX_SOCKETS, 4 * MANY)
         self.poller = zmq.Poller()
-        self.names = {}
-        self.silent = []
-        self.replicas = []
+        self.names: dict[zmq.Socket[bytes], bytes] = {}
+        self.silent: list[zmq.Socket[bytes]] = []
+        self.replicas: list[ReplicaAddress] = []
         for i, name in enumerate(names):
             socket = self.context.socket(zmq.ROUTER)
             endpoint = f"ipc://{directory}/{i}"
