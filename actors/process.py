@@ -37,13 +37,17 @@ def gently(work: Callable[[], T], *, while_serving: bool = False) -> T:
     In a thread of its own, because on Linux each thread has its own priority, and a user may not raise one again.
     """
     is_idle = not while_serving and may_leave_idle()
+    niceness, known = os.getpriority(os.PRIO_PROCESS, 0), _threads()
     with ThreadPoolExecutor(1) as pool:
         thread = pool.submit(_lower_priority, is_idle).result()
         done = pool.submit(work)
         if is_idle:
             wait([done], IDLE_S)
-            _leave_idle()
-            _set_niceness(thread)
+            _leave_idle(_threads() - known)
+            _set_niceness(thread, LOW_PRIORITY)
+        wait([done])
+        for started in _threads() - known:  # they have inherited its priority, and may be there to compute
+            _set_niceness(started, niceness)
         return done.result()
 
 
@@ -52,13 +56,27 @@ def _lower_priority(is_idle: bool) -> int:
     if is_idle:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     else:
-        _set_niceness(thread)
+        _set_niceness(thread, LOW_PRIORITY)
     return thread
 
 
-def _set_niceness(thread: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # another system, or it has ended
-        os.setpriority(os.PRIO_PROCESS, thread, LOW_PRIORITY)
+def _set_niceness(thread: int, niceness: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # another system, not allowed, or it has ended
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
+
+
+def _leave_idle(threads: set[int]) -> None:
+    for thread in threads:
+        with contextlib.suppress(OSError):
+            if os.sched_getscheduler(thread) == os.SCHED_IDLE:
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+def _threads() -> set[int]:
+    """Of this process, where the system tells."""
+    with contextlib.suppress(OSError):
+        return set(map(int, os.listdir("/proc/self/task")))
+    return set()
 
 
 @cache
@@ -71,14 +89,6 @@ def may_leave_idle() -> bool:
         pool.submit(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0)).result()
         return True
     return False
-
-
-def _leave_idle() -> None:
-    """All threads of this process: those that the work has started have inherited its priority."""
-    for thread in map(int, os.listdir("/proc/self/task")):
-        with contextlib.suppress(OSError):
-            if os.sched_getscheduler(thread) == os.SCHED_IDLE:
-                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def raise_file_limit() -> None:

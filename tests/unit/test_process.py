@@ -41,11 +41,13 @@ def test_loading_is_gentle_and_what_comes_after_is_not() -> None:
     assert priority() == before
 
 
-@pytest.mark.skipif(not may_leave_idle(), reason="this user may not leave SCHED_IDLE again")
-def test_threads_that_loading_has_started_are_not_left_behind() -> None:
+@pytest.mark.skipif(not may_leave_idle(), reason="this user may not raise a priority again")
+@pytest.mark.parametrize("while_serving", [False, True])
+def test_threads_that_loading_has_started_are_not_left_behind(while_serving: bool) -> None:
+    before = priority()
     ended = threading.Event()
-    thread = gently(a_thread_that_stays(ended))
-    assert os.sched_getscheduler(thread) == os.SCHED_OTHER
+    thread = gently(a_thread_that_stays(ended), while_serving=while_serving)
+    assert (os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)) == before
     ended.set()
 
 
