@@ -98,7 +98,7 @@ class ExpertActor:
         """See Replica.set_experts. The supervisor loads first, publishes second, retires third."""
         assert self.replica is not None
         replica = self.replica
-        return gently(lambda: replica.set_experts(layer, ids))
+        return gently(lambda: replica.set_experts(layer, ids), while_serving=True)
 
     @ray.method(concurrency_group="control")
     def identity(self) -> Identity | None:

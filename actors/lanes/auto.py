@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
-from actors.lanes.object_ref import ObjectRefLane
 from actors.lanes.zmq_client import ZmqLane
 from cluster.expert_map import ReplicaAddress
 
@@ -18,9 +17,10 @@ TURN_S = 0.005
 class AutoLane(Lane):
     name = "auto"
 
-    def __init__(self, fast: ZmqLane, fallback: ObjectRefLane) -> None:
+    def __init__(self, fast: ZmqLane, fallback: Lane) -> None:
         self.fast = fast
         self.fallback = fallback
+        self._greetings: dict[str, Any] = {}  # to replicas that zmq does not reach; its tickets
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         replicas = tuple(replicas)
@@ -34,6 +34,9 @@ class AutoLane(Lane):
         return self.fast if self.fast.is_connected(replica.replica_id) else self.fallback
 
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
+        greeting = self._greetings.get(replica.replica_id)
+        if greeting and self.fast.is_alive(greeting):
+            del self._greetings[replica.replica_id]
         lane = self._lane(replica)
         return lane, lane.send(replica, message)
 
@@ -44,11 +47,12 @@ class AutoLane(Lane):
         if len(by_lane) == 1:
             return self._receive(*next(iter(by_lane.items())), timeout_s)
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:  # rare: a message was sent again, and over the other lane
+        while True:  # rare: a message was sent again, and over the other lane
             for lane, inners in by_lane.items():
                 with contextlib.suppress(LaneTimeout):
-                    return self._receive(lane, inners, TURN_S)
-        raise LaneTimeout(f"no answer within {timeout_s:.3f} s")
+                    return self._receive(lane, inners, min(TURN_S, timeout_s))
+            if time.monotonic() >= deadline:  # without time left, what has come already still counts
+                raise LaneTimeout(f"no answer within {timeout_s:.3f} s")
 
     def _receive(self, lane: Lane, inners: list[Any], timeout_s: float) -> tuple[Ticket, bytes | memoryview]:
         try:
@@ -64,11 +68,19 @@ class AutoLane(Lane):
         lane.forget(inner)
 
     def probe(self, replica: ReplicaAddress) -> Ticket:
-        """Over zmq if the replica ever shook hands there: a connection may come back."""
+        """Over zmq if it is connected. Else over the other lane, as zmq may never get through; but it may come back:
+        send() looks for that.
+        """
         try:
-            return self.fast, self.fast.probe(replica)
+            greeting = self.fast.probe(replica)
         except LaneError:
             return self.fallback, self.fallback.probe(replica)
+        if self.fast.is_connected(replica.replica_id):
+            return self.fast, greeting
+        self._greetings[replica.replica_id] = greeting
+        with contextlib.suppress(LaneError):
+            return self.fallback, self.fallback.probe(replica)
+        return self.fast, greeting
 
     def is_alive(self, ticket: Ticket) -> bool:
         lane, inner = ticket

@@ -33,7 +33,7 @@ class ObjectRefLane(Lane):
     def _find(self, replica: ReplicaAddress) -> Any:
         try:
             return ray.get_actor(replica.endpoint(self.name), self._namespace)
-        except ValueError:
+        except (ValueError, RayError):
             return None  # it has died since the map was made
 
     def _handle(self, replica: ReplicaAddress) -> Any:

@@ -3,23 +3,22 @@
 Shapes: T tokens, D hidden, K top-k; P tokens of a part. A part is what one group gets of one layer's tokens.
 """
 
-import contextlib
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from actors.lanes import wire
 from actors.lanes.dispatcher import Dispatcher
-from actors.lanes.failover import Breaker, Latency
+from actors.lanes.failover import Breaker, HedgeBudget, Latency
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.parts import CorruptAnswerError, HomeTable, NotHeldError, Part, Sent, checked, split
+from actors.lanes.recovery import LateAnswers, Probes
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.metrics import Metrics
 
@@ -55,14 +54,20 @@ class RemoteDispatcher(Dispatcher):
         self.metrics = metrics
         self._fallback = fallback
         self._latency = Latency()
+        self._hedges = HedgeBudget()
         self._breaker = Breaker()
-        self._probes: dict[str, Any] = {}  # replica -> ticket
+        self._late = LateAnswers(lane, self._latency)
+        self._probes = Probes(lane)
         self._outstanding: Counter[str] = Counter()
         self._num_sent: Counter[str] = Counter()
         self._connecting = threading.Lock()
         self._map_changed = threading.Condition()
         self._map: ExpertMap | None = None
         self._homes: list[HomeTable] = []
+        self._by_group: dict[int, list[ReplicaAddress]] = {}
+        self._by_id: dict[str, ReplicaAddress] = {}
+        self._followed = 0  # the map's version that this thread has seen
+        self._stale = 0  # the version after which no newer one came, though a replica refused
         self._num_bytes: Counter[tuple[str, str]] = Counter()  # (lane, direction)
         self._told: tuple[str, ...] = ()  # requests of which the log says that their experts are computed here
 
@@ -71,16 +76,24 @@ class RemoteDispatcher(Dispatcher):
         return self._map.version if self._map else 0
 
     def set_map(self, expert_map: ExpertMap) -> None:
-        """Route by this map from the next dispatch on. May be called from any thread; older maps are ignored."""
+        """Route by this map from the next dispatch on. May be called from any thread; older maps are ignored.
+
+        A map is taken even if not all of its replicas can be reached: by an older one, less would be.
+        """
         expert_map.check_integrity()
         with self._connecting:
             if expert_map.version <= self.map_version:
                 return
-            self.lane.connect(expert_map.replicas)  # may wait for a handshake: dispatches go on meanwhile
-            self._breaker.keep_only({r.replica_id for r in expert_map.replicas})
+            try:
+                self.lane.connect(expert_map.replicas)  # may wait for a handshake: dispatches go on meanwhile
+            except Exception:
+                logger.exception("map %d is taken, though its replicas could not be connected", expert_map.version)
             homes = [HomeTable(layer) for layer in expert_map.homes]
+            by_group: dict[int, list[ReplicaAddress]] = defaultdict(list)
+            for replica in expert_map.replicas:
+                by_group[replica.group].append(replica)
             with self._map_changed:
-                self._homes = homes
+                self._homes, self._by_group = homes, dict(by_group)
                 self._map = expert_map
                 self._map_changed.notify_all()
 
@@ -95,15 +108,20 @@ class RemoteDispatcher(Dispatcher):
 
     def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> _Pending:
         started = time.monotonic()
-        if self._breaker:
-            self._probe()
         with self._map_changed:
             if self._map is None:
                 raise DispatchError("no expert map has been published yet")
             version, homes = self._map.version, self._homes[layer]
+        if version != self._followed:
+            self._follow_map()
+        if self._late:
+            self._late.hear()
+        if self._breaker:
+            self._probes.look(self._breaker, self._late.owing, self._by_id)
         parts = split(layer, x_TD, ids_TK, gates_TK, homes, version)
         for part in parts:
             self._send(part)
+            self._hedges.earn()
         lanes = [self.lane.name_for(part.sent[0].replica) for part in parts if part.sent]
         self.step.wait_seconds += time.monotonic() - started
         return _Pending(x_TD, parts, started, lanes[0] if lanes else "local")
@@ -113,7 +131,10 @@ class RemoteDispatcher(Dispatcher):
         try:
             return self._combine(pending)
         finally:
-            self.forget(pending)
+            for part in pending.parts:
+                for sent in tuple(part.sent):
+                    self._drop(part, sent)
+                    self._late.expect(sent, part.num_tokens)
             self.step.wait_seconds += time.monotonic() - started
 
     def forget(self, pending: _Pending) -> None:
@@ -160,10 +181,9 @@ class RemoteDispatcher(Dispatcher):
 
     def _choose(self, part: Part) -> ReplicaAddress | None:
         """The live replica of the part's group with the least outstanding messages, then the least used one."""
-        assert self._map is not None
         replicas = [
             r
-            for r in self._map.replicas_of(part.group)
+            for r in self._by_group.get(part.group, ())
             if r.replica_id not in part.tried and not self._breaker.is_open(r.replica_id)
         ]
         if len(replicas) == 1:
@@ -175,24 +195,33 @@ class RemoteDispatcher(Dispatcher):
     def _receive(self, part: Part) -> Tensor:
         """The part's partial sums, from whichever replica answers well, or else computed here."""
         while part.sent or self._send(part):
-            is_last = self._choose(part) is None
+            may_hedge = bool(self._hedges) and self._choose(part) is not None
             try:
-                return self._first_good(part, self._patience(part, is_last))
+                return self._first_good(part, self._patience(part, may_hedge))
             except LaneTimeout:
-                for sent in part.sent:
-                    self._give_up(sent.replica, "timeout")
-                if is_last or not self._send(part):
+                self._give_up_late(part)
+                if not self._send(part):
                     break
+                if may_hedge:
+                    self._hedges.spend()
             except NotHeldError:
                 return self._reroute(part)
         return self._compute_here(part)
 
-    def _patience(self, part: Part, is_last: bool) -> float:
-        """Seconds to wait for the newest message; longer if there is no other replica to turn to."""
-        deadline = self._latency.deadline(part.num_tokens)
-        if is_last:
+    def _patience(self, part: Part, may_hedge: bool) -> float:
+        """Seconds to wait for the newest message; longer if it is not to be sent to another replica."""
+        group = self._by_group.get(part.group, ())
+        live = [r.replica_id for r in group if not self._breaker.is_open(r.replica_id)]
+        deadline = self._latency.deadline(live or [r.replica_id for r in group], part.num_tokens)
+        if not may_hedge:
             deadline = max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
         return max(0.0, part.sent[-1].at + deadline - time.monotonic())
+
+    def _give_up_late(self, part: Part) -> None:
+        """All replicas that the part was sent to: what is known is that they take at least as long as this."""
+        for sent in part.sent:
+            self._latency.at_least(sent.replica.replica_id, part.num_tokens, time.monotonic() - sent.at)
+            self._give_up(sent.replica, "timeout")
 
     def _first_good(self, part: Part, timeout_s: float) -> Tensor:
         """Wait for an answer that can be used. Raises LaneTimeout, also when no replica is left, or NotHeldError."""
@@ -215,7 +244,7 @@ class RemoteDispatcher(Dispatcher):
                     logger.warning("replica %s: %s", sent.replica.replica_id, error, extra=self.step.extra)
                     self._give_up(sent.replica, "corrupt")
                 else:
-                    self._latency.observe(part.num_tokens, time.monotonic() - sent.at)
+                    self._latency.observe(sent.replica.replica_id, part.num_tokens, time.monotonic() - sent.at)
                     self._breaker.close(sent.replica.replica_id)
                     self.step.compute_seconds += seconds
                     return partial_PD
@@ -237,21 +266,17 @@ class RemoteDispatcher(Dispatcher):
         self.metrics.inc("failovers_total", reason=reason)
         self.step.num_failovers += 1
 
-    def _probe(self) -> None:
-        """Take replicas back that have answered, and ask those again whose pause is over."""
-        for replica_id, ticket in tuple(self._probes.items()):
-            if self.lane.is_alive(ticket):
-                logger.info("replica %s answers again", replica_id)
-                self._breaker.close(replica_id)
-                del self._probes[replica_id]
+    def _follow_map(self) -> None:
+        """Forget what was known of replicas that have left; begin anew to share out messages among those that stay."""
         assert self._map is not None
-        by_id = {r.replica_id: r for r in self._map.replicas}
-        for replica_id in self._breaker.take_due():
-            if old := self._probes.pop(replica_id, None):
-                self.lane.forget(old)
-            if replica_id in by_id:
-                with contextlib.suppress(LaneError):
-                    self._probes[replica_id] = self.lane.probe(by_id[replica_id])
+        self._followed = self._map.version
+        self._by_id = {r.replica_id: r for r in self._map.replicas}
+        here = set(self._by_id)
+        self._breaker.keep_only(here)
+        self._latency.keep_only(here)
+        self._num_sent.clear()
+        self._outstanding = +self._outstanding
+        self._probes.keep_only(here)
 
     def _compute_here(self, part: Part) -> Tensor:
         """No replica of the group answers: slow, but right."""
@@ -267,7 +292,9 @@ class RemoteDispatcher(Dispatcher):
     def _reroute(self, part: Part) -> Tensor:
         """The experts have moved: wait for the map that says where to, and dispatch the part by it."""
         with self._map_changed:
-            if not self._map_changed.wait_for(lambda: self.map_version > part.map_version, timeout=MAP_WAIT_S):
+            timeout = MAP_WAIT_S if part.map_version != self._stale else 0.0
+            if not self._map_changed.wait_for(lambda: self.map_version > part.map_version, timeout):
+                self._stale = part.map_version  # one wait for it is enough: until it comes, nobody waits again
                 return self._compute_here(part)
         self._failover(logging.INFO, f"sent anew by map {self.map_version}: experts of layer {part.layer}", "not_held")
         spent = self.step.wait_seconds

@@ -7,8 +7,6 @@ no message of ours is dropped and counted.
 
 import logging
 import os
-import shutil
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -18,16 +16,16 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from actors.lanes import wire
-from actors.lanes.zmq_client import HELLO, NUMBER
+from actors.lanes.zmq_link import HELLO, MAX_MESSAGE, NUMBER
+from cluster.leftovers import OwnedDirectory, sweep
 from cluster.messages import LaneKeys
 
 logger = logging.getLogger(__name__)
 
-# A dispatch of 16k tokens of hidden size 4096 in float32 is 256 MiB; nothing larger is a message of ours.
-MAX_MESSAGE = 512 * 2**20
 # Dispatches taken from the sockets before any is computed: fronts share a batch, and none waits for long.
 MAX_DRAIN = 64
 STOP_CHECK_MS = 200
+DIRECTORY = "lane-"
 
 # Answers for dispatches of one layer, in their order.
 ComputeBatch = Callable[[list[wire.Dispatch]], list[bytes]]
@@ -52,7 +50,8 @@ class ZmqServer:
         self._keys = keys
         self._host = host
         self._context = zmq.Context()
-        self._directory = tempfile.mkdtemp(prefix="lane-", dir=directory)  # 0700
+        sweep(DIRECTORY, directory)
+        self._directory = OwnedDirectory(DIRECTORY, directory)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="zmq-lane", daemon=True)
 
@@ -65,7 +64,7 @@ class ZmqServer:
         tcp.curve_server = True
         tcp.curve_secretkey = self._keys.server_secret
         tcp.curve_publickey = self._keys.server_public
-        path = os.path.join(self._directory, "lane")
+        path = os.path.join(self._directory.path, "lane")
         ipc.bind(f"ipc://{path}")
         port = tcp.bind_to_random_port(f"tcp://{self._host}")
         self._sockets = (ipc, tcp)
@@ -135,7 +134,7 @@ class ZmqServer:
             socket.close()
         self._auth.stop()
         self._context.term()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.remove()
 
 
 class _OnlyClient:

@@ -10,9 +10,20 @@ from torch import Tensor
 
 from actors.lanes import wire
 from actors.lanes.dispatcher import Step
-from actors.lanes.failover import DEADLINE_FLOOR_S, FIRST_DEADLINE_S, REPROBE_S, Breaker, Latency
+from actors.lanes.failover import (
+    DEADLINE_FACTOR,
+    DEADLINE_FLOOR_S,
+    FIRST_DEADLINE_S,
+    HEDGE_BURST,
+    HEDGE_SHARE,
+    RELAPSE_S,
+    REPROBE_S,
+    Breaker,
+    HedgeBudget,
+    Latency,
+)
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
-from actors.lanes.remote import DispatchError, RemoteDispatcher
+from actors.lanes.remote import MAP_WAIT_S, DispatchError, RemoteDispatcher
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.metrics import Metrics
 
@@ -222,10 +233,42 @@ def test_a_part_whose_experts_have_moved_is_sent_by_the_newer_map_and_counted() 
     assert counted(dispatcher, "failovers_total") == {"not_held": 1}
 
 
-def test_a_hedged_part_s_late_answer_is_forgotten() -> None:
-    lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
-    compute(make(lane))
-    assert [ticket.replica for ticket in lane.forgotten] == ["a"]
+def test_a_refusal_waits_once_for_a_map_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(frame: bytes) -> bytes:
+        return wire.pack_refusal(wire.NOT_HELD, "expert 0 is not here", 0)
+
+    dispatcher = make(ScriptedLane(a=moved, b=moved, c=echo, d=echo), fallback=True)
+    waits: list[float] = []
+
+    def wait_in_vain(is_newer: Callable[[], bool], timeout: float) -> bool:
+        waits.append(timeout)
+        return False
+
+    monkeypatch.setattr(dispatcher._map_changed, "wait_for", wait_in_vain)
+    for _ in range(5):
+        assert torch.equal(compute(dispatcher), EXPECTED)
+    assert waits == [MAP_WAIT_S, 0, 0, 0, 0]
+    assert dispatcher._map
+    dispatcher.set_map(replace(dispatcher._map, version=2))
+    compute(dispatcher)
+    assert waits[-1] == MAP_WAIT_S, "a newer map that is wrong as well"
+
+
+def test_a_map_is_taken_even_if_its_replicas_cannot_be_connected(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(replicas: Iterable[ReplicaAddress]) -> None:
+        raise OSError("too many open files")
+
+    lane = ScriptedLane(a=echo, b=echo, c=echo, d=echo)
+    dispatcher = make(lane)
+    monkeypatch.setattr(lane, "connect", fail)
+    assert dispatcher._map
+    dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
+    assert dispatcher.map_version == 2
+    assert "map 2 is taken" in caplog.text
+    assert torch.equal(compute(dispatcher), EXPECTED)
+    assert "a" not in lane.sent
 
 
 @pytest.mark.parametrize("broken", [None, LaneError, nan])
@@ -267,20 +310,100 @@ def test_a_new_map_ends_the_wait_for_replicas_that_left() -> None:
     compute(dispatcher)
     assert dispatcher._map
     dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
-    assert not dispatcher._breaker
     assert torch.equal(compute(dispatcher), EXPECTED)
+    assert not dispatcher._breaker
+
+
+def test_a_probe_of_a_replica_that_left_is_forgotten() -> None:
+    """A connection that has left the map is closed once nothing is expected over it."""
+    lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
+    dispatcher = make(lane)
+    now = [0.0]
+    dispatcher._breaker = Breaker(lambda: now[0])
+    compute(dispatcher)
+    now[0] += REPROBE_S[0]
+    compute(dispatcher)
+    assert "a" in dispatcher._probes
+    assert dispatcher._map
+    dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
+    compute(dispatcher)
+    assert [(ticket.replica, ticket.frame) for ticket in lane.forgotten] == [("a", b"")]
+
+
+def test_a_replica_that_joins_does_not_get_all_messages_until_it_has_caught_up() -> None:
+    lane = ScriptedLane(a=echo, b=echo, c=echo, d=echo)
+    dispatcher = make(lane)
+    both = dispatcher._map
+    assert both
+    dispatcher.set_map(both.with_replicas(both.replicas[1:]))
+    for _ in range(20):
+        compute(dispatcher)
+    dispatcher.set_map(replace(both, version=3))
+    lane.sent.clear()
+    for _ in range(10):
+        compute(dispatcher)
+    assert (lane.sent.count("a"), lane.sent.count("b")) == (5, 5)
 
 
 def test_deadlines_follow_what_was_observed() -> None:
     latency = Latency()
-    assert latency.deadline(1) == FIRST_DEADLINE_S
-    latency.observe(4, 0.001)
-    assert latency.deadline(4) == DEADLINE_FLOOR_S
+    assert latency.deadline("a", 1) == FIRST_DEADLINE_S
+    latency.observe("a", 4, 0.001)
+    assert latency.deadline("a", 4) == DEADLINE_FLOOR_S
     for _ in range(50):
-        latency.observe(4, 0.05)
-    assert latency.deadline(4) == pytest.approx(0.4, rel=0.01)
-    assert latency.deadline(1) == latency.deadline(4), "a smaller batch is not expected to be faster"
-    assert latency.deadline(512) == pytest.approx(0.4 * 2**7, rel=0.01)
+        latency.observe("a", 4, 0.05)
+    assert latency.deadline("a", 4) == pytest.approx(0.4, rel=0.01)
+    assert latency.deadline("a", 1) == latency.deadline("a", 4), "a smaller batch is not expected to be faster"
+    assert latency.deadline("a", 512) == pytest.approx(0.4 * 2**7, rel=0.01)
+    assert latency.deadline("b", 4) == latency.deadline("a", 4), "of a replica that is new, the best guess"
+    latency.observe("b", 4, 0.02)
+    assert latency.deadline("ab", 4) == pytest.approx(0.16, rel=0.01), "of several, the fastest counts"
+    latency.keep_only({"a"})
+    assert latency.deadline("ab", 4) == pytest.approx(0.4, rel=0.01)
+
+
+def test_what_was_not_answered_in_time_raises_the_deadline_by_steps() -> None:
+    latency = Latency()
+    latency.observe("a", 4, 0.05)
+    latency.at_least("a", 4, 0.04)
+    assert latency.deadline("a", 4) == pytest.approx(0.4), "nothing new: 0.05 is at least 0.04"
+    latency.at_least("a", 4, 0.4)
+    once = latency.deadline("a", 4)
+    assert once > 0.8
+    latency.at_least("a", 4, 60.0)
+    assert latency.deadline("a", 4) < DEADLINE_FACTOR * once, "it was frozen; it is not that slow"
+
+
+def test_hedges_are_a_share_of_all_messages() -> None:
+    budget = HedgeBudget()
+    num_hedges = 0
+    for _ in range(1000):
+        budget.earn()
+        if budget:
+            budget.spend()
+            num_hedges += 1
+    assert num_hedges == pytest.approx(1000 * HEDGE_SHARE + HEDGE_BURST, abs=1)
+
+
+def test_a_replica_that_is_given_up_again_and_again_is_left_alone_for_longer() -> None:
+    now = [0.0]
+    breaker = Breaker(lambda: now[0])
+
+    def pause() -> float:
+        """Until the first probe, which succeeds at once."""
+        breaker.open("a")
+        opened = now[0]
+        while not breaker.take_due():
+            now[0] += 0.05
+        breaker.close("a")
+        return now[0] - opened
+
+    pauses = [pause() for _ in range(5)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] == pytest.approx(REPROBE_S[0], abs=0.1)
+    assert pauses[-1] == pytest.approx(REPROBE_S[1], abs=0.1)
+    now[0] += RELAPSE_S
+    assert pause() == pytest.approx(REPROBE_S[0], abs=0.1)
 
 
 def test_probes_come_at_growing_pauses() -> None:
@@ -298,3 +421,109 @@ def test_probes_come_at_growing_pauses() -> None:
     assert pauses[-1] == pytest.approx(REPROBE_S[1], abs=0.1)
     breaker.close("a")
     assert not breaker.is_open("a")
+
+
+class SlowLane(ScriptedLane):
+    """Replicas that take `seconds` for a message, one after the other, by a clock that only waiting moves."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(a=echo, b=echo, c=echo, d=echo)
+        self.seconds = dict.fromkeys("abcd", seconds)
+        self.now = 0.0
+        self.free_at = dict.fromkeys("abcd", 0.0)
+        self.done_at: dict[Ticket, float] = {}
+
+    def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
+        ticket = super().send(replica, message)
+        started = max(self.now, self.free_at[ticket.replica])
+        self.done_at[ticket] = self.free_at[ticket.replica] = started + self.seconds[ticket.replica]
+        return ticket
+
+    def receive(self, tickets: Sequence[Ticket], timeout_s: float) -> tuple[Ticket, bytes]:
+        first = min(tickets, key=self.done_at.__getitem__)
+        if self.done_at[first] > self.now + timeout_s:
+            self.now += timeout_s
+            raise LaneTimeout("late")
+        self.now = max(self.now, self.done_at[first])
+        return first, echo(first.frame)
+
+    def is_alive(self, ticket: Ticket) -> bool:
+        return self.seconds[ticket.replica] < 1000  # a probe costs nothing, however slow the replica
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowLane:
+    lane = SlowLane(0.005)
+    monkeypatch.setattr("actors.lanes.remote.time.monotonic", lambda: lane.now)
+    return lane
+
+
+def make_slow(lane: SlowLane) -> RemoteDispatcher:
+    dispatcher = make(lane, fallback=True)
+    dispatcher._breaker = Breaker(lambda: lane.now)
+    for _ in range(50):
+        compute(dispatcher)
+    assert not dispatcher._breaker
+    return dispatcher
+
+
+def local_and_failovers(dispatcher: RemoteDispatcher) -> tuple[float, float]:
+    local, failovers = (counted(dispatcher, name) for name in ("local_fallback_tokens_total", "failovers_total"))
+    return sum(local.values()), sum(failovers.values())
+
+
+@pytest.mark.parametrize("seconds", [20 * DEADLINE_FLOOR_S, 50 * DEADLINE_FLOOR_S])
+def test_when_all_replicas_are_slower_than_the_deadline_the_deadline_gives_way(slow: SlowLane, seconds: float) -> None:
+    dispatcher = make_slow(slow)
+    slow.seconds = dict.fromkeys("abcd", seconds)
+    while slow.now < 60:
+        assert torch.equal(compute(dispatcher), EXPECTED)
+        slow.now += 0.1
+    before = local_and_failovers(dispatcher)
+    slow.sent.clear()
+    for _ in range(60):
+        compute(dispatcher)
+        slow.now += 0.1
+    assert local_and_failovers(dispatcher) == before, "nobody is given up any more, nothing is computed here"
+    assert len(slow.sent) == 2 * 60, "nothing is sent twice"
+
+
+def test_a_replica_that_hangs_is_given_up_at_once(slow: SlowLane) -> None:
+    dispatcher = make_slow(slow)
+    slow.seconds["a"] = float("inf")
+    started = slow.now
+    for _ in range(50):
+        assert torch.equal(compute(dispatcher), EXPECTED)
+    assert slow.now - started < DEADLINE_FLOOR_S + 50 * 2 * 0.005
+    assert local_and_failovers(dispatcher) == (0, 1)
+
+
+def test_a_replica_that_is_slow_among_fast_ones_is_left_alone(slow: SlowLane) -> None:
+    dispatcher = make_slow(slow)
+    slow.seconds["a"] = 3 * DEADLINE_FLOOR_S
+    started = slow.now
+    for _ in range(2000):
+        compute(dispatcher)
+    local, failovers = local_and_failovers(dispatcher)
+    assert local == 0
+    assert failovers < 10, "tried again now and then"
+    assert slow.now - started < 2000 * 0.01 + failovers * 2 * DEADLINE_FLOOR_S
+
+
+def test_a_replica_that_was_frozen_is_used_again_when_it_has_answered_what_it_owes(slow: SlowLane) -> None:
+    dispatcher = make_slow(slow)
+    slow.seconds["a"] = 8.0
+    while not dispatcher._breaker.is_open("a"):
+        compute(dispatcher)
+    woken = slow.now + 8.0
+    slow.seconds["a"] = 0.005
+    while dispatcher._breaker.is_open("a"):
+        compute(dispatcher)
+        slow.now += 0.02
+    assert woken - 0.2 < slow.now < woken + REPROBE_S[1] + 0.2
+    started = slow.now
+    for _ in range(100):
+        compute(dispatcher)
+    assert slow.now - started == pytest.approx(100 * 0.005, rel=0.1)
+    assert not dispatcher._late
+    assert not dispatcher._breaker

@@ -1,9 +1,10 @@
 """The zmq lane between threads of this process: what it lets in, what it drops, what it notices. No Ray."""
 
+import os
 import socket as sockets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 import zmq
 
 from actors.lanes import wire
-from actors.lanes.lane import LaneError, LaneTimeout
-from actors.lanes.zmq_client import HELLO, NUMBER, ZmqLane
-from actors.lanes.zmq_server import ZmqServer
+from actors.lanes.auto import AutoLane
+from actors.lanes.lane import Lane, LaneError, LaneTimeout
+from actors.lanes.zmq_client import HANDSHAKE_S, ZmqLane
+from actors.lanes.zmq_link import HELLO, NUMBER
+from actors.lanes.zmq_server import DIRECTORY, ZmqServer
 from cluster.expert_map import ReplicaAddress
+from cluster.leftovers import OwnedDirectory
 from cluster.messages import LaneKeys
 
 KEYS = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
@@ -90,6 +94,17 @@ def test_the_ipc_directory_is_private_and_goes_with_the_server(echo: Echo) -> No
     assert path.parent.stat().st_mode & 0o777 == 0o700
     server.stop()
     assert not path.parent.exists()
+
+
+def test_the_directory_of_a_killed_replica_goes_with_the_next_one(echo: Echo, tmp_path: Path) -> None:
+    killed = OwnedDirectory(DIRECTORY, str(tmp_path))
+    other = ZmqServer("r0", echo, KEYS, "127.0.0.1", str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2, "its owner lives"
+    assert killed._lock
+    os.close(killed._lock)  # what the kernel does when the owner ends
+    ZmqServer("r1", echo, KEYS, "127.0.0.1", str(tmp_path))
+    assert not Path(killed.path).exists()
+    assert Path(other._directory.path).exists()
 
 
 def test_answers_out_of_order_find_their_dispatch(server: ZmqServer, connect: Connect) -> None:
@@ -209,14 +224,18 @@ def test_a_late_answer_is_ignored(server: ZmqServer, echo: Echo, connect: Connec
     assert torch.equal(ask(lane, server), X)
 
 
-def test_without_time_left_an_answer_that_has_come_still_counts(server: ZmqServer, connect: Connect) -> None:
+def test_without_time_left_an_answer_that_has_come_still_counts(
+    server: ZmqServer, echo: Echo, connect: Connect
+) -> None:
     """The wait for an earlier part, or for another micro-batch, has used the time of this one up."""
     lane = connect()
     ticket = lane.send(address(server, "ipc"), MESSAGE)
     assert lane._links["r0"].socket.poll(5000), "the answer has come"
     assert lane.receive([ticket], 0.0)[0] == ticket
+    echo.gate.clear()
     with pytest.raises(LaneTimeout):
-        lane.receive([ticket], 0.0)
+        lane.receive([lane.send(address(server, "ipc"), MESSAGE)], 0.0)
+    echo.gate.set()
 
 
 def test_the_first_of_several_replicas_to_answer_wins(server: ZmqServer, echo: Echo, connect: Connect) -> None:
@@ -246,3 +265,178 @@ def test_a_probe_is_answered_when_the_replica_is_free_again(server: ZmqServer, e
     while not lane.is_alive(probe):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.fixture
+def lane() -> Iterator[ZmqLane]:
+    lane = ZmqLane(KEYS)
+    yield lane
+    lane.close()
+
+
+# More than zmq has sockets for if nobody asks for more, at three for each connection.
+MANY = 350
+
+
+class Greeters:
+    """Replicas that do nothing but shake hands, each at a path of its own; those without a name don't."""
+
+    def __init__(self, directory: Path, names: list[str]) -> None:
+        self.context = zmq.Context()
+        self.context.set(zmq.MAX_SOCKETS, 4 * MANY)
+        self.poller = zmq.Poller()
+        self.names: dict[zmq.Socket[bytes], bytes] = {}
+        self.silent: list[zmq.Socket[bytes]] = []
+        self.replicas: list[ReplicaAddress] = []
+        for i, name in enumerate(names):
+            socket = self.context.socket(zmq.ROUTER)
+            endpoint = f"ipc://{directory}/{i}"
+            socket.bind(endpoint)
+            self.replicas.append(ReplicaAddress(f"r{i}", 0, (("ipc", endpoint),)))
+            if not name:
+                self.silent.append(socket)
+                continue
+            self.names[socket] = name.encode()
+            self.poller.register(socket, zmq.POLLIN)
+        self.is_over = False
+        self.thread = threading.Thread(target=self.run)
+
+    def __enter__(self) -> "Greeters":
+        self.thread.start()
+        return self
+
+    def run(self) -> None:
+        while not self.is_over:
+            for socket, _ in self.poller.poll(50):
+                peer, number, body = socket.recv_multipart()
+                if body == HELLO:
+                    socket.send_multipart([peer, number, self.names[socket]])
+
+    def __exit__(self, *error: object) -> None:
+        self.is_over = True
+        self.thread.join()
+        self.context.destroy(linger=0)
+
+
+def test_hundreds_of_replicas_shake_hands_side_by_side(lane: ZmqLane, tmp_path: Path) -> None:
+    with Greeters(tmp_path, [""] * 20 + [f"r{i}" for i in range(20, MANY)]) as greeters:
+        started = time.monotonic()
+        lane.connect(greeters.replicas)
+        assert time.monotonic() - started < 5 * HANDSHAKE_S, "one wait for all that are silent, not one for each"
+        connected = [lane.is_connected(r.replica_id) for r in greeters.replicas]
+        assert connected == [False] * 20 + [True] * (MANY - 20)
+
+
+def test_replicas_for_which_no_socket_is_left_are_left_out(lane: ZmqLane, tmp_path: Path) -> None:
+    lane._context.set(zmq.MAX_SOCKETS, 50)
+    with Greeters(tmp_path, [f"r{i}" for i in range(80)]) as greeters:
+        lane.connect(greeters.replicas)
+        assert 40 < sum(lane.is_connected(r.replica_id) for r in greeters.replicas) <= 50
+        with pytest.raises(LaneError, match="not connected"):
+            lane.send(greeters.replicas[-1], MESSAGE)
+
+
+def greets(lane: ZmqLane, target: ReplicaAddress) -> bool:
+    """Whether a probe is answered well; an answer of any kind comes."""
+    ticket = lane.probe(target)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if lane.is_alive(ticket):
+            return True
+        if ticket.number not in lane._links[target.replica_id].waiting:
+            return False
+        time.sleep(0.01)
+    raise AssertionError("nobody answers")
+
+
+def test_a_connection_that_was_lost_comes_back_by_a_probe_and_only_to_the_replica_itself(
+    lane: ZmqLane, tmp_path: Path
+) -> None:
+    with Greeters(tmp_path, ["r0"]) as greeters:
+        (target,) = greeters.replicas
+        lane.connect([target])
+        assert lane.is_connected("r0")
+        ticket = lane.send(target, MESSAGE)
+    with pytest.raises(LaneError, match="disconnected"):
+        lane.receive([ticket], 5)
+    Path(target.endpoint("ipc").removeprefix("ipc://")).unlink(missing_ok=True)
+    with sockets.socket(sockets.AF_UNIX) as successor:
+        successor.bind(target.endpoint("ipc").removeprefix("ipc://"))
+        successor.listen()
+        successor.settimeout(1.0)
+        with pytest.raises(TimeoutError):
+            successor.accept()
+    Path(target.endpoint("ipc").removeprefix("ipc://")).unlink()
+    with Greeters(tmp_path, ["r1"]):
+        assert not greets(lane, target), "whoever has its port now"
+        assert not lane.is_connected("r0")
+    with Greeters(tmp_path, ["r0"]):
+        assert greets(lane, target)
+        lane.send(target, MESSAGE)
+
+
+def test_a_ticket_of_a_connection_that_was_replaced_is_lost_at_once(lane: ZmqLane, tmp_path: Path) -> None:
+    with Greeters(tmp_path, ["r0"]) as greeters:
+        (target,) = greeters.replicas
+        lane.connect([target])
+        ticket = lane.send(target, MESSAGE)
+    with pytest.raises(LaneError, match="disconnected"):
+        lane.receive([ticket], 5)
+    with Greeters(tmp_path, ["r0"]):
+        assert greets(lane, target)
+        lane.forget(lane.send(target, MESSAGE))  # closes what was lost
+        with pytest.raises(LaneError, match="left the map"):
+            lane.receive([ticket], 5)
+
+
+class Everywhere(Lane):
+    """Reaches every replica, and nobody answers."""
+
+    name = "everywhere"
+
+    def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
+        pass
+
+    def send(self, replica: ReplicaAddress, message: bytes) -> object:
+        return object()
+
+    def receive(self, tickets: Sequence[object], timeout_s: float) -> tuple[object, bytes]:
+        raise LaneTimeout("nobody answers")
+
+    def forget(self, ticket: object) -> None:
+        pass
+
+    def probe(self, replica: ReplicaAddress) -> object:
+        return object()
+
+    def is_alive(self, ticket: object) -> bool:
+        return True
+
+
+def test_auto_probes_over_the_lane_that_gets_through_and_returns_to_zmq_when_that_does(
+    lane: ZmqLane, tmp_path: Path
+) -> None:
+    auto = AutoLane(lane, Everywhere())
+    with Greeters(tmp_path, ["someone else"]) as greeters:
+        (target,) = greeters.replicas
+        auto.connect([target])
+        assert auto.name_for(target) == "everywhere"
+        assert auto.is_alive(auto.probe(target)), "or it would never be used again"
+        auto.send(target, MESSAGE)
+        assert auto.name_for(target) == "everywhere"
+    with Greeters(tmp_path, ["r0"]):
+        auto.probe(target)
+        deadline = time.monotonic() + 5
+        while auto.name_for(target) != "zmq":
+            assert time.monotonic() < deadline
+            auto.send(target, MESSAGE)
+
+
+def test_auto_looks_at_both_lanes_even_without_time_left(server: ZmqServer, connect: Connect) -> None:
+    lane = connect()
+    auto = AutoLane(lane, Everywhere())
+    target = address(server, "ipc")
+    answered = auto.send(target, MESSAGE)
+    assert lane._links["r0"].socket.poll(5000), "the answer has come"
+    other = (auto.fallback, auto.fallback.send(target, MESSAGE))
+    assert auto.receive([other, answered], 0.0)[0] == answered
