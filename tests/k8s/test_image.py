@@ -94,6 +94,7 @@ def http(answers: dict[str, tuple[int, str]]) -> Iterator[int]:
         server.server_close()
 
 
+@pytest.mark.needs("wget")
 @pytest.mark.parametrize(
     ("raylet", "health", "kind", "is_ready"),
     [

@@ -50,7 +50,9 @@ def test_int8_is_as_close_as_its_steps() -> None:
     assert ((x8 * scale[:, None] - x).abs() <= scale[:, None] * 0.51)[finite].all()
 
 
-@pytest.mark.parametrize(("num_tokens", "inner", "outputs"), [(3, 1, 2), (1, 1, 1), (2, 1, 64), (0, 8, 4), (5, 3000, 7)])
+@pytest.mark.parametrize(
+    ("num_tokens", "inner", "outputs"), [(3, 1, 2), (1, 1, 1), (2, 1, 64), (0, 8, 4), (5, 3000, 7)]
+)
 def test_int8_sums_are_exact(num_tokens: int, inner: int, outputs: int) -> None:
     """Also of the largest numbers, and where one of a matrix's sides is 1."""
     x8 = torch.randint(100, 128, (num_tokens, inner), generator=torch.Generator().manual_seed(0))
