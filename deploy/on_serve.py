@@ -22,8 +22,11 @@ def route(config: ClusterConfig) -> str:
 
 
 def address(config: ClusterConfig) -> str:
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{config.port}{route(config).rstrip('/')}"
+    return _url(config.host, config.port, route(config))
+
+
+def _url(host: str, port: int, prefix: str) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{prefix.rstrip('/')}"
 
 
 @contextmanager
@@ -61,20 +64,21 @@ def _turn() -> Iterator[None]:
 
 def check_place(config: ClusterConfig, serve_details: dict[str, Any]) -> None:
     """Raises ConfigError if Serve listens elsewhere, or if another application has the name or the route."""
-    http, applications = serve_details["http_options"], serve_details["applications"]
-    at = config.model_copy(update={"host": http["host"], "port": http["port"]})
-    if (at.host, at.port) != (config.host, config.port):
-        other = "" if config.name not in applications else " and another --name"
+    host, port = serve_details["http_options"]["host"], serve_details["http_options"]["port"]
+    routes = {name: application["route_prefix"] for name, application in serve_details["applications"].items()}
+    holders = [name for name, prefix in routes.items() if name == config.name or prefix == route(config)]
+    if (host, port) != (config.host, config.port):
+        other = " and another --name" if holders else ""
+        stop = "" if routes else ", or stop it (`serve shutdown`): it has no applications"
         raise ConfigError(
-            f"host={config.host!r}, port={config.port}: Serve of this Ray listens on {at.host}:{at.port}, for all of "
-            f"its applications: choose --host {at.host} --port {at.port}{other}"
+            f"host={config.host!r}, port={config.port}: Serve of this Ray listens on {host}:{port}, for all of its "
+            f"applications: choose --host {host} --port {port}{other}{stop}"
         )
-    taken = {application["route_prefix"]: name for name, application in applications.items()}
-    holder = config.name if config.name in applications else taken.get(route(config))
-    if holder is not None:
+    if holders:
+        at = _url(host, port, routes[holders[0]] or "")
         raise ConfigError(
-            f"name={config.name!r}: this Ray serves the application {holder!r} at {address(at)} already: "
-            "choose another --name, it will be served at /NAME"
+            f"name={config.name!r}: this Ray serves the application {holders[0]!r} at {at} already: "
+            "choose another --name, which is served at /NAME"
         )
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -132,8 +132,8 @@ def _application(config: ClusterConfig, is_own_ray: bool) -> Iterator[Any]:
     location = "HeadOnly" if is_own_ray else "EveryNode"
     is_ours = False
     try:
-        with place(config) as is_first:
-            if is_first and not is_own_ray:
+        with nullcontext() if is_own_ray else place(config) as serve_is_new:
+            if serve_is_new:
                 _check_port(config)
             serve.start(
                 proxy_location=location,
