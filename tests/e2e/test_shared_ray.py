@@ -18,7 +18,7 @@ Start = Callable[..., Server]
 @pytest.fixture
 def start(model_dir: Path) -> Iterator[Start]:
     """Starts servers in one Ray."""
-    with ExitStack() as stack, ray_nodes(0) as (address, _, _):
+    with ray_nodes(0) as (address, _, _), ExitStack() as stack:
 
         def run(*flags: str) -> Server:
             started = Server(model_dir, "--dtype", "float32", *flags, env=ENV | {"RAY_ADDRESS": address})
