@@ -96,7 +96,7 @@ def _read_note(path: Path) -> str:
 
 def _listening_users(port: int) -> set[int]:
     """Users whose processes listen on a port of this machine, at any of its addresses."""
-    tables = [Path("/proc/net", name).read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    tables = [table.read_text().splitlines()[1:] for table in Path("/proc/net").glob("tcp*")]
     sockets = [line.split() for lines in tables for line in lines]  # fields: proc(5)
     return {int(found[7]) for found in sockets if found[3] == "0A" and found[1].endswith(f":{port:04X}")}
 
