@@ -52,7 +52,7 @@ def _turn() -> Iterator[None]:
 
     while True:
         try:
-            turn = ray.remote(num_cpus=0)(Turn).options(name=TURN, namespace=TURN).remote()
+            turn: Any = ray.remote(num_cpus=0)(Turn).options(name=TURN, namespace=TURN).remote()
             break
         except ActorAlreadyExistsError:
             time.sleep(POLL_S)
