@@ -22,8 +22,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: $(VENV)/.installed  ## Serve the demo model on port $(PORT)
 	$(BIN)/outcrop serve demo --port $(PORT)
 
-test: $(VENV)/.installed-dev  ## The whole test suite
-	$(BIN)/python -m pytest --durations=25
+test:  ## The whole test suite; first the programs that it needs, where they can be installed
+	$(PYTHON) tests/tools.py
+# If the package was installed without a compiler, and so without the native kernels: once more.
+	@! command -v g++ >/dev/null || test -e actors/kernels/libkernels.so || rm -f $(VENV)/.installed
+	$(MAKE) $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --durations=25 $(PYTEST)
 
 lint: $(VENV)/.installed-dev  ## Format, lint, types, import boundaries
 	$(BIN)/ruff format --check .

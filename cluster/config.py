@@ -6,6 +6,7 @@ The command line, OUTCROP_* variables, a YAML file and Serve's `args` are views 
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,10 @@ from cluster.model_config import describe
 
 ENV_PREFIX = "OUTCROP_"
 Lane = Literal["auto", "object_ref", "zmq", "local"]
+DEFAULT_NAME = "outcrop"
+NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+# An application is served under its name: not where the one at / has its own routes.
+ROUTES = ("detokenize", "health", "metrics", "tokenize", "v1", "version")
 # Ray refuses these names among custom resources.
 OWN_SETTING = {
     "CPU": "cpus_per_front or cpus_per_replica",
@@ -43,6 +48,10 @@ class ClusterConfig(BaseModel):
     served_model_name: str | None = Field(None, description="Name in the API; default: MODEL as given.")
     host: str = Field("127.0.0.1", description="Address the HTTP server listens on.")
     port: int = Field(8000, description="Port the HTTP server listens on.", ge=1, le=65535)
+    name: str = Field(
+        DEFAULT_NAME,
+        description="Name of the application in its Ray: outcrop is served at /, others at /NAME (`outcrop serve`).",
+    )
     api_key: SecretStr | None = Field(None, description="Key that clients of /v1 must send as `Authorization: Bearer`.")
     chat_template: str | None = Field(
         None, description="Jinja file that replaces the checkpoint's chat template; `none` serves completions only."
@@ -119,6 +128,15 @@ class ClusterConfig(BaseModel):
     max_choices: int = Field(16, description="Largest `n` times number of prompts.", ge=1)
     max_stop: int = Field(16, description="Most stop strings in a request.", ge=0)
     max_logprobs: int = Field(20, description="Most alternatives reported per token.", ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _is_route(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("must be up to 40 lower-case letters, digits and dashes, and begin with a letter")
+        if value in ROUTES:
+            raise ValueError(f"is a route of the API: choose a name other than {', '.join(ROUTES)}")
+        return value
 
     @field_validator("front_resources", "replica_resources", "ingress_resources", mode="before")
     @classmethod

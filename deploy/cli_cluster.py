@@ -5,14 +5,18 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from deploy.cli_http import DEFAULT_URL, Key, Url, call, connect, console, fail
 
 COLOURS = {"ready": "green", "degraded": "yellow", "recovering": "yellow", "failed": "red", "dead": "red"}
+COLUMNS = ("id", "group", "state", "for", "node", "pid", "gpu", "lane", "tokens", "detail")
+GIVING_WAY = ("lane", "tokens", "gpu", "group", "pid", "for", "node", "detail")  # where there is no room for all
 POLL_S = 0.5
 MIB = 2**20
 
@@ -42,24 +46,54 @@ def _overview(client: httpx.Client) -> Group:
     state = Text(cluster["state"], COLOURS.get(cluster["state"], "cyan"))
     phase = "" if cluster["phase"] == cluster["state"] else f" ({cluster['phase']})"
     head = Text.assemble(f"{cluster['model']}: ", state, f"{phase}, map version {cluster['map_version']}")
-    parts: list[Any] = [head, _actors(cluster)]
+    parts: list[Any] = [head, _actors(cluster, console.width)]
     if cluster["map_version"]:
         experts = call(client, "/v1/experts")
         parts.append(Text(f"balancedness {experts['balancedness']:.3f} (mean/max load over groups)"))
     return Group(*parts)
 
 
-def _actors(cluster: dict[str, Any]) -> Table:
-    table = Table("id", "group", "state", "for", "node", "pid", "gpu", "lane", "tokens", "detail")
-    for row in cluster["fronts"] + cluster["replicas"]:
-        table.add_row(
-            row["id"],
-            "-" if row["group"] is None else str(row["group"]),
-            Text(row["state"], COLOURS.get(row["state"], "cyan")),
-            _duration(time.time() - row["since"]),
-            *(row["node"], str(row["pid"] or ""), row["gpu"], row["lane"], f"{row['tokens']:,}", row["detail"]),
-        )
+def _actors(cluster: dict[str, Any], width: int) -> Group:
+    """A table of that width. Ids are whole, for they are copied; columns that find no room are named below it."""
+    rows = [_cells(row) for row in cluster["fronts"] + cluster["replicas"]]
+    columns = [name for name in COLUMNS if any(row[name] for row in rows)]
+    left_out: list[str] = []
+    for name in GIVING_WAY:
+        if _least_width(_table(columns, rows)) <= width:
+            break
+        if name in columns:
+            columns.remove(name)
+            left_out.append(name)
+    told = [Text(f"no room for {', '.join(left_out)} in {width} columns", "dim")] if left_out else []
+    return Group(_table(columns, rows), *told)
+
+
+def _table(columns: list[str], rows: list[dict[str, str | Text]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold", no_wrap=name not in ("gpu", "detail"))
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
     return table
+
+
+def _least_width(table: Table) -> int:
+    return Measurement.get(console, console.options.update(max_width=1000), table).minimum
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str | Text]:
+    return {
+        "id": row["id"],
+        "group": "-" if row["group"] is None else str(row["group"]),
+        "state": Text(row["state"], COLOURS.get(row["state"], "cyan")),
+        "for": _duration(time.time() - row["since"]),
+        "node": row["node"],
+        "pid": str(row["pid"] or ""),
+        "gpu": row["gpu"],
+        "lane": row["lane"],
+        "tokens": f"{row['tokens']:,}",
+        "detail": row["detail"],
+    }
 
 
 def _duration(seconds: float) -> str:

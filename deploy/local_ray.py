@@ -3,20 +3,22 @@
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
-import tempfile
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cluster.leftovers import OwnedDirectory, sweep
+
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 2**20
 END_S = 15.0
+PREFIX = "outcrop-"
 
 # Environment of a Ray that we start. Variables that are set already win.
 SETTINGS = {
@@ -29,35 +31,74 @@ SETTINGS = {
 
 
 @contextmanager
-def ray_cluster() -> Iterator[bool]:
-    """Connect to Ray or start it; yields True if it is our own. Our own leaves no process and no file behind."""
-    address = reachable_address()
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """Connect to a Ray, or start one for as long as the block runs, which leaves no process and no file behind."""
     if address is None:
         with own_ray():
-            yield True
+            yield
         return
     import ray
 
     with signals_held():
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        yield False
+        yield
     finally:
         ray.shutdown()
 
 
 def reachable_address() -> str | None:
-    """RAY_ADDRESS, or the cluster that `ray start` has left running on this machine; None: start an own one."""
+    """RAY_ADDRESS, or the cluster that `ray start` has left running on this machine; None: start an own one.
+
+    Whoever runs a Ray that we connect to gets our API key and may run code as us. Ray notes its address in a directory
+    that every user may write to: another user's note, or another user's process at the address in it, is not used.
+    """
     named = os.environ.get("RAY_ADDRESS")
     if named:
         return None if named == "local" else named
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     try:
-        address = (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster").read_text().strip()
+        address = _read_note(note)
         host, _, port = address.rpartition(":")
-        socket.create_connection((host, int(port)), timeout=1.0).close()
+        with socket.create_connection((host, int(port)), timeout=1.0) as connection:
+            is_local = connection.getsockname()[0] == connection.getpeername()[0]
+        if is_local and (strangers := _listening_users(int(port)) - _trusted_users()):
+            raise _UntrustedError(f"user {min(strangers)} listens at the address in it, {address}")
+    except _UntrustedError as why:
+        logger.warning("%s is not used: %s; RAY_ADDRESS=HOST:PORT names the Ray to use, if one should be", note, why)
+        return None
     except (OSError, ValueError):
         return None  # no such file, or that of a cluster that is gone
     return address
+
+
+class _UntrustedError(Exception):
+    """Another user may be behind what looks like our Ray; says how."""
+
+
+def _trusted_users() -> set[int]:
+    return {0, os.geteuid()}
+
+
+def _read_note(path: Path) -> str:
+    """Raises _UntrustedError, or OSError if there is none."""
+    if path.is_symlink():
+        raise _UntrustedError("it is a link")
+    # Whatever it has become meanwhile: no link is followed, no pipe waited for.
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as note:
+        status = os.fstat(note.fileno())
+        if status.st_uid not in _trusted_users():
+            raise _UntrustedError(f"it belongs to user {status.st_uid}")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise _UntrustedError("other users may write to it")
+        return note.read().strip()
+
+
+def _listening_users(port: int) -> set[int]:
+    """Users whose processes listen on a port of this machine, at any of its addresses."""
+    tables = [table.read_text().splitlines()[1:] for table in Path("/proc/net").glob("tcp*")]
+    sockets = [line.split() for lines in tables for line in lines]  # fields: proc(5)
+    return {int(found[7]) for found in sockets if found[3] == "0A" and found[1].endswith(f":{port:04X}")}
 
 
 @contextmanager
@@ -70,8 +111,10 @@ def own_ray(**options: Any) -> Iterator[None]:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray  # reads the variables above when it is imported
 
-    # Short, because the paths of Ray's sockets may have 107 characters at most.
-    temp_dir = tempfile.mkdtemp(prefix="outcrop-", dir="/tmp")
+    sweep(PREFIX, "/tmp")
+    # Short, because the paths of Ray's sockets may have 107 characters at most. Ray's own directory is within, because
+    # Ray opens that to all users.
+    directory = OwnedDirectory(PREFIX, "/tmp")
     others = children(os.getpid())
     try:
         with signals_held():
@@ -79,7 +122,7 @@ def own_ray(**options: Any) -> Iterator[None]:
                 "local",
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=temp_dir,
+                _temp_dir=f"{directory.path}/ray",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 **options,
@@ -89,7 +132,7 @@ def own_ray(**options: Any) -> Iterator[None]:
         family = descendants(os.getpid(), besides=others)
         ray.shutdown()
         end_processes(family)
-        shutil.rmtree(temp_dir, ignore_errors=True)
+        directory.remove()
 
 
 @contextmanager

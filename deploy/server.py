@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,10 +19,11 @@ from cluster.checkpoint import CheckpointInfo, check_checkpoint, resolve_model
 from cluster.config import ClusterConfig, ConfigError
 from cluster.messages import ClusterState
 from cluster.model_config import GraniteMoeConfig, ModelError, read_model_config
+from deploy.local_ray import ray_cluster, reachable_address
+from deploy.on_serve import address, place, route, wait_for_answer
 from deploy.open_tracing import check_tracing
 from deploy.text import Tokenizer
 
-APP_NAME = "outcrop"
 POLL_S = 0.2
 
 console = Console(stderr=True, highlight=False)
@@ -41,7 +42,6 @@ def serve_model(config: ClusterConfig) -> None:
     with _signals():
         try:
             check = check_everything(config)
-            _check_port(config)
             _run(config, check)
         except BaseException as error:
             if not _is_stop(error):
@@ -107,38 +107,46 @@ def _check_port(config: ClusterConfig) -> None:
 
 
 def _run(config: ClusterConfig, check: Check) -> None:
-    # Imported late: errors in settings must show in a second, and Ray takes longer than that to import.
-    from deploy.local_ray import ray_cluster
-
+    ray_address = reachable_address()
+    if ray_address is None:
+        _check_port(config)
     console.print(f"starting [bold]{config.model_name}[/]: {map_line(config, check)}")
     started = time.monotonic()
-    with ray_cluster() as is_own, _application(config, is_own) as supervisor:
+    with ray_cluster(ray_address), _application(config, is_own_ray=ray_address is None) as supervisor:
         state = _follow(supervisor)
+        if found := wait_for_answer(config):
+            raise StartError(f"{found}: the cluster is ready, but Serve does not listen there on this machine")
         _print_ready(config, state, time.monotonic() - started)
         _watch(supervisor)
 
 
 @contextmanager
 def _application(config: ClusterConfig, is_own_ray: bool) -> Iterator[Any]:
-    """Deploy the application; yields a handle of the supervisor."""
+    """Deploy the application; yields a handle of the supervisor. Raises ConfigError if another has its place."""
+    # Imported late: errors in settings must show in a second, and Ray takes longer than that to import.
     from ray import serve
 
     from deploy.app import application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     location = "HeadOnly" if is_own_ray else "EveryNode"
+    is_ours = False
     try:
-        serve.start(
-            proxy_location=location,
-            http_options={"host": config.host, "port": config.port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        serve.run(application(config, is_gated=False), name=APP_NAME, route_prefix="/", blocking=False)
-        yield serve.get_deployment_handle("supervisor", APP_NAME)
+        with nullcontext() if is_own_ray else place(config) as serve_is_new:
+            if serve_is_new:
+                _check_port(config)
+            serve.start(
+                proxy_location=location,
+                http_options={"host": config.host, "port": config.port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
+            is_ours = True
+            serve.run(application(config, is_gated=False), name=config.name, route_prefix=route(config))
+        yield serve.get_deployment_handle("supervisor", config.name)
     finally:
         console.print("stopping ...")
-        if not is_own_ray:  # our own Ray ends as a whole, with everything in it
-            serve.delete(APP_NAME)
+        if is_ours and not is_own_ray:  # our own Ray ends as a whole, with everything in it
+            serve.delete(config.name)
 
 
 def _follow(supervisor: Any) -> ClusterState:
@@ -187,8 +195,7 @@ def map_line(config: ClusterConfig, check: Check) -> str:
 
 
 def _print_ready(config: ClusterConfig, state: ClusterState, seconds: float) -> None:
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{config.port}"
+    url = address(config)
     lanes = ", ".join(sorted({actor.lane for actor in state.actors}))
     full = state.kv_cache_tokens / state.max_model_len
     console.print(f"[bold green]ready[/] in {seconds:.1f} s: [bold]{config.model_name}[/] on [bold]{url}[/]")

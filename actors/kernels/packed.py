@@ -72,7 +72,7 @@ class Int8Linear:
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         x8_TD, scale_T = quantise(x_TD)
-        sums_TO = torch._int_mm(x8_TD, self.weight_OD.T)
+        sums_TO = x8_TD.int() @ self.weight_OD.int().T  # torch._int_mm is wrong on some CPUs for an inner size of 1
         return (sums_TO.float() * scale_T[:, None] * self.scale_O).to(x_TD.dtype)
 
 

@@ -8,5 +8,5 @@ CHROMIUM_FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
 
 def chromium() -> str:
     path = shutil.which("chromium")
-    assert path, "no chromium: apt-get install chromium (.ci/run does)"
+    assert path, "no chromium: apt-get install chromium"
     return path

@@ -75,18 +75,18 @@ class Server:
         return session(self.process.pid)
 
     def temp_dirs(self) -> list[Path]:
-        """Its directories in /tmp. Ray puts the pid into the name of a session; an empty one may be ours."""
+        """Its directories in /tmp. Ray puts the pid into the name of a session; one without may be ours."""
         found = sorted(Path("/tmp").glob("outcrop-*"))
-        named = [d for d in found if any(d.glob(f"session_*_{self.process.pid}"))]
-        return named + [d for d in found if d not in self._before and _is_empty(d)]
+        named = [d for d in found if any(d.glob(f"ray/session_*_{self.process.pid}"))]
+        return named + [d for d in found if d not in self._before and not any(d.glob("ray/session_*"))]
 
     def ray_logs(self) -> str:
         """The logs of Serve: proxy, controller and replicas."""
-        return "\n".join(f.read_text() for d in self.temp_dirs() for f in d.glob("session_*_*/logs/serve/*.log"))
+        return "\n".join(f.read_text() for d in self.temp_dirs() for f in d.glob("ray/session_*_*/logs/serve/*.log"))
 
     def actor_logs(self) -> str:
         """What our own processes have logged: fronts, replicas, ingresses and the supervisor."""
-        return "\n".join(f.read_text() for d in self.temp_dirs() for f in d.glob("session_*_*/logs/worker-*.err"))
+        return "\n".join(f.read_text() for d in self.temp_dirs() for f in d.glob("ray/session_*_*/logs/worker-*.err"))
 
     def get(self, path: str, **options: object) -> httpx.Response:
         return httpx.get(self.url + path, timeout=30, trust_env=False, **options)  # type: ignore[arg-type]
@@ -171,10 +171,3 @@ def session(leader: int) -> list[psutil.Process]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
-
-
-def _is_empty(directory: Path) -> bool:
-    try:
-        return not any(directory.iterdir())
-    except OSError:
-        return False

@@ -15,7 +15,7 @@ GENERATE = {"prompt": "Hi", "max_tokens": 20, "temperature": 0, "ignore_eos": Tr
 
 
 def outcrop(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = clean_environment({"OUTCROP_URL": server.url, "COLUMNS": "160", "PATH": os.environ["PATH"]})
+    env = clean_environment({"OUTCROP_URL": server.url, "COLUMNS": "80", "PATH": os.environ["PATH"]})
     return subprocess.run([OUTCROP, *arguments], env=env, capture_output=True, text=True, timeout=60)
 
 

@@ -29,6 +29,8 @@ KEY = "schlüssel-7"
 # Chromium reports every answer that is no success on its console, whatever the page makes of it.
 UNANSWERED = r"Failed to load resource"
 
+pytestmark = pytest.mark.needs("chromium")
+
 Open = Callable[..., AbstractContextManager[Page]]
 
 

@@ -35,6 +35,8 @@ STILL = {
     "front_replays_total": "no front is lost",
 }
 
+pytestmark = pytest.mark.needs("prometheus")
+
 
 class Prometheus:
     """A Prometheus of our own that scrapes one target every second."""

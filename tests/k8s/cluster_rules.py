@@ -11,6 +11,8 @@ OVERLAP_S, NODES_S = 120, 900
 UNITS = {"h": 3600, "m": 60, "s": 1, "": 1}
 PROMETHEUS, OPERATOR = "prometheus", "kuberay-operator"
 DASHBOARD = 8265
+NAME_OF_NAMESPACE = "kubernetes.io/metadata.name"  # set by Kubernetes
+LABELLED = re.findall(r"kubectl label namespace \S+ (\S+)=true", (K8S / "README.md").read_text())
 DOCUMENTED_SECRETS = set(re.findall(r"create secret generic (\S+)", (K8S / "README.md").read_text()))
 
 
@@ -140,12 +142,25 @@ def _callers(found: list[Object], template: Object) -> Iterator[tuple[str, int]]
 
 
 def _admits(policy: Object, template: Object, caller: str, port: int) -> bool:
-    """Whether it lets pods of that name, in any namespace, in on a port."""
-    peer = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": caller}}}
+    """Whether it lets pods of that name, in some other namespace, in on a port."""
+    pods = {"matchLabels": {"app.kubernetes.io/name": caller}}
     return _matches(policy["podSelector"], _labels(template)) and any(
-        peer in rule.get("from", ()) and port in {each["port"] for each in rule.get("ports", ())}
+        any(peer.get("podSelector") == pods and "namespaceSelector" in peer for peer in rule.get("from", ()))
+        and port in {each["port"] for each in rule.get("ports", ())}
         for rule in policy.get("ingress", ())
     )
+
+
+def namespaces_are_named(found: list[Object]) -> Iterator[str]:
+    """Who may start a pod in some namespace labels it as he likes: only namespaces tell friend from stranger."""
+    for policy in (each for each in found if each["kind"] == "NetworkPolicy"):
+        rules = (*policy["spec"].get("ingress", ()), *policy["spec"].get("egress", ()))
+        for peer in (peer for rule in rules for peer in (*rule.get("from", ()), *rule.get("to", ()))):
+            labels = peer.get("namespaceSelector", {}).get("matchLabels", {})
+            if "namespaceSelector" in peer and not labels:
+                yield f"{title(policy)} lets every namespace through"
+            for label in set(labels) - {NAME_OF_NAMESPACE, *LABELLED}:
+                yield f"k8s/README.md does not say which namespace has the label {label}"
 
 
 def references_lead_somewhere(found: list[Object]) -> Iterator[str]:
@@ -210,5 +225,6 @@ RULES = (
     policies_cover_every_pod,
     monitors_lead_to_pods,
     who_has_to_gets_through,
+    namespaces_are_named,
     references_lead_somewhere,
 )

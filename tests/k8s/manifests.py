@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
-OVERLAYS = ("cpu-demo", "gpu-single-node", "gpu-multi-node", "production")
+OVERLAYS = ("cpu-demo", "cpu-demo-open", "gpu-single-node", "gpu-multi-node", "production")
 
 Object = dict[str, Any]
 

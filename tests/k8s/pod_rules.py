@@ -1,10 +1,12 @@
 """Rules for each pod by itself, see rules.py."""
 
+import re
 from collections.abc import Iterator
 
 from tests.k8s.manifests import Object, containers, one, pod_templates, ray_groups
 
-RAY_SETTINGS = {"OUTCROP_API_KEY", "RAY_max_direct_call_object_size"}
+API_KEY = "OUTCROP_API_KEY"
+RAY_SETTINGS = {"RAY_max_direct_call_object_size"}
 STOP_MARGIN_S = 30
 DRAIN, LINGER = "outcrop-drain", "outcrop-linger"
 # Ray's processes end when they have not reached the head for this long, by default.
@@ -75,10 +77,30 @@ def only_who_needs_it_may_ask_the_api_server(found: list[Object]) -> Iterator[st
 
 def ray_containers_have_the_same_settings(found: list[Object]) -> Iterator[str]:
     """Serve builds the application, which reads the API key, on any node; Ray's settings must agree on all nodes."""
-    for name, group in ray_groups(one(found, "RayService")):
-        missing = RAY_SETTINGS - {each["name"] for each in group["template"]["spec"]["containers"][0].get("env", ())}
-        if missing:
+    groups = list(ray_groups(one(found, "RayService")))
+    is_keyed = any(API_KEY in _environment(group) for _, group in groups)
+    for name, group in groups:
+        if missing := RAY_SETTINGS.union({API_KEY} if is_keyed else ()) - set(_environment(group)):
             yield f"{name}: {', '.join(sorted(missing))} is not in the environment"
+
+
+def the_api_key_is_not_optional(found: list[Object]) -> Iterator[str]:
+    """Where the name of an optional Secret is misspelt, pods start without the key and serve everybody."""
+    for where, template in _pods(found):
+        for container in containers(template):
+            for each in container.get("env", ()):
+                if each["name"] == API_KEY and each.get("valueFrom", {}).get("secretKeyRef", {}).get("optional"):
+                    yield f"{where} {container['name']}: {API_KEY} is optional: components/without-key says so openly"
+
+
+def secrets_are_no_arguments(found: list[Object]) -> Iterator[str]:
+    """Everybody on a node can read the arguments of its processes."""
+    for where, template in _pods(found):
+        for container in containers(template):
+            secret = {e["name"] for e in container.get("env", ()) if "secretKeyRef" in e.get("valueFrom", {})}
+            used = re.findall(r"\$\((\w+)\)", " ".join([*container.get("command", ()), *container.get("args", ())]))
+            for name in sorted(secret.intersection(used)):
+                yield f"{where} {container['name']}: $({name}) of a Secret is among the arguments"
 
 
 def workers_say_when_they_are_ready(found: list[Object]) -> Iterator[str]:
@@ -108,8 +130,7 @@ def drains_outlive_the_head(found: list[Object]) -> Iterator[str]:
         script, seconds = _pre_stop(group)
         if not _serves_http(group) and (script != LINGER or seconds < longest):
             yield f"{name}: does not stay for the {longest} s that others drain: preStop [{LINGER}, {longest}]"
-        env = {each["name"]: each.get("value") for each in group["template"]["spec"]["containers"][0].get("env", ())}
-        if int(env.get(RECONNECT) or RECONNECT_S) < longest:
+        if int(_environment(group).get(RECONNECT) or RECONNECT_S) < longest:
             yield f"{name}: lives less than {longest} s without the head: {RECONNECT}"
 
 
@@ -129,6 +150,11 @@ def _pre_stop(group: Object) -> tuple[str, int]:
     return script, int(seconds)
 
 
+def _environment(group: Object) -> dict[str, str | None]:
+    """Of the Ray container: names and values, None for those from Secrets."""
+    return {each["name"]: each.get("value") for each in group["template"]["spec"]["containers"][0].get("env", ())}
+
+
 def _serves_http(group: Object) -> bool:
     return group["template"]["metadata"]["labels"].get("outcrop-http") == "true"
 
@@ -140,6 +166,8 @@ RULES = (
     services_leave_settings_alone,
     only_who_needs_it_may_ask_the_api_server,
     ray_containers_have_the_same_settings,
+    the_api_key_is_not_optional,
+    secrets_are_no_arguments,
     workers_say_when_they_are_ready,
     pods_that_serve_drain,
     drains_outlive_the_head,

@@ -24,6 +24,7 @@ from deploy.demo import MODEL_DIR
 from tests.k8s.manifests import K8S, ROOT, containers, overlay, pod_templates
 
 BIN = K8S / "bin"
+PIN = r"([\w.-]+)==(\S+)( --hash=sha256:[0-9a-f]{64})?"
 DOCKERFILE = (K8S / "Dockerfile").read_text()
 
 
@@ -31,8 +32,10 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     pins = {}
     for line in (K8S / "requirements.txt").read_text().splitlines():
         if not line.startswith("#"):
-            name, version = re.fullmatch(r"([\w.-]+)==(\S+)", line).groups()  # type: ignore[union-attr]
+            name, version, has_hash = re.fullmatch(PIN, line).groups()  # type: ignore[union-attr]
             pins[name] = version
+            assert bool(has_hash) != (name == "torch"), line
+    assert "pip install --no-deps --require-hashes --requirement" in DOCKERFILE
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for text in (*project["dependencies"], *project["optional-dependencies"]["otel"]):
         wanted = Requirement(text)
@@ -94,6 +97,7 @@ def http(answers: dict[str, tuple[int, str]]) -> Iterator[int]:
         server.server_close()
 
 
+@pytest.mark.needs("wget")
 @pytest.mark.parametrize(
     ("raylet", "health", "kind", "is_ready"),
     [

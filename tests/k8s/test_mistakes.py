@@ -10,6 +10,7 @@ from tests.k8s.manifests import Object, one, overlay, title
 from tests.k8s.test_manifests import needs_crds
 
 SERVICE = "RayService/outcrop"
+REDIS = "StatefulSet/outcrop-redis"
 SPEC = "spec.rayClusterConfig"
 HEAD = f"{SPEC}.headGroupSpec"
 INGRESS, FRONT, EXPERTS, OTHER_EXPERTS = (f"{SPEC}.workerGroupSpecs.{i}" for i in range(4))
@@ -37,7 +38,7 @@ TYPOS = [
     ("PodDisruptionBudget/outcrop-front", "spec.minAvailabel", 1, "'minAvailabel' was unexpected"),
     ("PodDisruptionBudget/outcrop-front", "apiVersion", "policy/v1beta1", "has no PodDisruptionBudget"),
     ("NetworkPolicy/outcrop-clients", "spec.ingress.0.form", [], "'form' was unexpected"),
-    ("StatefulSet/outcrop-redis", "spec.template.spec.securitycontext", {}, "'securitycontext' was unexpected"),
+    (REDIS, "spec.template.spec.securitycontext", {}, "'securitycontext' was unexpected"),
     ("Job/outcrop-fetch-model", "spec.backoffLimits", 1, "'backoffLimits' was unexpected"),
     ("PodMonitor/outcrop", "spec.podMetricsEndpoints.0.intervall", "15s", "'intervall' was unexpected"),
     ("PodMonitor/outcrop", "spec.podMetricEndpoints", [], "'podMetricEndpoints' was unexpected"),
@@ -67,13 +68,15 @@ BREACHES: list[tuple[str, str, Any, str]] = [
     (SERVICE, f"{FRONT}.{POD}.securityContext.runAsNonRoot", False, "pods_are_restricted"),
     (SERVICE, f"{FRONT}.{POD}.initContainers.0.securityContext", GONE, "pods_are_restricted"),
     (SERVICE, f"{SPEC}.autoscalerOptions.securityContext", GONE, "pods_are_restricted"),
-    ("StatefulSet/outcrop-redis", "spec.template.spec.securityContext.seccompProfile", GONE, "pods_are_restricted"),
+    (REDIS, "spec.template.spec.securityContext.seccompProfile", GONE, "pods_are_restricted"),
     (SERVICE, f"{FRONT}.{RAY}.resources.requests.memory", "1Gi", "containers_have_bounds"),
     (SERVICE, f"{FRONT}.{RAY}.resources.limits.cpu", GONE, "containers_have_bounds"),
     (SERVICE, f"{FRONT}.{RAY}.image", "outcrop:latest", "images_are_pinned"),
     (SERVICE, f"{FRONT}.{POD}.enableServiceLinks", GONE, "services_leave_settings_alone"),
     (SERVICE, f"{FRONT}.{POD}.automountServiceAccountToken", GONE, "only_who_needs_it_may_ask_the_api_server"),
     (SERVICE, f"{EXPERTS}.{RAY}.env.0.name", "OUTCROP_APIKEY", "ray_containers_have_the_same_settings"),
+    (SERVICE, f"{HEAD}.{RAY}.env.0.valueFrom.secretKeyRef.optional", True, "the_api_key_is_not_optional"),
+    (REDIS, "spec.template.spec.containers.0.args", ["--requirepass", "$(REDIS_PASSWORD)"], "secrets_are_no_arguments"),
     (SERVICE, f"{EXPERTS}.{RAY}.readinessProbe", GONE, "workers_say_when_they_are_ready"),
     (
         SERVICE,
@@ -107,6 +110,13 @@ BREACHES: list[tuple[str, str, Any, str]] = [
     ("PodMonitor/outcrop", "spec.podMetricsEndpoints.0.port", "http", "monitors_lead_to_pods"),
     ("NetworkPolicy/outcrop-prometheus", "spec.ingress.0.ports.0.port", 8001, "who_has_to_gets_through"),
     ("NetworkPolicy/outcrop-prometheus", "spec.ingress.0.from.0.namespaceSelector", GONE, "who_has_to_gets_through"),
+    ("NetworkPolicy/outcrop-operator", "spec.ingress.0.from.0.namespaceSelector", {}, "namespaces_are_named"),
+    (
+        "NetworkPolicy/outcrop-prometheus",
+        "spec.ingress.0.from.0.namespaceSelector.matchLabels",
+        {"outcrop-monitor": "true"},
+        "namespaces_are_named",
+    ),
     ("NetworkPolicy/outcrop-operator", "spec.podSelector.matchLabels", {"a": "b"}, "who_has_to_gets_through"),
     (SERVICE, f"{FRONT}.{POD}.volumes.0.persistentVolumeClaim.claimName", "x", "references_lead_somewhere"),
     (SERVICE, f"{FRONT}.{POD}.priorityClassName", "outcrop", "references_lead_somewhere"),

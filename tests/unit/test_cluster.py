@@ -30,6 +30,7 @@ def test_explicit_wins_over_environment_over_yaml_over_default(tmp_path: Path) -
 def test_every_setting_has_an_environment_twin() -> None:
     values = {
         "api_key": "k",
+        "name": "a",
         "max_num_batched_tokens": "512",
         "lane": "local",
         "overlap": "always",
@@ -62,6 +63,8 @@ def test_a_kubernetes_service_named_outcrop_does_not_set_the_port() -> None:
         ({"model": "m", "groops": 2}, "groops=2 is unknown: did you mean groups?"),
         ({"model": "m", "groups": 0}, "groups=0: Input should be greater than or equal to 1"),
         ({"model": "m", "lane": "smoke"}, "lane='smoke': Input should be 'auto', 'object_ref', 'zmq' or 'local'"),
+        ({"model": "m", "name": "A"}, "name='A': Value error, must be up to 40 lower-case letters"),
+        ({"model": "m", "name": "v1"}, "name='v1': Value error, is a route of the API: choose a name other than"),
         ({"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 8}, "max_num_seqs=64 is more than"),
     ],
 )

@@ -32,6 +32,7 @@ def run_tests(library: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.needs("g++")
 @pytest.mark.skipif(not native.instruction_sets(), reason="no native kernels here: not built, or no AVX2")
 def test_every_instruction_set_stays_within_bounds(tmp_path: Path) -> None:
     library = tmp_path / "checked.so"

@@ -50,6 +50,19 @@ def test_int8_is_as_close_as_its_steps() -> None:
     assert ((x8 * scale[:, None] - x).abs() <= scale[:, None] * 0.51)[finite].all()
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "inner", "outputs"), [(3, 1, 2), (1, 1, 1), (2, 1, 64), (0, 8, 4), (5, 3000, 7)]
+)
+def test_int8_sums_are_exact(num_tokens: int, inner: int, outputs: int) -> None:
+    """Also of the largest numbers, and where one of a matrix's sides is 1."""
+    x8 = torch.randint(100, 128, (num_tokens, inner), generator=torch.Generator().manual_seed(0))
+    x8[:, 0] = 127
+    weight = torch.randint(-127, 128, (outputs, inner), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    expected = torch.from_numpy(x8.numpy() @ weight.numpy().astype("int64").T)
+    actual = Int8Linear(weight, torch.ones(outputs))(x8.float())  # its scale is 1, so it is rounded to itself
+    assert torch.equal(actual.double(), expected.float().double())
+
+
 def test_experts_may_be_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernels, "experts", "int8")
     torch.manual_seed(0)
