@@ -56,7 +56,7 @@ class FrontActor:
         """For a supervisor that has not started this actor; None while it can't serve."""
         if self.ready is None or self.expert_map is None:
             return None
-        return Identity(self.spec, self.ready, self.expert_map, self.wanted)
+        return Identity(self.spec, self.ready, self.expert_map, self.wanted, self.loop.is_draining)
 
     async def set_expert_map(self, expert_map: ExpertMap, wanted: Wanted | None = None) -> None:
         """`wanted` is kept for a successor of the supervisor."""

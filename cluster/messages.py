@@ -3,7 +3,7 @@
 Knows no Ray, no torch and no HTTP. Token ids are plain ints, times are seconds, sizes are bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -182,16 +182,46 @@ class LaneKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class Machine:
+    """What Ray reports of the cluster."""
+
+    cluster_cpus: float = 1.0
+    cluster_gpus: float = 0.0
+    largest_node_cpus: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcePlan:
+    """What each actor gets of a machine. `device` may stay "auto": then an actor takes its GPU if torch can use it."""
+
+    machine: Machine = Machine()
+    device: str = "auto"
+    cpus_per_front: float = 1.0
+    cpus_per_replica: float = 1.0
+    gpus_per_front: float = 0.0
+    gpus_per_replica: float = 0.0
+    threads_per_front: int = 1
+    threads_per_replica: int = 1
+    front_resources: Mapping[str, float] = field(default_factory=dict)
+    replica_resources: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class FrontSpec:
+    """`resources`: by what the actor was started; a successor of the supervisor plans for the same machine."""
+
     actor_id: str
     engine: EngineOptions
     lane: str
     lane_keys: LaneKeys | None = None
     logs: LogOptions = LogOptions()
+    resources: ResourcePlan = ResourcePlan()
 
     def fits(self, wanted: object) -> bool:
-        """True if an actor with this spec can do the work of one with the other: names and keys don't matter."""
-        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys}
+        """True if an actor with this spec can do the work of one with the other: names, keys and what Ray has reserved
+        for it don't matter.
+        """
+        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys, "resources": self.resources}
         return isinstance(wanted, FrontSpec) and replace(wanted, **same) == self  # type: ignore[arg-type]
 
 
@@ -210,10 +240,16 @@ class ReplicaSpec:
     logs: LogOptions = LogOptions()
     kernels: KernelChoice = "auto"
     expert_dtype: ExpertDtype = "auto"
+    resources: ResourcePlan = ResourcePlan()
 
     def fits(self, wanted: object) -> bool:
         """As FrontSpec.fits. Experts don't matter either: an actor can be told to hold others."""
-        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys, "experts": self.experts}
+        same = {
+            "actor_id": self.actor_id,
+            "lane_keys": self.lane_keys,
+            "resources": self.resources,
+            "experts": self.experts,
+        }
         return isinstance(wanted, ReplicaSpec) and replace(wanted, **same) == self  # type: ignore[arg-type]
 
 
@@ -264,7 +300,8 @@ class ActorReport:
     """What the supervisor reads from a live actor: counters only grow while the actor lives.
 
     `expert_counts[layer][expert]` are routed (token, choice) pairs; empty for expert replicas. `num_requests` are those
-    that a front has not finished or whose outputs have not been fetched.
+    that a front has not finished or whose outputs have not been fetched. `stuck_seconds`: for how long a front's engine
+    has had work and has not finished a turn.
     """
 
     actor_id: str
@@ -274,6 +311,7 @@ class ActorReport:
     expert_counts: tuple[tuple[int, ...], ...] = ()
     lane: str = ""
     num_requests: int = 0
+    stuck_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,9 +338,15 @@ class RebalanceReport:
     seconds: float = 0.0
 
 
+class NotRunning(RuntimeError):  # noqa: N818 - it will be
+    """The supervisor can't do that now; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """What an ingress needs to know of the cluster, published by the supervisor."""
+    """What an ingress needs to know of the cluster, published by the supervisor. `draining` fronts finish what they
+    have and take nothing new; so does a front of which a new supervisor does not know yet whether it is well.
+    """
 
     state: Literal["starting", "ready", "degraded", "recovering", "failed", "stopping"]
     phase: str

@@ -9,9 +9,8 @@ from ray.exceptions import RayError
 
 from cluster.config import ConfigError
 from cluster.members import Member
-from cluster.messages import ActorKind
+from cluster.messages import ActorKind, Machine, ResourcePlan
 from cluster.model_config import ModelError
-from cluster.resources import Machine, ResourcePlan
 
 # Named, not imported: the supervisor must not load torch, and `cluster` does not depend on `actors`.
 ENTRYPOINTS: dict[ActorKind, str] = {"front": "actors.front:FrontActor", "expert": "actors.expert:ExpertActor"}

@@ -1,19 +1,34 @@
 """Cluster-wide metrics: what all processes have counted, as one text, and gauges of the fleet."""
 
+import time
+from collections.abc import Callable
 from typing import get_args
 
 from cluster.fleet import Fleet
 from cluster.load import ExpertLoad
 from cluster.messages import ActorState, Sample
-from cluster.metrics import Metrics, exposition, merge
+from cluster.metrics import Metrics, cumulative, exposition, merge
+
+# An ingress pushes its samples each second. One that has been silent for this long does not come back.
+INGRESS_GONE_S = 600.0
 
 
 class Reports:
-    """`ingress` keeps the newest samples of each ingress; actors' samples come with their reports."""
+    """Keeps the newest samples of each ingress; actors' samples come with their reports."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self.metrics = metrics
-        self.ingress: dict[str, tuple[Sample, ...]] = {}
+        self.clock = clock
+        self._ingress: dict[str, tuple[float, tuple[Sample, ...]]] = {}
+        self._gone: tuple[Sample, ...] = ()  # what ingresses that are no more have counted
+
+    def hear(self, ingress_id: str, samples: tuple[Sample, ...]) -> None:
+        now = self.clock()
+        self._ingress[ingress_id] = now, samples
+        for other, (heard, last) in tuple(self._ingress.items()):
+            if now - heard > INGRESS_GONE_S:
+                self._gone = merge((self._gone, cumulative(last)))
+                del self._ingress[other]
 
     def exposition(self, fleet: Fleet | None, load: ExpertLoad | None) -> bytes:
         """Prometheus text over all processes."""
@@ -23,7 +38,9 @@ class Reports:
             actors = [fleet.gone, *(m.report.samples for m in fleet.members if m.report)]
         if fleet and load:
             self.metrics.set("expert_balancedness", load.balancedness(fleet.expert_map))
-        return exposition(merge([self.metrics.samples(), *actors, *self.ingress.values()]))
+        return exposition(
+            merge([self.metrics.samples(), *actors, self._gone, *(samples for _, samples in self._ingress.values())])
+        )
 
     def _publish_gauges(self, fleet: Fleet) -> None:
         self.metrics.set("expert_map_version", fleet.expert_map.version)

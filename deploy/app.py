@@ -70,8 +70,10 @@ class SupervisorDeployment:
     async def __del__(self) -> None:
         # Serve calls this when the replica is stopped on purpose, not when it crashes. Ingresses end at the same time,
         # and answer first what they have accepted.
-        await self.supervisor.finish()
-        await self.supervisor.stop()
+        try:
+            await self.supervisor.finish()
+        finally:
+            await self.supervisor.stop()
 
 
 async def _end_of_predecessors() -> None:

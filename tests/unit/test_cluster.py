@@ -11,10 +11,10 @@ from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.load import ExpertLoad
-from cluster.messages import Wanted
+from cluster.messages import Machine, Wanted
 from cluster.metrics import PREFIX, TABLE, Metrics, cumulative, exposition, merge
 from cluster.model_config import GraniteMoeConfig
-from cluster.resources import Machine, plan_resources
+from cluster.resources import plan_resources
 
 # -- configuration ---------------------------------------------------------------------------------------------------
 
