@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from actors.lease import hold_lease
 from actors.process import gently, limit_threads, release_free_memory
 from cluster.expert_map import Identity
 from cluster.logs import set_up_logs
@@ -39,6 +40,7 @@ class ExpertActor:
         self.ready: ReadyReport | None = None
         self._loaded = 0
         self._total = 0
+        self.lease = hold_lease(self.stop)
 
     def load(self) -> ReadyReport:
         """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lane."""
@@ -113,6 +115,7 @@ class ExpertActor:
 
     @ray.method(concurrency_group="control")
     def report(self) -> ActorReport:
+        self.lease.renew()
         tokens = self.replica.num_tokens if self.replica else 0
         if self.server:
             self.metrics.raise_to("lane_dropped_messages_total", self.server.num_dropped)

@@ -10,6 +10,7 @@ import time
 
 from actors.expert import where_am_i
 from actors.front_loop import FrontLoop, Mailbox
+from actors.lease import hold_lease
 from actors.process import gently, limit_threads
 from cluster.expert_map import ExpertMap, Identity
 from cluster.logs import set_up_logs
@@ -37,6 +38,7 @@ class FrontActor:
         self.ready: ReadyReport | None = None
         self.expert_map: ExpertMap | None = None
         self.wanted: Wanted | None = None
+        self.lease = hold_lease()
 
     async def load(self) -> ReadyReport:
         """Read the front's weights and size its KV cache. Serving starts with start()."""
@@ -90,6 +92,7 @@ class FrontActor:
         return self.loop.progress
 
     async def report(self) -> ActorReport:
+        self.lease.renew()
         return self.loop.report()
 
     async def check_integrity(self) -> None:

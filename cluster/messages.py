@@ -17,6 +17,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 ActorKind = Literal["front", "expert"]
 ActorState = Literal["starting", "loading", "ready", "draining", "dead"]
 
+# Actors of a Serve application live in a namespace of their own: this and the application's name.
+NAMESPACE_PREFIX = "outcrop-"
+
 # One published sample of a metric: (name, sorted label pairs, value).
 Sample = tuple[str, tuple[tuple[str, str], ...], float]
 
