@@ -152,7 +152,7 @@ class Fleet:
 
     async def _drain_front(self, member: Member, timeout_s: float) -> None:
         """Wait until its last request has ended. What has not by then is replayed on another front."""
-        await answer(member.handle.drain.remote(), REPORT_TIMEOUT_S)
+        await answer(member.handle.drain.remote(), HUNG_S)
         await asyncio.sleep(DRAIN_GRACE_S)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

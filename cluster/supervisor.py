@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import zmq
-from ray.exceptions import RayError
 
 from cluster import ray_actors, takeover
 from cluster.blueprint import Blueprint, draw_blueprint
+from cluster.bring_up import start_all
 from cluster.checkpoint import check_checkpoint, resolve_model
 from cluster.config import ClusterConfig, ConfigError
 from cluster.fleet import HUNG_S, Fleet
@@ -26,7 +26,6 @@ from cluster.members import Member
 from cluster.messages import (
     ClusterState,
     LaneKeys,
-    LoadProgress,
     Machine,
     NotRunning,
     RebalanceReport,
@@ -35,15 +34,14 @@ from cluster.messages import (
 )
 from cluster.metrics import Metrics
 from cluster.model_config import ModelError, read_model_config
-from cluster.ray_actors import answer, first_line
+from cluster.ray_actors import first_line
 from cluster.rebalancing import Rebalancer
-from cluster.reports import Reports
+from cluster.reports import Reports, describe
 from cluster.signals import Autoscaler
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PROGRESS_PERIOD_S = 0.25
 WATCH_PERIOD_S = 0.5
 # Before the end of the application, requests that are still running get this long.
 FINISH_S = 20.0
@@ -115,8 +113,8 @@ class Supervisor:
             async with asyncio.timeout(self.config.load_timeout_s):
                 fleet = Fleet(await self._draw_blueprint(ray_actors.machine()), self.namespace, self.metrics)
                 self._use(fleet)
-                fleet.set_wanted(fleet.wanted)
-                await self._start_all(fleet)
+                await start_all(fleet, lambda phase: self._enter("starting", phase))
+                await self._collect(fleet)
         except Exception as error:
             await self._fail(error)
             return
@@ -221,34 +219,6 @@ class Supervisor:
         if keys is None and self.config.lane in ("auto", "zmq"):
             keys = _new_keys()
         return draw_blueprint(self.config, info, model_dir, model, machine, keys)
-
-    async def _start_all(self, fleet: Fleet) -> None:
-        self._enter("starting", "loading weights")
-        progress = asyncio.create_task(self._follow_progress(fleet))
-        try:
-            await asyncio.gather(*(fleet.load(m) for m in fleet.members))
-        finally:
-            progress.cancel()
-        for member in fleet.of_kind("expert"):  # all at once: the first map is complete
-            assert member.ready is not None
-            member.become_ready(member.ready)
-        await fleet.publish()
-        self._enter("starting", "warming up")
-        await asyncio.gather(*(fleet.join(m) for m in fleet.of_kind("front")))
-        await self._collect(fleet)
-
-    async def _follow_progress(self, fleet: Fleet) -> None:
-        while True:
-            await asyncio.gather(*(self._ask_progress(m) for m in fleet.members if m.handle and m.ready is None))
-            await asyncio.sleep(PROGRESS_PERIOD_S)
-
-    async def _ask_progress(self, member: Member) -> None:
-        try:
-            progress = await answer(member.handle.progress.remote(), 1.0)
-        except (TimeoutError, RayError):
-            return  # still starting; a real failure surfaces in load()
-        if member.ready is None:
-            member.progress = progress
 
     # -- watching and healing ------------------------------------------------------------------------------------
 
@@ -394,46 +364,15 @@ class Supervisor:
     # -- what others ask -----------------------------------------------------------------------------------------
 
     def state(self) -> ClusterState:
-        fleet = self._fleet
-        if fleet is None:
-            return ClusterState(self._state, self._phase, self.namespace, error=self._error, started=self.started)  # type: ignore[arg-type]
-        fronts = fleet.of_kind("front")
-        lane = next((m.report.lane for m in fronts if m.report), self.config.lane)
-        version = fleet.expert_map.version
-        return ClusterState(
-            state=self._state,  # type: ignore[arg-type]
-            phase=self._phase,
-            namespace=self.namespace,
-            map_version=version,
-            fronts=tuple(m.spec.actor_id for m in fronts if m.state == "ready"),
-            draining=tuple(m.spec.actor_id for m in fronts if m.state == "draining" or m.is_unknown),
-            actors=tuple(member.info(lane, version) for member in fleet.members),
-            progress=LoadProgress(
-                sum(m.progress.loaded for m in fleet.members), sum(m.progress.total for m in fleet.members)
-            ),
-            error=self._error,
-            started=self.started,
-            kv_cache_tokens=sum(m.ready.kv_cache_tokens for m in fleet.members if m.ready),
-            max_model_len=fleet.blueprint.engine.max_model_len,
-            wanted=fleet.wanted,
-        )
+        state = ClusterState(self._state, self._phase, self.namespace, error=self._error, started=self.started)  # type: ignore[arg-type]
+        return describe(state, self._fleet, self.config.lane) if self._fleet else state
 
     async def experts(self) -> dict[str, Any]:
         """The answer of GET /v1/experts."""
         if self._fleet is None or self._load is None:
             return {}
         await self._collect(self._fleet)
-        expert_map = self._fleet.expert_map
-        return {
-            "layers": len(expert_map.homes),
-            "experts": len(expert_map.homes[0]),
-            "counts": self._load.counts,
-            "recent_counts": self._load.recent,
-            "window_seconds": self.config.load_window_s,
-            "balancedness": self._load.balancedness(expert_map),
-            "map_version": expert_map.version,
-            "placement": expert_map.homes,
-        }
+        return self._load.describe(self._fleet.expert_map)
 
     async def exposition(self, ingress_id: str, samples: tuple[Sample, ...]) -> bytes:
         """Prometheus text over all processes; the asking ingress brings its own newest samples."""
