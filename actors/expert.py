@@ -30,7 +30,7 @@ MAX_DIRECTORY = 80
 class ExpertActor:
     """Computes one message at a time; calls of the group "control" are answered meanwhile."""
 
-    def __init__(self, spec: ReplicaSpec) -> None:
+    def __init__(self, spec: ReplicaSpec, namespace: str) -> None:
         gently(lambda: limit_threads(spec.num_threads))
         set_up_logs(spec.actor_id, spec.logs.style, spec.logs.level)
         self.spec = spec
@@ -40,7 +40,7 @@ class ExpertActor:
         self.ready: ReadyReport | None = None
         self._loaded = 0
         self._total = 0
-        self.lease = hold_lease(self.stop)
+        self.lease = hold_lease(namespace, self.stop)
 
     def load(self) -> ReadyReport:
         """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lane."""

@@ -38,7 +38,7 @@ class FrontActor:
         self.ready: ReadyReport | None = None
         self.expert_map: ExpertMap | None = None
         self.wanted: Wanted | None = None
-        self.lease = hold_lease()
+        self.lease = hold_lease(namespace)
 
     async def load(self) -> ReadyReport:
         """Read the front's weights and size its KV cache. Serving starts with start()."""

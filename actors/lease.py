@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import ray
 from ray.util import list_named_actors
 
 from cluster.messages import NAMESPACE_PREFIX
@@ -49,9 +48,8 @@ class Lease:
                 self.check()
 
 
-def hold_lease(tidy_up: Callable[[], None] = lambda: None) -> Lease:
-    """For the calling actor. It ends itself only in a namespace of Serve's application."""
-    namespace = ray.get_runtime_context().namespace
+def hold_lease(namespace: str, tidy_up: Callable[[], None] = lambda: None) -> Lease:
+    """For the calling actor. It ends itself only in the namespace of an application of Serve."""
 
     def end() -> None:
         logger.warning("the application of namespace %s is gone: this actor ends", namespace)

@@ -271,7 +271,7 @@ class Fleet:
                 self._lose(member, first_line(error))
             return
         except RayError as error:  # it lives, though it can't say how it is
-            logger.warning("%s has no report: %s", member.spec.actor_id, first_line(error))
+            member.detail = f"no report: {first_line(error)}"
             return
         if member.handle is handle:  # else it has been replaced meanwhile
             self._hear(member, report)

@@ -37,7 +37,7 @@ def create(member: Member, resources: ResourcePlan, namespace: str) -> Any:
         max_restarts=0,
         max_task_retries=0,
     )
-    return options.remote(member.spec, namespace) if is_front else options.remote(member.spec)
+    return options.remote(member.spec, namespace)
 
 
 async def answer(ref: Any, timeout: float) -> Any:

@@ -275,11 +275,13 @@ class Supervisor:
         if not fleet.is_checked:
             return  # the takeover goes on, and says so
         lost = [m.spec.actor_id for m in fleet.members if m.is_lost]
-        if not lost:
+        silent = [m.spec.actor_id for m in fleet.members if m.is_unknown]
+        if not lost and not silent:
             self._enter("ready", "ready")
-        else:
-            has_front = bool(fleet.of_kind("front", "ready"))
-            self._enter("degraded" if has_front else "recovering", f"restarting {', '.join(lost)}")
+            return
+        doing = [f"{what} {', '.join(ids)}" for what, ids in (("restarting", lost), ("waiting for", silent)) if ids]
+        has_front = bool(fleet.of_kind("front", "ready"))
+        self._enter("degraded" if has_front else "recovering", "; ".join(doing))
 
     # -- scaling -------------------------------------------------------------------------------------------------
 
