@@ -188,6 +188,11 @@ class Fleet:
         self.metrics.inc("actor_restarts_total", kind=member.kind)
         logger.warning("%s is lost: %s", member.spec.actor_id, member.detail)
 
+    def replace(self, member: Member, why: str) -> None:
+        """End a member's actor, and have another one started."""
+        self.kill(member)
+        self.bury(member, why)
+
     def _keep_counters(self, member: Member) -> None:
         if member.report:
             self.gone = merge((self.gone, cumulative(member.report.samples)))
@@ -281,13 +286,13 @@ class Fleet:
         if report is None:
             member.detail = f"no answer for {silent:.0f} s"
             if silent > HUNG_S:
-                self.give_up(member, "hung")
+                self._give_up(member, "hung")
         elif report.stuck_seconds > STUCK_S:
-            self.give_up(member, f"stuck: its engine has not finished a turn for {report.stuck_seconds:.0f} s")
+            self._give_up(member, f"stuck: its engine has not finished a turn for {report.stuck_seconds:.0f} s")
         elif member.state == "ready":
             member.detail = ""
 
-    def give_up(self, member: Member, why: str) -> None:
+    def _give_up(self, member: Member, why: str) -> None:
         """End a member that lives and does not work; it is replaced unless it was leaving."""
         self.kill(member)
         self._lose(member, why)

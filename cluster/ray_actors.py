@@ -5,7 +5,7 @@ import importlib
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from cluster.config import ConfigError
 from cluster.members import Member
@@ -75,6 +75,11 @@ def cause(error: RayError) -> Exception:
     """The actor's own exception, if it is one that we raise for people."""
     found = getattr(error, "cause", None)
     return found if isinstance(found, ConfigError | ModelError) else error
+
+
+def is_death(error: object) -> bool:
+    """Whether an actor's call failed because it is dead; one that can't be reached for the moment lives."""
+    return isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError)
 
 
 def first_line(error: Exception) -> str:

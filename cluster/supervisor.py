@@ -259,8 +259,7 @@ class Supervisor:
                 await fleet.load(member)
                 await fleet.join(member)
         except Exception as error:
-            fleet.kill(member)
-            fleet.bury(member, first_line(error))
+            fleet.replace(member, first_line(error))
             return
         logger.info("%s is ready, %.1f s after its start", member.spec.actor_id, time.monotonic() - started)
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import RayError
 
 from cluster import ray_actors
 from cluster.blueprint import Blueprint, recall_blueprint
@@ -18,7 +18,7 @@ from cluster.expert_map import ExpertMap, Identity
 from cluster.fleet import HUNG_S, REPORT_TIMEOUT_S, Fleet
 from cluster.members import LONGEST_PAUSE_S, Member
 from cluster.messages import FrontSpec, ReplicaSpec
-from cluster.ray_actors import answer, first_line
+from cluster.ray_actors import answer, first_line, is_death
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +69,10 @@ async def ask(name: str, handle: Any) -> Found | None:
     """Who a live actor is; None if it is dead."""
     try:
         return Found(name, handle, await answer(handle.identity.remote(), REPORT_TIMEOUT_S))
-    except (TimeoutError, GetTimeoutError, ActorUnavailableError):
-        pass
-    except RayActorError:
-        return None
-    except RayError as error:
-        logger.warning("%s can't say who it is: %s", name, first_line(error))
+    except (TimeoutError, RayError) as error:
+        if is_death(error):
+            return None
+        logger.warning("%s does not say who it is: %s", name, first_line(error))
     return Found(name, handle, is_silent=True)
 
 
@@ -153,7 +151,7 @@ async def settle(fleet: Fleet, member: Member) -> None:
         try:
             await (_ask_again(fleet, member) if member.ready is None else fleet.join(member))
         except Exception as error:
-            if isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError):
+            if is_death(error):
                 fleet.bury(member, first_line(error))
                 return
             member.detail = f"{first_line(error)}; next attempt in {pause:g} s"
@@ -166,23 +164,17 @@ async def _ask_again(fleet: Fleet, member: Member) -> None:
     found = await ask(member.spec.actor_id, member.handle)
     if found and found.identity:
         if fleet.is_checked and not found.identity.spec.fits(member.spec):
-            lose(fleet, member, "it does not fit the configuration")
+            fleet.replace(member, "it does not fit the configuration")
         else:
             _recognise(fleet, member, found.identity)
     elif found and found.is_silent:
         silent = member.hear(None)
         member.detail = f"no answer for {silent:.0f} s"
         if silent > HUNG_S:
-            lose(fleet, member, "hung")
+            fleet.replace(member, "hung")
         await asyncio.sleep(ASK_PAUSE_S)
     else:
-        lose(fleet, member, "it was not ready" if found else "it has died")
-
-
-def lose(fleet: Fleet, member: Member, why: str) -> None:
-    """End a member's actor, and have another one started."""
-    fleet.kill(member)
-    fleet.bury(member, why)
+        fleet.replace(member, "it was not ready" if found else "it has died")
 
 
 def check(fleet: Fleet, blueprint: Blueprint) -> bool:
@@ -201,5 +193,5 @@ def check(fleet: Fleet, blueprint: Blueprint) -> bool:
     for member, spec, is_fit in zip(fleet.members, drawn, fits, strict=True):
         if not is_fit:
             member.spec = replace(spec, actor_id=member.spec.actor_id)
-            lose(fleet, member, "it does not fit the configuration")
+            fleet.replace(member, "it does not fit the configuration")
     return True

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError, RayError
 
 from cluster import fleet as fleet_module
 from cluster import ray_actors, takeover
@@ -329,10 +330,10 @@ async def test_what_goes_wrong_beside_it_does_not_stop_healing(
     async with taking_over(cluster) as supervisor:
         await until(lambda: supervisor.state().state == "ready")
         wrong = RuntimeError("wrong")
-        cluster.actors["expert-g0-r0"].answers["report"] = takeover.RayError("no report")
+        cluster.actors["expert-g0-r0"].answers["report"] = RayError("no report")
         monkeypatch.setattr(supervisor._autoscaler, "decide", lambda *_: (_ for _ in ()).throw(wrong))
         monkeypatch.setattr(supervisor._load, "update", lambda *_: (_ for _ in ()).throw(wrong))
-        cluster.actors["front-1"].answers["report"] = takeover.RayActorError()
+        cluster.actors["front-1"].answers["report"] = RayActorError()
         await until(lambda: cluster.created == ["front-1.1"])
         assert not cluster.ended, "one that can't report lives"
 
