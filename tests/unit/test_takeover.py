@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from cluster import fleet as fleet_module
 from cluster import ray_actors, takeover
@@ -23,6 +23,7 @@ from cluster.fleet import Fleet
 from cluster.members import Member
 from cluster.messages import ActorReport, LaneKeys, Machine, ReadyReport, RebalanceReport, Wanted
 from cluster.model_config import read_model_config
+from cluster.rebalancing import RebalanceError, _move_layer
 from cluster.supervisor import Supervisor
 from tests.checkpoints import MODELS, write_checkpoint
 
@@ -357,6 +358,19 @@ async def test_a_rebalance_outlives_who_asked_for_it(cluster: Cluster, monkeypat
         await asyncio.wait([asking])
         go_on.set()
         await asyncio.wait_for(done.wait(), 5)
+
+
+async def test_a_replica_that_cannot_be_reached_has_not_loaded_experts(cluster: Cluster) -> None:
+    cluster.left(*FOUR)
+    cluster.actors["expert-g0-r0"].answers["set_experts"] = ActorUnavailableError("away", None)
+    cluster.actors["expert-g1-r0"].answers["set_experts"] = RayActorError()
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().state == "ready")
+        fleet = fleet_of(supervisor)
+        moved = (*[(1,)] * 4, *[(0,)] * 4)
+        with pytest.raises(RebalanceError, match="expert-g0-r0 could not load experts of layer 0"):
+            await _move_layer(fleet, 0, moved)
+        assert fleet.expert_map.homes == cluster.blueprint.expert_map.homes
 
 
 async def test_an_error_in_the_background_is_logged(
