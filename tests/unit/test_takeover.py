@@ -331,12 +331,13 @@ async def test_what_goes_wrong_beside_it_does_not_stop_healing(
     async with taking_over(cluster) as supervisor:
         await until(lambda: supervisor.state().state == "ready")
         wrong = RuntimeError("wrong")
-        cluster.actors["expert-g0-r0"].answers["report"] = RayError("no report")
+        cluster.actors["expert-g0-r0"].answers["report"] = RayError("that is all")
         monkeypatch.setattr(supervisor._autoscaler, "decide", lambda *_: (_ for _ in ()).throw(wrong))
         monkeypatch.setattr(supervisor._load, "update", lambda *_: (_ for _ in ()).throw(wrong))
         cluster.actors["front-1"].answers["report"] = RayActorError()
         await until(lambda: cluster.created == ["front-1.1"])
         assert not cluster.ended, "one that can't report lives"
+        assert {a.id: a.detail for a in supervisor.state().actors}["expert-g0-r0"] == "no report: that is all"
 
 
 async def test_a_rebalance_outlives_who_asked_for_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
