@@ -40,7 +40,7 @@ class ExpertActor:
         self.ready: ReadyReport | None = None
         self._loaded = 0
         self._total = 0
-        self.lease = hold_lease(namespace, self.stop)
+        self.lease = hold_lease(namespace, self._close)
 
     def load(self) -> ReadyReport:
         """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lane."""
@@ -124,6 +124,9 @@ class ExpertActor:
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Close sockets and remove their files; the supervisor kills the process afterwards."""
+        self._close()
+
+    def _close(self) -> None:
         if self.server:
             self.server.stop()
             self.server = None
