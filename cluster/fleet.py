@@ -134,11 +134,9 @@ class Fleet:
                 await answer(member.handle.set_experts.remote(layer, experts), LOAD_LAYER_S)
                 member.hold(layer, experts)
 
-    async def retire(self, member: Member, drain_timeout_s: float) -> None:
-        """Take a member out of service without a failed request, then end it."""
-        was_ready = member.state == "ready"
-        member.enter("draining", "leaving")
-        if was_ready:
+    async def retire(self, member: Member, drain_timeout_s: float, is_serving: bool) -> None:
+        """End a member that leaves; one that serves leaves without a failed request."""
+        if is_serving:
             try:
                 await (self._drain_front(member, drain_timeout_s) if member.kind == "front" else self._leave_map())
             except Exception as error:  # it may die while it leaves

@@ -333,7 +333,9 @@ class Supervisor:
     def _retire(self, fleet: Fleet, member: Member) -> None:
         if member.work:
             member.work.cancel()
-        member.work = self._spawn(fleet.retire(member, self.config.drain_timeout_s))
+        is_serving = member.state == "ready"
+        member.enter("draining", "leaving")  # at once: who counts members next must not count on it
+        member.work = self._spawn(fleet.retire(member, self.config.drain_timeout_s, is_serving))
 
     async def _autoscale(self, fleet: Fleet) -> None:
         if self.config.autoscale and fleet.is_checked:

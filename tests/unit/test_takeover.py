@@ -340,6 +340,16 @@ async def test_what_goes_wrong_beside_it_does_not_stop_healing(
         assert {a.id: a.detail for a in supervisor.state().actors}["expert-g0-r0"] == "no report: that is all"
 
 
+async def test_one_that_leaves_is_not_counted_on(cluster: Cluster) -> None:
+    cluster.left(*FOUR)
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().state == "ready")
+        await supervisor.scale(fronts=1)
+        await supervisor.scale(fronts=2)
+        assert supervisor.state().draining == ("front-1",)
+        await until(lambda: cluster.created == ["front-2"])
+
+
 async def test_a_rebalance_outlives_who_asked_for_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster.left(*FOUR)
     begun, go_on, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
