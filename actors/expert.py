@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from actors.orphan import watch_for_orphanhood
 from actors.process import gently, limit_threads, release_free_memory
 from cluster.expert_map import Identity
 from cluster.logs import set_up_logs
@@ -29,7 +30,7 @@ MAX_DIRECTORY = 80
 class ExpertActor:
     """Computes one message at a time; calls of the group "control" are answered meanwhile."""
 
-    def __init__(self, spec: ReplicaSpec) -> None:
+    def __init__(self, spec: ReplicaSpec, namespace: str) -> None:
         gently(lambda: limit_threads(spec.num_threads))
         set_up_logs(spec.actor_id, spec.logs.style, spec.logs.level)
         self.spec = spec
@@ -39,6 +40,7 @@ class ExpertActor:
         self.ready: ReadyReport | None = None
         self._loaded = 0
         self._total = 0
+        self.supervision = watch_for_orphanhood(namespace, self._close)
 
     def load(self) -> ReadyReport:
         """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lane."""
@@ -113,6 +115,7 @@ class ExpertActor:
 
     @ray.method(concurrency_group="control")
     def report(self) -> ActorReport:
+        self.supervision.hear()
         tokens = self.replica.num_tokens if self.replica else 0
         if self.server:
             self.metrics.raise_to("lane_dropped_messages_total", self.server.num_dropped)
@@ -121,6 +124,9 @@ class ExpertActor:
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Close sockets and remove their files; the supervisor kills the process afterwards."""
+        self._close()
+
+    def _close(self) -> None:
         if self.server:
             self.server.stop()
             self.server = None

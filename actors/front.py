@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from actors.expert import where_am_i
 from actors.front_loop import FrontLoop
+from actors.orphan import watch_for_orphanhood
 from actors.process import gently, limit_threads
 from cluster.expert_map import ExpertMap, Identity
 from cluster.logs import set_up_logs
@@ -37,6 +38,7 @@ class FrontActor:
         self.ready: ReadyReport | None = None
         self.expert_map: ExpertMap | None = None
         self.wanted: Wanted | None = None
+        self.supervision = watch_for_orphanhood(namespace)
 
     async def load(self) -> ReadyReport:
         """Read the front's weights. Serving starts with start()."""
@@ -62,11 +64,12 @@ class FrontActor:
         """For a supervisor that has not started this actor; None while it can't serve."""
         if self.ready is None or self.expert_map is None:
             return None
-        return Identity(self.spec, self.ready, self.expert_map, self.wanted)
+        return Identity(self.spec, self.ready, self.expert_map, self.wanted, self.loop.is_draining)
 
     async def set_expert_map(self, expert_map: ExpertMap, wanted: Wanted | None = None) -> None:
         """`wanted` is kept for a successor of the supervisor."""
-        self.expert_map = expert_map
+        if self.expert_map is None or expert_map.version >= self.expert_map.version:  # calls may overtake each other
+            self.expert_map = expert_map
         self.wanted = wanted or self.wanted
         await asyncio.to_thread(self.loop.set_expert_map, expert_map)
 
@@ -103,6 +106,7 @@ class FrontActor:
         return self.loop.progress
 
     async def report(self) -> ActorReport:
+        self.supervision.hear()
         return self.loop.report()
 
     async def check_integrity(self) -> None:

@@ -6,9 +6,18 @@ from pathlib import Path
 from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError
 from cluster.expert_map import ExpertMap, contiguous_homes
-from cluster.messages import EngineOptions, FrontSpec, LaneKeys, LogOptions, ReplicaSpec, Wanted
+from cluster.messages import (
+    EngineOptions,
+    FrontSpec,
+    LaneKeys,
+    LogOptions,
+    Machine,
+    ReplicaSpec,
+    ResourcePlan,
+    Wanted,
+)
 from cluster.model_config import GraniteMoeConfig
-from cluster.resources import Machine, ResourcePlan, plan_resources
+from cluster.resources import plan_resources
 
 GIB = 2**30
 # Flash attention over block tables wants pages of 256 tokens; smaller blocks find more equal prefixes.
@@ -30,7 +39,7 @@ class Blueprint:
     bytes_per_expert: int
 
     def front(self, index: int) -> FrontSpec:
-        return FrontSpec(f"front-{index}", self.engine, self.lane, self.lane_keys, self.logs)
+        return FrontSpec(f"front-{index}", self.engine, self.lane, self.lane_keys, self.logs, self.resources)
 
     def replica(self, group: int, index: int, expert_map: ExpertMap) -> ReplicaSpec:
         """A replica that holds what the map has at home in its group."""
@@ -46,7 +55,18 @@ class Blueprint:
             self.logs,
             self.engine.kernels,
             self.engine.expert_dtype,
+            self.resources,
         )
+
+
+def recall_blueprint(spec: FrontSpec, expert_map: ExpertMap, wanted: Wanted) -> Blueprint:
+    """What a live front knows of the blueprint that it was started by: all but the size of an expert and the room for
+    redundant ones. Enough to watch by; to start or move anything takes one that is drawn.
+    """
+    num_experts = len(expert_map.homes[0])
+    return Blueprint(
+        spec.resources, spec.engine, spec.lane, spec.lane_keys, spec.logs, expert_map, wanted, num_experts, 0
+    )
 
 
 def check_config(config: ClusterConfig, model: GraniteMoeConfig) -> ExpertMap:

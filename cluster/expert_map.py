@@ -74,9 +74,10 @@ def contiguous_homes(num_layers: int, num_experts: int, num_groups: int) -> Home
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a live actor tells a new supervisor; map and `wanted` are a front's, `spec.experts` what a replica holds."""
+    """What a live actor tells a new supervisor; `spec.experts` is what a replica holds. The rest is a front's."""
 
     spec: FrontSpec | ReplicaSpec
     ready: ReadyReport
     expert_map: ExpertMap | None = None
     wanted: Wanted | None = None
+    is_draining: bool = False

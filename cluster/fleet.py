@@ -10,15 +10,13 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from cluster import ray_actors
 from cluster.blueprint import Blueprint
-from cluster.expert_map import Identity, ReplicaAddress
 from cluster.members import Member
-from cluster.messages import ActorKind, FrontSpec, ReplicaSpec, Sample, Wanted
+from cluster.messages import ActorKind, ActorReport, FrontSpec, ReplicaSpec, Sample, Wanted
 from cluster.metrics import Metrics, cumulative, merge
 from cluster.ray_actors import answer, first_line
 
@@ -30,6 +28,8 @@ SETTLE_TIMEOUT_S = 35.0
 LOAD_LAYER_S = 120.0
 # A process that says nothing for this long is replaced.
 HUNG_S = 15.0
+# So is a front whose engine does not get on. A step in which it computes experts itself may take long.
+STUCK_S = 120.0
 STOP_S = 3.0
 DRAIN_PERIOD_S = 0.2
 # Ingresses learn within a second that a front takes no more requests, and have fetched its last outputs by then.
@@ -37,8 +37,13 @@ DRAIN_GRACE_S = 1.5
 
 
 class Fleet:
-    def __init__(self, blueprint: Blueprint, namespace: str, metrics: Metrics) -> None:
+    """`is_checked`: the blueprint is what configuration and checkpoint ask for, not only what live actors remember.
+    Until then nobody is started, retired or moved.
+    """
+
+    def __init__(self, blueprint: Blueprint, namespace: str, metrics: Metrics, is_checked: bool = True) -> None:
         self.blueprint = blueprint
+        self.is_checked = is_checked
         self.namespace = namespace
         self.metrics = metrics
         self.members: list[Member] = []
@@ -71,52 +76,17 @@ class Fleet:
         used = {m.slot for m in self.members}
         free = (spec for spec in self._specs(group) if spec.actor_id not in used)
         added = [Member(next(free), kind) for _ in range(count - len(staying))]
-        # Those that don't serve go first, then the youngest slots.
-        staying.sort(key=lambda m: (m.state == "ready", -self.members.index(m)))
-        return added, staying[: max(0, len(staying) - count)]
+        # Those that don't serve go first, then the youngest slots. Those that are silent stay until they have answered.
+        leaving = [m for m in staying if not m.is_unknown]
+        leaving.sort(key=lambda m: (m.state == "ready", -self.members.index(m)))
+        return added, leaving[: max(0, len(staying) - count)]
 
     def _specs(self, group: int | None) -> Iterator[FrontSpec | ReplicaSpec]:
-        return (self._spec(group, index) for index in itertools.count())
+        return (self.spec(group, index) for index in itertools.count())
 
-    def _spec(self, group: int | None, index: int = 0) -> FrontSpec | ReplicaSpec:
+    def spec(self, group: int | None, index: int = 0) -> FrontSpec | ReplicaSpec:
+        """Of a front (group None) or of a replica, as the blueprint and the map want it."""
         return self.blueprint.front(index) if group is None else self.blueprint.replica(group, index, self.expert_map)
-
-    # -- adopting ------------------------------------------------------------------------------------------------
-
-    async def adopt(self) -> None:
-        """Keep the live actors that a supervisor before this one has left; end those that no slot wants."""
-        handles = ray_actors.named_actors(self.namespace)
-        identities = await asyncio.gather(*(_identity(handle) for handle in handles.values()))
-        found = {name: known for name, known in zip(handles, identities, strict=True) if known}
-        self._learn(list(found.values()))
-        self.set_wanted(self.wanted)
-        by_slot = {member.slot: member for member in self.members}
-        for name, handle in handles.items():
-            member, identity = by_slot.get(name.partition(".")[0]), found.get(name)
-            if member and identity and not member.handle and identity.spec.fits(member.spec):
-                await self._adopt_one(member, handle, identity)
-            else:
-                ray_actors.end(handle)
-
-    def _learn(self, identities: list[Identity]) -> None:
-        """Map, wanted numbers and keys of the predecessor, from the actors that fit the configuration."""
-        for known in identities:
-            spec = known.spec
-            if not spec.fits(self._spec(None if isinstance(spec, FrontSpec) else spec.group)):
-                continue
-            self.blueprint = replace(self.blueprint, lane_keys=spec.lane_keys)
-            if known.expert_map and known.expert_map.version > self.expert_map.version:
-                self.expert_map = known.expert_map
-                self.wanted = known.wanted or self.wanted
-
-    async def _adopt_one(self, member: Member, handle: Any, identity: Identity) -> None:
-        member.spec, member.handle = identity.spec, handle
-        member.num_restarts = int(member.spec.actor_id.partition(".")[2] or 0)
-        member.ready = identity.ready
-        if member.kind == "expert":
-            await self._align(member)
-        member.become_ready(identity.ready)
-        logger.info("%s of a predecessor is kept", member.spec.actor_id)
 
     # -- one member's life ---------------------------------------------------------------------------------------
 
@@ -159,7 +129,7 @@ class Fleet:
             raise ray_actors.cause(error) from None
         member.become_ready(ready)
         if self.expert_map.version > version:  # it was not among those that heard of the new one
-            await self._tell_fronts([member])
+            await self.tell(member)
 
     async def _align(self, member: Member) -> None:
         """Have a replica hold what the map has at home in its group."""
@@ -169,11 +139,9 @@ class Fleet:
                 await answer(member.handle.set_experts.remote(layer, experts), LOAD_LAYER_S)
                 member.hold(layer, experts)
 
-    async def retire(self, member: Member, drain_timeout_s: float) -> None:
-        """Take a member out of service without a failed request, then end it."""
-        was_ready = member.state == "ready"
-        member.enter("draining", "leaving")
-        if was_ready:
+    async def retire(self, member: Member, drain_timeout_s: float, is_serving: bool) -> None:
+        """End a member that leaves; one that serves leaves without a failed request."""
+        if is_serving:
             try:
                 await (self._drain_front(member, drain_timeout_s) if member.kind == "front" else self._leave_map())
             except Exception as error:  # it may die while it leaves
@@ -187,7 +155,7 @@ class Fleet:
 
     async def _drain_front(self, member: Member, timeout_s: float) -> None:
         """Wait until its last request has ended. What has not by then is replayed on another front."""
-        await answer(member.handle.drain.remote(), REPORT_TIMEOUT_S)
+        await answer(member.handle.drain.remote(), HUNG_S)
         await asyncio.sleep(DRAIN_GRACE_S)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -210,12 +178,23 @@ class Fleet:
         if member.handle is not None:
             ray_actors.end(member.handle)
 
+    async def end_all(self) -> None:
+        await self.close_lanes(self.of_kind("expert", "ready"))
+        for member in self.members:
+            self.kill(member)
+            member.enter("dead", "stopped")
+
     def bury(self, member: Member, why: str) -> None:
         """Note that a member's actor is dead."""
         self._keep_counters(member)
         member.bury(why)
         self.metrics.inc("actor_restarts_total", kind=member.kind)
         logger.warning("%s is lost: %s", member.spec.actor_id, member.detail)
+
+    def replace(self, member: Member, why: str) -> None:
+        """End a member's actor, and have another one started."""
+        self.kill(member)
+        self.bury(member, why)
 
     def _keep_counters(self, member: Member) -> None:
         if member.report:
@@ -232,15 +211,22 @@ class Fleet:
 
     async def publish(self) -> None:
         """If the live replicas are not those of the map: next version, to every front that serves."""
-        live = tuple(
-            ReplicaAddress(m.spec.actor_id, m.group or 0, (("object_ref", m.spec.actor_id), *m.ready.endpoints))
-            for m in self.of_kind("expert", "ready")
-            if m.ready
-        )
-        if not self.expert_map.version or live != self.expert_map.replicas:
-            self.expert_map = self.expert_map.with_replicas(live)
-            logger.info("expert map version %d: %d replicas", self.expert_map.version, len(live))
+        if self.renew_map():
             await self.tell_fronts()
+
+    def renew_map(self) -> bool:
+        """Whether there is a next version, because the live replicas are not those of the map. One that has not yet
+        told a new supervisor who it is keeps its place.
+        """
+        places = {address.replica_id: address for address in self.expert_map.replicas}
+        replicas = self.of_kind("expert")
+        found = [places.get(m.spec.actor_id) if m.is_unknown else m.address for m in replicas]
+        live = tuple(address for address in found if address)
+        if self.expert_map.version and live == self.expert_map.replicas:
+            return False
+        self.expert_map = self.expert_map.with_replicas(live)
+        logger.info("expert map version %d: %d replicas", self.expert_map.version, len(live))
+        return True
 
     async def publish_homes(self, layer: int, homes: tuple[tuple[int, ...], ...]) -> None:
         """The next version of the map, with other homes for a layer; returns when no front uses an older one."""
@@ -249,18 +235,31 @@ class Fleet:
         await self.tell_fronts()
         await self.settle()
 
+    def listening(self) -> list[Member]:
+        """Fronts that compute."""
+        return [*self.of_kind("front", "ready"), *self.of_kind("front", "draining")]
+
     async def tell_fronts(self) -> None:
         self.expert_map.check_integrity()
-        await self._tell_fronts([*self.of_kind("front", "ready"), *self.of_kind("front", "draining")])
+        await asyncio.gather(*(self.tell(front) for front in self.listening()))
 
-    async def _tell_fronts(self, fronts: list[Member]) -> None:
-        telling = (answer(m.handle.set_expert_map.remote(self.expert_map, self.wanted), MAP_TIMEOUT_S) for m in fronts)
-        await asyncio.gather(*telling, return_exceptions=True)
+    async def tell(self, front: Member) -> None:
+        """Hand a front the newest map. If that fails, its reports go on to show an older one: see late_fronts."""
+        front.told_at = time.monotonic()
+        try:
+            await answer(front.handle.set_expert_map.remote(self.expert_map, self.wanted), MAP_TIMEOUT_S)
+        except (TimeoutError, RayError) as error:
+            logger.warning("%s did not take the expert map: %s", front.spec.actor_id, first_line(error))
+
+    def late_fronts(self) -> list[Member]:
+        """Fronts that report an older map, although the newest has had the time to arrive."""
+        version, now = self.expert_map.version, time.monotonic()
+        late = [m for m in self.listening() if m.report and m.report.map_version < version]
+        return [m for m in late if now - m.told_at >= MAP_TIMEOUT_S]
 
     async def settle(self) -> None:
         """Wait until the step that each front was in has ended. Fronts that die or hang don't count."""
-        fronts = [*self.of_kind("front", "ready"), *self.of_kind("front", "draining")]
-        waiting = (answer(m.handle.settle.remote(), SETTLE_TIMEOUT_S) for m in fronts)
+        waiting = (answer(m.handle.settle.remote(), SETTLE_TIMEOUT_S) for m in self.listening())
         await asyncio.gather(*waiting, return_exceptions=True)
 
     # -- reports -------------------------------------------------------------------------------------------------
@@ -270,28 +269,39 @@ class Fleet:
         await asyncio.gather(*(self._ask(m) for m in self.members if m.state in ("ready", "draining")))
 
     async def _ask(self, member: Member) -> None:
+        handle = member.handle
         try:
-            member.hear(await answer(member.handle.report.remote(), REPORT_TIMEOUT_S))
-            if member.state == "ready":
-                member.detail = ""
+            report = await answer(handle.report.remote(), REPORT_TIMEOUT_S)
         except (TimeoutError, GetTimeoutError, ActorUnavailableError):
-            silent = member.hear(None)
+            report = None
+        except RayActorError as error:
+            if member.handle is handle:
+                self._lose(member, first_line(error))
+            return
+        except RayError as error:  # it lives, though it can't say how it is
+            member.detail = f"no report: {first_line(error)}"
+            return
+        if member.handle is handle:  # else it has been replaced meanwhile
+            self._hear(member, report)
+
+    def _hear(self, member: Member, report: ActorReport | None) -> None:
+        silent = member.hear(report)
+        if report is None:
             member.detail = f"no answer for {silent:.0f} s"
             if silent > HUNG_S:
-                self.kill(member)
-                self._lose(member, "hung")
-        except RayActorError as error:
-            self._lose(member, first_line(error))
+                self._give_up(member, "hung")
+        elif report.stuck_seconds > STUCK_S:
+            self._give_up(member, f"stuck: its engine has not finished a turn for {report.stuck_seconds:.0f} s")
+        elif member.state == "ready":
+            member.detail = ""
+
+    def _give_up(self, member: Member, why: str) -> None:
+        """End a member that lives and does not work; it is replaced unless it was leaving."""
+        self.kill(member)
+        self._lose(member, why)
 
     def _lose(self, member: Member, why: str) -> None:
         if member.state == "draining":
             member.enter("dead", why)  # whoever drains it sees that, and discards it
         elif member.state == "ready":
             self.bury(member, why)
-
-
-async def _identity(handle: Any) -> Identity | None:
-    try:
-        return await answer(handle.identity.remote(), REPORT_TIMEOUT_S)  # type: ignore[no-any-return]
-    except (TimeoutError, RayError):
-        return None

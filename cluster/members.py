@@ -6,10 +6,12 @@ A slot is a place in the cluster, such as `expert-g0-r1`; each actor that fills 
 
 import asyncio
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
+from cluster.expert_map import ReplicaAddress
 from cluster.messages import (
     ActorInfo,
     ActorKind,
@@ -43,6 +45,7 @@ class Member:
     num_restarts: int = 0
     restart_at: float | None = None
     silent_since: float | None = None
+    told_at: float = -math.inf  # when a front was last handed the expert map, on the monotonic clock
     work: asyncio.Task[None] | None = None  # what is bringing it up or draining it
     _pause: float = FIRST_PAUSE_S
 
@@ -56,6 +59,19 @@ class Member:
     @property
     def group(self) -> int | None:
         return self.spec.group if isinstance(self.spec, ReplicaSpec) else None
+
+    @property
+    def is_unknown(self) -> bool:
+        """True for a live actor that has not told a new supervisor who it is."""
+        return self.state == "starting" and self.handle is not None and self.ready is None
+
+    @property
+    def address(self) -> ReplicaAddress | None:
+        """How fronts reach a replica that is ready."""
+        if self.state != "ready" or self.ready is None:
+            return None
+        name = self.spec.actor_id
+        return ReplicaAddress(name, self.group or 0, (("object_ref", name), *self.ready.endpoints))
 
     def enter(self, state: ActorState, detail: str = "") -> None:
         self.state, self.since, self.detail = state, self.clock(), detail

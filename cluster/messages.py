@@ -3,7 +3,7 @@
 Knows no Ray, no torch and no HTTP. Token ids are plain ints, times are seconds, sizes are bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,6 +16,9 @@ ExpertDtype = Literal["auto", "int8"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 ActorKind = Literal["front", "expert"]
 ActorState = Literal["starting", "loading", "ready", "draining", "dead"]
+
+# Actors of a Serve application live in a namespace of their own: this and the application's name.
+NAMESPACE_PREFIX = "outcrop-"
 
 # One published sample of a metric: (name, sorted label pairs, value).
 Sample = tuple[str, tuple[tuple[str, str], ...], float]
@@ -200,16 +203,46 @@ class LaneKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class Machine:
+    """What Ray reports of the cluster."""
+
+    cluster_cpus: float = 1.0
+    cluster_gpus: float = 0.0
+    largest_node_cpus: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcePlan:
+    """What each actor gets of a machine. `device` may stay "auto": then an actor takes its GPU if torch can use it."""
+
+    machine: Machine = Machine()
+    device: str = "auto"
+    cpus_per_front: float = 1.0
+    cpus_per_replica: float = 1.0
+    gpus_per_front: float = 0.0
+    gpus_per_replica: float = 0.0
+    threads_per_front: int = 1
+    threads_per_replica: int = 1
+    front_resources: Mapping[str, float] = field(default_factory=dict)
+    replica_resources: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class FrontSpec:
+    """`resources`: by what the actor was started; a successor of the supervisor plans for the same machine."""
+
     actor_id: str
     engine: EngineOptions
     lane: str
     lane_keys: LaneKeys | None = None
     logs: LogOptions = LogOptions()
+    resources: ResourcePlan = ResourcePlan()
 
     def fits(self, wanted: object) -> bool:
-        """True if an actor with this spec can do the work of one with the other: names and keys don't matter."""
-        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys}
+        """True if an actor with this spec can do the work of one with the other: names, keys and what Ray has reserved
+        for it don't matter.
+        """
+        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys, "resources": self.resources}
         return isinstance(wanted, FrontSpec) and replace(wanted, **same) == self  # type: ignore[arg-type]
 
 
@@ -228,10 +261,16 @@ class ReplicaSpec:
     logs: LogOptions = LogOptions()
     kernels: KernelChoice = "auto"
     expert_dtype: ExpertDtype = "auto"
+    resources: ResourcePlan = ResourcePlan()
 
     def fits(self, wanted: object) -> bool:
         """As FrontSpec.fits. Experts don't matter either: an actor can be told to hold others."""
-        same = {"actor_id": self.actor_id, "lane_keys": self.lane_keys, "experts": self.experts}
+        same = {
+            "actor_id": self.actor_id,
+            "lane_keys": self.lane_keys,
+            "resources": self.resources,
+            "experts": self.experts,
+        }
         return isinstance(wanted, ReplicaSpec) and replace(wanted, **same) == self  # type: ignore[arg-type]
 
 
@@ -320,9 +359,15 @@ class RebalanceReport:
     seconds: float = 0.0
 
 
+class NotRunning(RuntimeError):  # noqa: N818 - it will be
+    """The supervisor can't do that now; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """What an ingress needs to know of the cluster, published by the supervisor."""
+    """What an ingress needs to know of the cluster, published by the supervisor. `draining` fronts finish what they
+    have and take nothing new; so does a front of which a new supervisor does not know yet whether it is well.
+    """
 
     state: Literal["starting", "ready", "degraded", "recovering", "failed", "stopping"]
     phase: str

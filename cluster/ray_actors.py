@@ -5,13 +5,12 @@ import importlib
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from cluster.config import ConfigError
 from cluster.members import Member
-from cluster.messages import ActorKind
+from cluster.messages import ActorKind, Machine, ResourcePlan
 from cluster.model_config import ModelError
-from cluster.resources import Machine, ResourcePlan
 
 # Named, not imported: the supervisor must not load torch, and `cluster` does not depend on `actors`.
 ENTRYPOINTS: dict[ActorKind, str] = {"front": "actors.front:FrontActor", "expert": "actors.expert:ExpertActor"}
@@ -38,7 +37,7 @@ def create(member: Member, resources: ResourcePlan, namespace: str) -> Any:
         max_restarts=0,
         max_task_retries=0,
     )
-    return options.remote(member.spec, namespace) if is_front else options.remote(member.spec)
+    return options.remote(member.spec, namespace)
 
 
 async def answer(ref: Any, timeout: float) -> Any:
@@ -76,6 +75,11 @@ def cause(error: RayError) -> Exception:
     """The actor's own exception, if it is one that we raise for people."""
     found = getattr(error, "cause", None)
     return found if isinstance(found, ConfigError | ModelError) else error
+
+
+def is_death(error: object) -> bool:
+    """Whether an actor's call failed because it is dead; one that can't be reached for the moment lives."""
+    return isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError)
 
 
 def first_line(error: Exception) -> str:

@@ -6,8 +6,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError
-
 from cluster.config import ClusterConfig
 from cluster.expert_map import ExpertMap
 from cluster.fleet import LOAD_LAYER_S, Fleet
@@ -15,7 +13,7 @@ from cluster.load import ExpertLoad
 from cluster.members import Member
 from cluster.messages import RebalanceReport
 from cluster.placement import Plan, plan_rebalance
-from cluster.ray_actors import answer
+from cluster.ray_actors import answer, is_death
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +121,7 @@ async def _hold(fleet: Fleet, layer: int, experts: list[tuple[int, ...]], is_nee
     members = [m for m in fleet.of_kind("expert", "ready") if _holds_other(m, layer, experts)]
     results = await asyncio.gather(*(_tell(m, layer, experts) for m in members), return_exceptions=True)
     for member, result in zip(members, results, strict=True):
-        if isinstance(result, Exception) and not isinstance(result, RayActorError):
+        if isinstance(result, Exception) and not is_death(result):
             logger.warning("%s can't change layer %d: %s", member.spec.actor_id, layer, result or "no answer")
             if is_needed:
                 raise RebalanceError(f"{member.spec.actor_id} could not load experts of layer {layer}: {result!r}")

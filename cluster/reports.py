@@ -1,19 +1,53 @@
-"""Cluster-wide metrics: what all processes have counted, as one text, and gauges of the fleet."""
+"""What the supervisor tells of the cluster: its state, and the metrics of all processes as one text."""
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 from cluster.fleet import Fleet
 from cluster.load import ExpertLoad
-from cluster.messages import ActorState, Sample
-from cluster.metrics import Metrics, exposition, merge
+from cluster.messages import ActorState, ClusterState, LoadProgress, Sample
+from cluster.metrics import Metrics, cumulative, exposition, merge
+
+# An ingress pushes its samples each second. One that has been silent for this long does not come back.
+INGRESS_GONE_S = 600.0
+
+
+def describe(state: ClusterState, fleet: Fleet, lane: str) -> ClusterState:
+    """`state` with all that the fleet knows. `lane` is shown until a front has said which it uses."""
+    fronts, version = fleet.of_kind("front"), fleet.expert_map.version
+    lane = next((m.report.lane for m in fronts if m.report), lane)
+    progress = [m.progress for m in fleet.members]
+    return replace(
+        state,
+        map_version=version,
+        fronts=tuple(m.spec.actor_id for m in fronts if m.state == "ready"),
+        draining=tuple(m.spec.actor_id for m in fronts if m.state == "draining" or m.is_unknown),
+        actors=tuple(member.info(lane, version) for member in fleet.members),
+        progress=LoadProgress(sum(p.loaded for p in progress), sum(p.total for p in progress)),
+        kv_cache_tokens=sum(m.ready.kv_cache_tokens for m in fleet.members if m.ready),
+        max_model_len=fleet.blueprint.engine.max_model_len,
+        wanted=fleet.wanted,
+    )
 
 
 class Reports:
-    """`ingress` keeps the newest samples of each ingress; actors' samples come with their reports."""
+    """Keeps the newest samples of each ingress; actors' samples come with their reports."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self.metrics = metrics
-        self.ingress: dict[str, tuple[Sample, ...]] = {}
+        self.clock = clock
+        self._ingress: dict[str, tuple[float, tuple[Sample, ...]]] = {}
+        self._gone: tuple[Sample, ...] = ()  # what ingresses that are no more have counted
+
+    def hear(self, ingress_id: str, samples: tuple[Sample, ...]) -> None:
+        now = self.clock()
+        self._ingress[ingress_id] = now, samples
+        for other, (heard, last) in tuple(self._ingress.items()):
+            if now - heard > INGRESS_GONE_S:
+                self._gone = merge((self._gone, cumulative(last)))
+                del self._ingress[other]
 
     def exposition(self, fleet: Fleet | None, load: ExpertLoad | None) -> bytes:
         """Prometheus text over all processes."""
@@ -23,7 +57,9 @@ class Reports:
             actors = [fleet.gone, *(m.report.samples for m in fleet.members if m.report)]
         if fleet and load:
             self.metrics.set("expert_balancedness", load.balancedness(fleet.expert_map))
-        return exposition(merge([self.metrics.samples(), *actors, *self.ingress.values()]))
+        return exposition(
+            merge([self.metrics.samples(), *actors, self._gone, *(samples for _, samples in self._ingress.values())])
+        )
 
     def _publish_gauges(self, fleet: Fleet) -> None:
         self.metrics.set("expert_map_version", fleet.expert_map.version)

@@ -1,34 +1,9 @@
 """What each actor gets of the machine: CPUs and GPUs for Ray's bookkeeping, threads for the computation."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from cluster.config import ClusterConfig, ConfigError
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What Ray reports of the cluster."""
-
-    cluster_cpus: float
-    cluster_gpus: float
-    largest_node_cpus: float
-
-
-@dataclass(frozen=True, slots=True)
-class ResourcePlan:
-    """`device` may stay "auto": then an actor takes its GPU if torch can use it."""
-
-    device: str
-    cpus_per_front: float
-    cpus_per_replica: float
-    gpus_per_front: float
-    gpus_per_replica: float
-    threads_per_front: int
-    threads_per_replica: int
-    front_resources: Mapping[str, float] = field(default_factory=dict)
-    replica_resources: Mapping[str, float] = field(default_factory=dict)
+from cluster.messages import Machine, ResourcePlan
 
 
 def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
@@ -53,6 +28,7 @@ def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
     # Two decimals down, so that the sum never exceeds what the cluster has.
     share = max(0.01, min(1.0, math.floor(100 * machine.cluster_cpus / most_actors) / 100))
     return ResourcePlan(
+        machine=machine,
         device=config.device if use_gpus else "cpu",
         cpus_per_front=_or(config.cpus_per_front, share),
         cpus_per_replica=_or(config.cpus_per_replica, share),

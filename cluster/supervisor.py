@@ -1,41 +1,52 @@
 """The supervisor: brings the cluster up, replaces what dies, scales and rebalances, and reports.
 
 It runs inside a Serve replica of the application (deploy/app.py), on that replica's event loop. It decides; the fleet
-acts (cluster/fleet.py). A crash of the supervisor leaves the actors alive and its successor keeps them; stop() ends
-them.
+acts (cluster/fleet.py). A crash of the supervisor leaves the actors alive and its successor keeps them
+(cluster/takeover.py); stop() ends them.
 """
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
-from ray.exceptions import RayError
 
-from cluster import ray_actors
+from cluster import ray_actors, takeover
 from cluster.blueprint import Blueprint, draw_blueprint
+from cluster.bring_up import start_all
 from cluster.checkpoint import check_checkpoint, resolve_model
 from cluster.config import ClusterConfig, ConfigError
-from cluster.fleet import Fleet
+from cluster.fleet import HUNG_S, Fleet
 from cluster.load import ExpertLoad
 from cluster.members import Member
-from cluster.messages import ClusterState, LaneKeys, LoadProgress, RebalanceReport, Sample, Wanted
+from cluster.messages import (
+    ClusterState,
+    LaneKeys,
+    Machine,
+    NotRunning,
+    RebalanceReport,
+    Sample,
+    Wanted,
+)
 from cluster.metrics import Metrics
 from cluster.model_config import ModelError, read_model_config
-from cluster.ray_actors import answer, first_line
+from cluster.ray_actors import first_line
 from cluster.rebalancing import Rebalancer
-from cluster.reports import Reports
+from cluster.reports import Reports, describe
 from cluster.signals import Autoscaler
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-PROGRESS_PERIOD_S = 0.25
 WATCH_PERIOD_S = 0.5
 # Before the end of the application, requests that are still running get this long.
 FINISH_S = 20.0
+# Pause before the next attempt to take over; it doubles.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
 class Supervisor:
@@ -45,29 +56,34 @@ class Supervisor:
         self.metrics = Metrics()
         self.reports = Reports(self.metrics)
         self.started = time.time()
-        self._state: str = "starting"
-        self._phase = "checking the checkpoint"
+        # Requests go on with the fronts that ingresses know, until it is clear that there are none.
+        self._state: str = "recovering"
+        self._phase = "looking for actors of a predecessor"
         self._error: str | None = None
         self._fleet: Fleet | None = None
         self._load: ExpertLoad | None = None
         self._autoscaler = Autoscaler(config)
         self._rebalancer: Rebalancer | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._context = contextvars.copy_context()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Bring the cluster up in the background; state() tells how far it is."""
-        if ray_actors.named_actors(self.namespace):
-            # Requests go on with the fronts that ingresses know: nothing "starts".
-            self._enter("recovering", "looking for actors of a predecessor")
         self._spawn(self._bring_up())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """In a context of the supervisor's own: with a request, Ray cancels the calls that were made on its behalf."""
+        task = asyncio.get_running_loop().create_task(work, context=self._context.copy())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._forget)
         return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("%s ended with an unexpected error", task.get_name(), exc_info=error)
 
     async def finish(self) -> None:
         """Wait, not too long, until the fronts have answered what they have accepted."""
@@ -85,33 +101,38 @@ class Supervisor:
             if task is not asyncio.current_task():  # bring-up stops what it has started when it fails
                 task.cancel()
         if self._fleet:
-            await self._fleet.close_lanes(self._fleet.of_kind("expert", "ready"))
-            for member in self._fleet.members:
-                self._fleet.kill(member)
-                member.enter("dead", "stopped")
+            await self._fleet.end_all()
+        for handle in ray_actors.named_actors(self.namespace).values():  # of a predecessor, not yet taken over
+            ray_actors.end(handle)
 
     async def _bring_up(self) -> None:
+        if await self._take_over():
+            return
+        self._enter("starting", "checking the checkpoint")
         try:
             async with asyncio.timeout(self.config.load_timeout_s):
-                fleet = self._fleet = Fleet(await self._draw_blueprint(), self.namespace, self.metrics)
-                await fleet.adopt()
-                if any(member.handle for member in fleet.members):
-                    await self._take_over(fleet)
-                else:
-                    await self._start_all(fleet)
+                fleet = Fleet(await self._draw_blueprint(ray_actors.machine()), self.namespace, self.metrics)
+                self._use(fleet)
+                await start_all(fleet, lambda phase: self._enter("starting", phase))
+                await self._collect(fleet)
         except Exception as error:
             await self._fail(error)
             return
-        self._judge(fleet)
+        await self._judge(fleet)
         self._spawn(self._watch(fleet))
 
+    def _use(self, fleet: Fleet) -> None:
+        homes = fleet.expert_map.homes
+        self._fleet = fleet
+        self._load = ExpertLoad(len(homes), len(homes[0]), self.config.load_window_s)
+        self._rebalancer = Rebalancer(self.config, self._load)
+
     async def _fail(self, error: Exception) -> None:
-        told = isinstance(error, ConfigError | ModelError)
-        self._error = str(error) if told else f"{type(error).__name__}: {error}"
+        self._error = _told(error)
         if isinstance(error, TimeoutError) and self._fleet:
             waiting = [m.spec.actor_id for m in self._fleet.members if m.state != "ready"]
             self._error = f"not ready after load_timeout_s={self.config.load_timeout_s:g}: {', '.join(waiting)}"
-        logger.error("bring-up failed: %s", self._error, exc_info=None if told else error)
+        logger.error("bring-up failed: %s", self._error, exc_info=None if _is_told(error) else error)
         await self.stop()
         self._enter("failed", "failed")
 
@@ -120,72 +141,115 @@ class Supervisor:
             logger.info("cluster %s: %s: %s", self.namespace, state, phase)
         self._state, self._phase = state, phase
 
+    # -- taking over ---------------------------------------------------------------------------------------------
+
+    async def _take_over(self) -> bool:
+        """Keep the actors of a predecessor; False if there are none that could serve. Whatever goes wrong is tried
+        again: what lives serves on meanwhile.
+        """
+        pause, silent_until = FIRST_PAUSE_S, time.monotonic() + HUNG_S
+        while True:
+            try:
+                return await self._adopt_and_check(silent_until)
+            except Exception as error:
+                self._error = _told(error)
+                logger.error("takeover failed: %s", self._error, exc_info=None if _is_told(error) else error)
+            self._enter("recovering", f"{self._error}; next attempt in {pause:g} s")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _adopt_and_check(self, silent_until: float) -> bool:
+        if self._fleet is None:
+            found = await takeover.find(self.namespace)
+            if not any(actor.is_of_use for actor in found):
+                takeover.end(found)
+                return False
+            known = takeover.newest(found)
+            blueprint = takeover.recall(known)
+            if blueprint is None:
+                if any(actor.is_silent for actor in found) and time.monotonic() < silent_until:
+                    raise TimeoutError("the predecessor's actors don't answer yet")
+                machine = known.spec.resources.machine if known else ray_actors.machine()
+                blueprint = await self._draw_blueprint(machine, known.spec.lane_keys if known else None)
+            self._adopt(Fleet(blueprint, self.namespace, self.metrics, is_checked=False), found)
+        fleet = self._fleet
+        assert fleet is not None
+        blueprint = await self._draw_blueprint(fleet.blueprint.resources.machine, fleet.blueprint.lane_keys)
+        self._error = None
+        if not takeover.check(fleet, blueprint):
+            await self._let_go(fleet)
+            return False
+        for member in self._fill(fleet, fleet.wanted):
+            member.bury("lost while nobody watched")
+        return True
+
+    def _adopt(self, fleet: Fleet, found: list[takeover.Found]) -> None:
+        leaving = takeover.adopt(fleet, found)
+        self._use(fleet)
+        for member in fleet.members:
+            if member in leaving:
+                self._retire(fleet, member)
+            elif member.state != "ready":
+                member.work = self._spawn(self._settle(fleet, member))
+        self._spawn(self._watch(fleet))
+
+    async def _settle(self, fleet: Fleet, member: Member) -> None:
+        await takeover.settle(fleet, member)
+        member.work = None
+        if fleet.is_checked:
+            self._apply(fleet, fleet.wanted)  # now that it is known, it may be one too many
+
+    async def _let_go(self, fleet: Fleet) -> None:
+        logger.warning("no actor of the predecessor fits the configuration")
+        self._fleet = None
+        for member in fleet.members:
+            if member.work:
+                member.work.cancel()
+        await fleet.end_all()
+
     # -- bring-up ------------------------------------------------------------------------------------------------
 
-    async def _draw_blueprint(self) -> Blueprint:
+    async def _draw_blueprint(self, machine: Machine, keys: LaneKeys | None = None) -> Blueprint:
+        """`machine` and `keys` are a predecessor's where its actors are kept: they fit by that, whatever the cluster
+        has become since.
+        """
         model_dir = await asyncio.to_thread(resolve_model, self.config.model)
         model = read_model_config(model_dir)
         info = await asyncio.to_thread(check_checkpoint, model_dir, model)
-        keys = _new_keys() if self.config.lane in ("auto", "zmq") else None
-        self._load = ExpertLoad(model.num_hidden_layers, model.num_local_experts, self.config.load_window_s)
-        self._rebalancer = Rebalancer(self.config, self._load)
-        return draw_blueprint(self.config, info, model_dir, model, ray_actors.machine(), keys)
-
-    async def _take_over(self, fleet: Fleet) -> None:
-        """Go on with what lives; the watch brings back what has died meanwhile."""
-        for member in fleet.members:
-            if member.handle is None:
-                member.bury("lost while nobody watched")
-        await fleet.publish()
-        await self._collect(fleet)
-
-    async def _start_all(self, fleet: Fleet) -> None:
-        self._enter("starting", "loading weights")
-        progress = asyncio.create_task(self._follow_progress(fleet))
-        try:
-            await asyncio.gather(*(fleet.load(m) for m in fleet.members))
-        finally:
-            progress.cancel()
-        for member in fleet.of_kind("expert"):  # all at once: the first map is complete
-            assert member.ready is not None
-            member.become_ready(member.ready)
-        await fleet.publish()
-        self._enter("starting", "warming up")
-        await asyncio.gather(*(fleet.join(m) for m in fleet.of_kind("front")))
-        await self._collect(fleet)
-
-    async def _follow_progress(self, fleet: Fleet) -> None:
-        while True:
-            await asyncio.gather(*(self._ask_progress(m) for m in fleet.members if m.handle and m.ready is None))
-            await asyncio.sleep(PROGRESS_PERIOD_S)
-
-    async def _ask_progress(self, member: Member) -> None:
-        try:
-            progress = await answer(member.handle.progress.remote(), 1.0)
-        except (TimeoutError, RayError):
-            return  # still starting; a real failure surfaces in load()
-        if member.ready is None:
-            member.progress = progress
+        if keys is None and self.config.lane in ("auto", "zmq"):
+            keys = _new_keys()
+        return draw_blueprint(self.config, info, model_dir, model, machine, keys)
 
     # -- watching and healing ------------------------------------------------------------------------------------
 
     async def _watch(self, fleet: Fleet) -> None:
-        """Read every member's report; the dead leave the map at once and are replaced after a pause."""
-        while True:
+        """Read every member's report; the dead leave the map at once and are replaced after a pause.
+
+        Each part on its own: an error in one must not keep the others from their work.
+        """
+        parts = (self._collect, self._publish, self._heal, self._autoscale, self._rebalance_if_due, self._judge)
+        while self._fleet is fleet:
+            for part in parts:
+                try:
+                    await part(fleet)
+                except Exception:
+                    logger.exception("watching goes on after an unexpected error")
             await asyncio.sleep(WATCH_PERIOD_S)
-            try:
-                await self._collect(fleet)
-                await fleet.publish()
-                for member in fleet.members:
-                    if member.is_due:
-                        member.renew()
-                        member.work = self._spawn(self._start(fleet, member))
-                self._autoscale(fleet)
-                if self._rebalancer and self._rebalancer.is_due():
-                    self._spawn(self._rebalance_unasked())
-                self._judge(fleet)
-            except Exception:
-                logger.exception("watching goes on after an unexpected error")
+
+    async def _publish(self, fleet: Fleet) -> None:
+        """Waits for no front: one that hangs must not hold up the others."""
+        late = fleet.late_fronts()
+        if fleet.renew_map():
+            self._spawn(fleet.tell_fronts())
+            return
+        for front in late:
+            self._spawn(fleet.tell(front))
+
+    async def _heal(self, fleet: Fleet) -> None:
+        for member in fleet.members:
+            if member.is_due and fleet.is_checked:
+                member.renew()
+                member.work = self._spawn(self._start(fleet, member))
 
     async def _start(self, fleet: Fleet, member: Member) -> None:
         """Bring one member up, at any time; if that fails, it is tried again after a pause."""
@@ -195,8 +259,7 @@ class Supervisor:
                 await fleet.load(member)
                 await fleet.join(member)
         except Exception as error:
-            fleet.kill(member)
-            fleet.bury(member, first_line(error))
+            fleet.replace(member, first_line(error))
             return
         logger.info("%s is ready, %.1f s after its start", member.spec.actor_id, time.monotonic() - started)
 
@@ -206,21 +269,25 @@ class Supervisor:
             fronts = {m.spec.actor_id: m.report.expert_counts for m in fleet.of_kind("front") if m.report}
             self._load.update(fronts, time.monotonic())
 
-    def _judge(self, fleet: Fleet) -> None:
+    async def _judge(self, fleet: Fleet) -> None:
         """Fronts can compute without replicas, but nothing without a front."""
+        if not fleet.is_checked:
+            return  # the takeover goes on, and says so
         lost = [m.spec.actor_id for m in fleet.members if m.is_lost]
-        if not lost:
+        silent = [m.spec.actor_id for m in fleet.members if m.is_unknown]
+        if not lost and not silent:
             self._enter("ready", "ready")
-        else:
-            has_front = bool(fleet.of_kind("front", "ready"))
-            self._enter("degraded" if has_front else "recovering", f"restarting {', '.join(lost)}")
+            return
+        doing = [f"{what} {', '.join(ids)}" for what, ids in (("restarting", lost), ("waiting for", silent)) if ids]
+        has_front = bool(fleet.of_kind("front", "ready"))
+        self._enter("degraded" if has_front else "recovering", "; ".join(doing))
 
     # -- scaling -------------------------------------------------------------------------------------------------
 
     async def scale(self, fronts: int | None = None, group: int | None = None, replicas: int | None = None) -> Wanted:
         """Change how many fronts there are, and how many replicas of one group, or of all. Returns at once: new ones
         load first and then enter the map; leaving ones leave the map first and then drain. Limits are the caller's
-        business. Raises RuntimeError while the cluster is not up.
+        business. Raises NotRunning while the cluster is not up.
         """
         fleet = self._running()
         wanted = fleet.wanted
@@ -234,9 +301,10 @@ class Supervisor:
         return wanted
 
     def _running(self) -> Fleet:
-        if self._fleet is None or self._state not in ("ready", "degraded", "recovering"):
-            raise RuntimeError(f"the cluster is {self._state}: {self._phase}")
-        return self._fleet
+        fleet = self._fleet
+        if fleet is None or not fleet.is_checked or self._state not in ("ready", "degraded", "recovering"):
+            raise NotRunning(f"the cluster is {self._state}: {self._phase}")
+        return fleet
 
     def _set_wanted(self, fleet: Fleet, wanted: Wanted) -> None:
         if wanted == fleet.wanted:
@@ -248,27 +316,48 @@ class Supervisor:
             fleet.wanted.replicas,
             wanted.replicas,
         )
-        added, surplus = fleet.set_wanted(wanted)
-        for member in added:
-            member.work = self._spawn(self._start(fleet, member))
-        for member in surplus:
-            if member.work:
-                member.work.cancel()
-            member.work = self._spawn(fleet.retire(member, self.config.drain_timeout_s))
+        self._apply(fleet, wanted)
         self._spawn(fleet.tell_fronts())  # a successor of this supervisor learns it from them
 
-    def _autoscale(self, fleet: Fleet) -> None:
-        if self.config.autoscale:
+    def _apply(self, fleet: Fleet, wanted: Wanted) -> None:
+        for member in self._fill(fleet, wanted):
+            member.work = self._spawn(self._start(fleet, member))
+
+    def _fill(self, fleet: Fleet, wanted: Wanted) -> list[Member]:
+        """Retire those that are too many; returns new members, not yet started."""
+        added, surplus = fleet.set_wanted(wanted)
+        for member in surplus:
+            self._retire(fleet, member)
+        return added
+
+    def _retire(self, fleet: Fleet, member: Member) -> None:
+        if member.work:
+            member.work.cancel()
+        is_serving = member.state == "ready"
+        member.enter("draining", "leaving")  # at once: who counts members next must not count on it
+        member.work = self._spawn(fleet.retire(member, self.config.drain_timeout_s, is_serving))
+
+    async def _autoscale(self, fleet: Fleet) -> None:
+        if self.config.autoscale and fleet.is_checked:
             self._set_wanted(fleet, self._autoscaler.decide(fleet, time.monotonic()))
 
     # -- rebalancing ---------------------------------------------------------------------------------------------
 
     async def rebalance(self, dry_run: bool = False, force: bool = False) -> RebalanceReport:
-        """See Rebalancer.rebalance. Raises RuntimeError while the cluster is not up."""
-        fleet = self._running()
+        """See Rebalancer.rebalance. A caller that leaves does not break it off: it ends in a map that holds.
+
+        Raises NotRunning while the cluster is not up.
+        """
+        return await asyncio.shield(self._spawn(self._rebalance(self._running(), dry_run, force)))
+
+    async def _rebalance(self, fleet: Fleet, dry_run: bool, force: bool) -> RebalanceReport:
         await self._collect(fleet)
         assert self._rebalancer is not None
         return await self._rebalancer.rebalance(fleet, dry_run, force)
+
+    async def _rebalance_if_due(self, fleet: Fleet) -> None:
+        if fleet.is_checked and self._rebalancer and self._rebalancer.is_due():
+            self._spawn(self._rebalance_unasked())
 
     async def _rebalance_unasked(self) -> None:
         report = await self.rebalance()
@@ -278,57 +367,36 @@ class Supervisor:
     # -- what others ask -----------------------------------------------------------------------------------------
 
     def state(self) -> ClusterState:
-        fleet = self._fleet
-        if fleet is None:
-            return ClusterState(self._state, self._phase, self.namespace, error=self._error, started=self.started)  # type: ignore[arg-type]
-        lane = next((m.report.lane for m in fleet.of_kind("front") if m.report), self.config.lane)
-        version = fleet.expert_map.version
-        return ClusterState(
-            state=self._state,  # type: ignore[arg-type]
-            phase=self._phase,
-            namespace=self.namespace,
-            map_version=version,
-            fronts=tuple(m.spec.actor_id for m in fleet.of_kind("front", "ready")),
-            draining=tuple(m.spec.actor_id for m in fleet.of_kind("front", "draining")),
-            actors=tuple(member.info(lane, version) for member in fleet.members),
-            progress=LoadProgress(
-                sum(m.progress.loaded for m in fleet.members), sum(m.progress.total for m in fleet.members)
-            ),
-            error=self._error,
-            started=self.started,
-            kv_cache_tokens=sum(m.ready.kv_cache_tokens for m in fleet.members if m.ready),
-            max_model_len=fleet.blueprint.engine.max_model_len,
-            wanted=fleet.wanted,
-        )
+        state = ClusterState(self._state, self._phase, self.namespace, error=self._error, started=self.started)  # type: ignore[arg-type]
+        return describe(state, self._fleet, self.config.lane) if self._fleet else state
 
     async def experts(self) -> dict[str, Any]:
         """The answer of GET /v1/experts."""
         if self._fleet is None or self._load is None:
             return {}
         await self._collect(self._fleet)
-        expert_map = self._fleet.expert_map
-        return {
-            "layers": len(expert_map.homes),
-            "experts": len(expert_map.homes[0]),
-            "counts": self._load.counts,
-            "recent_counts": self._load.recent,
-            "window_seconds": self.config.load_window_s,
-            "balancedness": self._load.balancedness(expert_map),
-            "map_version": expert_map.version,
-            "placement": expert_map.homes,
-        }
+        return self._load.describe(self._fleet.expert_map)
 
     async def exposition(self, ingress_id: str, samples: tuple[Sample, ...]) -> bytes:
         """Prometheus text over all processes; the asking ingress brings its own newest samples."""
-        self.reports.ingress[ingress_id] = samples
+        self.reports.hear(ingress_id, samples)
         if self._fleet:
             await self._collect(self._fleet)
         return self.reports.exposition(self._fleet, self._load)
 
     def push_samples(self, ingress_id: str, samples: tuple[Sample, ...]) -> ClusterState:
         """An ingress reports its metrics and learns the state of the cluster in one call."""
-        self.reports.ingress[ingress_id] = samples
+        self.reports.hear(ingress_id, samples)
         return self.state()
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether its text is written for people."""
+    return isinstance(error, ConfigError | ModelError)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if _is_told(error) else f"{type(error).__name__}: {error}"
 
 
 def _new_keys() -> LaneKeys:

@@ -18,7 +18,7 @@ from ray.util import list_named_actors
 from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig, load_config
 from cluster.logs import set_up_logs
-from cluster.messages import ClusterState, RebalanceReport, Sample, Wanted
+from cluster.messages import NAMESPACE_PREFIX, ClusterState, RebalanceReport, Sample, Wanted
 from cluster.supervisor import Supervisor
 from deploy.api import create_api
 from deploy.demo import expand_demo
@@ -45,7 +45,7 @@ class SupervisorDeployment:
         settings = ClusterConfig(**config)
         set_up_logs("supervisor", settings.log_format, settings.log_level)
         await _end_of_predecessors()
-        namespace = f"outcrop-{serve.get_replica_context().app_name}"
+        namespace = f"{NAMESPACE_PREFIX}{serve.get_replica_context().app_name}"
         self.supervisor = Supervisor(settings, namespace)
         self.supervisor.start()
 
@@ -70,8 +70,10 @@ class SupervisorDeployment:
     async def __del__(self) -> None:
         # Serve calls this when the replica is stopped on purpose, not when it crashes. Ingresses end at the same time,
         # and answer first what they have accepted.
-        await self.supervisor.finish()
-        await self.supervisor.stop()
+        try:
+            await self.supervisor.finish()
+        finally:
+            await self.supervisor.stop()
 
 
 async def _end_of_predecessors() -> None:

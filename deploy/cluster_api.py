@@ -9,7 +9,7 @@ from pydantic import Field, PlainValidator, model_validator
 from ray.exceptions import RayActorError
 
 from cluster.config import ClusterConfig
-from cluster.messages import Wanted
+from cluster.messages import NotRunning, Wanted
 from deploy.http import read_body, require_key, service_of
 from deploy.openai import errors
 from deploy.openai.fields import refuse
@@ -115,6 +115,8 @@ async def _answer(asked: Awaitable[T]) -> T:
     """The supervisor's answer. Raises APIError (503) if it dies over it: another one takes over within seconds."""
     try:
         return await asked
+    except NotRunning as error:  # from Ray, with the supervisor's own exception as its cause
+        raise errors.unavailable(f"{getattr(error, 'cause', error)}: ask again") from None
     except RayActorError:
         raise errors.unavailable("The supervisor was lost and is being restarted: ask again") from None
 

@@ -28,7 +28,7 @@ class _Host:
     def hold(self, spec: ReplicaSpec) -> ReadyReport:
         if self.replica:
             self.replica.stop()
-        self.replica = ExpertActor(spec)
+        self.replica = ExpertActor(spec, NAMESPACE)
         return self.replica.load()
 
     def run_experts(self, frame: bytes) -> bytes:

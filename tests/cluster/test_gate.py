@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
 
+from actors.orphan import is_deployed
 from cluster.messages import ClusterState
 from deploy.demo import MODEL_DIR
 
@@ -80,3 +81,7 @@ def test_serve_tells_a_load_that_fails_from_one_that_lasts(serve_session: None, 
     until(is_loading_with_everything_else_there, "the new cluster loads")
     assert application().status == "DEPLOYING"
     assert status_of("gate") == "UPDATING"
+
+    assert is_deployed(f"outcrop-{APP}")  # what actors ask whose supervisor has long been silent
+    serve.delete(APP)
+    until(lambda: not is_deployed(f"outcrop-{APP}"), "the application is gone")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import ray
 
+from cluster import ray_actors
 from cluster.config import ClusterConfig
-from cluster.messages import GenerationRequest, RequestOutput, SamplingParams
+from cluster.messages import GenerationRequest, Machine, RequestOutput, SamplingParams
 from cluster.supervisor import Supervisor
 from tests.checkpoints import generate, load_reference
 
@@ -170,6 +172,34 @@ async def test_a_new_supervisor_keeps_the_actors_of_one_that_crashed(ray_session
             assert second.state().map_version == 3, "one without the lost replica, one with the new"
             await submit(front(second), "a", max_tokens=4)
             assert len(tokens((await collect(front(second)))["a"])) == 4
+        finally:
+            await second.stop()
+
+
+async def test_takeover_keeps_what_lives_whatever_else_is_wrong(
+    ray_session: None, granite_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(granite_dir, tmp_path / "model"))
+    async with running(model, groups=1, fronts=2, drain_timeout_s=0.2) as first:
+        await submit(front(first, 1), "long", ingress="silent", max_tokens=200)
+        await first.scale(fronts=1)
+        await first.scale(fronts=2)  # while front-1 still leaves
+        await until(lambda: first.state().fronts == ("front-0", "front-2") and not first.state().draining)
+        pids = {a.id: a.pid for a in first.state().actors}
+        for task in first._tasks:
+            task.cancel()
+        (model / "config.json").rename(tmp_path / "away")
+        monkeypatch.setattr(ray_actors, "machine", lambda: Machine(2, 0, 2))  # nodes have gone since
+        second = Supervisor(first.config, first.namespace)
+        second.start()
+        try:
+            await until(lambda: "config.json is missing" in (second.state().error or ""))
+            assert (second.state().state, second.state().fronts) == ("recovering", ("front-0", "front-2"))
+            await submit(front(second, 1), "a", max_tokens=4)
+            assert len(tokens((await collect(front(second, 1)))["a"])) == 4
+            (tmp_path / "away").rename(model / "config.json")
+            await until(lambda: second.state().state == "ready")
+            assert {a.id: a.pid for a in second.state().actors} == pids
         finally:
             await second.stop()
 

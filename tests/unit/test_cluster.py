@@ -11,10 +11,11 @@ from cluster.checkpoint import CheckpointInfo
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.load import ExpertLoad
-from cluster.messages import Wanted
+from cluster.messages import Machine, Wanted
 from cluster.metrics import PREFIX, TABLE, Metrics, cumulative, exposition, merge
 from cluster.model_config import GraniteMoeConfig
-from cluster.resources import Machine, plan_resources
+from cluster.reports import INGRESS_GONE_S, Reports
+from cluster.resources import plan_resources
 
 # -- configuration ---------------------------------------------------------------------------------------------------
 
@@ -238,6 +239,21 @@ def test_a_process_that_is_gone_leaves_its_counters_but_not_its_gauges() -> None
     metrics.set("num_requests_running", 2)
     left = {name for name, _, value in cumulative(metrics.samples()) if value}
     assert left == {"outcrop_prompt_tokens_total"}
+
+
+def test_ingresses_that_are_gone_leave_their_counters_and_no_more() -> None:
+    now = [0.0]
+    reports = Reports(Metrics(), lambda: now[0])
+    for number in range(100):
+        ingress = Metrics()
+        ingress.inc("prompt_tokens_total", 3)
+        ingress.set("num_requests_running", 2)
+        reports.hear(f"ingress-{number}", ingress.samples())
+        now[0] += INGRESS_GONE_S
+    assert len(reports._ingress) == 2
+    text = reports.exposition(None, None).decode()
+    assert "outcrop_prompt_tokens_total 300.0" in text
+    assert "outcrop_num_requests_running 4.0" in text
 
 
 def test_settings_are_plain_json() -> None:

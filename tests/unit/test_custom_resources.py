@@ -7,7 +7,8 @@ import typer
 from typer.testing import CliRunner
 
 from cluster.config import ClusterConfig, ConfigError, load_config
-from cluster.resources import Machine, plan_resources
+from cluster.messages import Machine
+from cluster.resources import plan_resources
 from deploy.flags import with_config_flags
 
 NOTHING_YET = Machine(cluster_cpus=4, cluster_gpus=0, largest_node_cpus=4)

@@ -3,11 +3,14 @@
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig
-from cluster.messages import ClusterState
+from cluster.messages import ClusterState, NotRunning
+from deploy.cluster_api import _answer
 from deploy.demo import expand_demo
+from deploy.openai.errors import APIError
 from deploy.service import Service
 
 
@@ -39,3 +42,14 @@ async def test_a_silent_supervisor_is_shown_and_what_serves_goes_on(known: Any, 
     link.answer = ClusterState("ready", "ready", "")
     await service.refresh()
     assert service.state.state == "ready"
+
+
+async def test_operators_hear_from_a_supervisor_that_takes_over_to_ask_again() -> None:
+    async def refuse() -> None:
+        told = NotRunning("the cluster is recovering: config.json is missing")
+        raise RayTaskError("scale", "a traceback", told).as_instanceof_cause()
+
+    with pytest.raises(APIError) as raised:
+        await _answer(refuse())
+    assert raised.value.status == 503
+    assert raised.value.message == "the cluster is recovering: config.json is missing: ask again"
