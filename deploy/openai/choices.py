@@ -40,6 +40,11 @@ class ChoiceDelta:
     routed_experts: RoutedExperts | None = None
 
     @property
+    def size(self) -> int:
+        """How much there is to write."""
+        return len(self.text) + len(self.rows) + len(self.prompt_token_ids) + len(self.prompt_logprobs or ())
+
+    @property
     def is_empty(self) -> bool:
         """Nothing to tell a client, such as text that may still become a stop string."""
         return not (self.text or self.token_ids or self.rows or self.is_first or self.finish_reason)

@@ -84,10 +84,8 @@ def check_limits(request: GenerationBody, limits: Limits, vocab_size: int) -> No
             )
     check_token_ids(request.stop_token_ids, vocab_size, "stop_token_ids")
     check_token_ids(request.logit_bias, vocab_size, "logit_bias")
-    if isinstance(request, CompletionRequest):
-        for prompt in request.prompt:
-            if not isinstance(prompt, str):
-                check_token_ids(prompt, vocab_size, "prompt")
+    for prompt in request.prompt_token_ids:
+        check_token_ids(prompt, vocab_size, "prompt")
 
 
 def check_token_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
