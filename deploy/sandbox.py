@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from contextlib import suppress
 from typing import Any
 
 from cluster.model_config import ModelError
-from deploy.sandbox_main import CPU_S, READ, RENDER, SET_UP
+from deploy.sandbox_main import READ, RENDER, SET_UP
 
 MAX_PROCESSES = 4
+# Of a processor, not of the clock: a busy machine refuses nobody.
+CPU_S = 2.0
 # For a place among these processes, and for an answer: a process ends by itself long before, unless it is frozen.
 PLACE_S = 10.0
 ANSWER_S = 60.0
@@ -40,14 +41,17 @@ class SandboxBusy(Exception):  # noqa: N818 - an answer, not a failure
 class Sandbox:
     """Processes that are started when they are needed, and kept. They end with this one.
 
-    `what` names the work in errors; `template` holds the arguments of ChatTemplate.
+    `what` names the work in errors; `template` holds the arguments of ChatTemplate; `cpu_s` is the time of a processor
+    that one piece of work may take.
     """
 
-    def __init__(self, what: str, template: dict[str, Any] | None = None) -> None:
+    def __init__(self, what: str, template: dict[str, Any] | None = None, cpu_s: float = CPU_S) -> None:
         self._what = what
+        self._cpu_s = cpu_s
         self._set_up = None if template is None else SET_UP + _dump(template)
         self._places = asyncio.Semaphore(MAX_PROCESSES)
         self._idle: list[Process] = []
+        self._tasks: set[asyncio.Task[list[bytes]]] = set()
 
     async def render(self, **arguments: Any) -> str:
         """ChatTemplate.render(). Raises SandboxError or SandboxBusy."""
@@ -65,22 +69,31 @@ class Sandbox:
         except SandboxError as error:
             raise ModelError(str(error)) from None
 
-    def close(self) -> None:
-        while self._idle:
-            self._idle.pop().kill()
+    async def close(self) -> None:
+        """End the processes before this one ends."""
+        for process in self._idle:
+            process.kill()
+            await process.wait()
 
     async def _ask(self, request: bytes) -> list[bytes]:
         try:
             await asyncio.wait_for(self._places.acquire(), PLACE_S)
         except TimeoutError:
             raise SandboxBusy from None
+        task = asyncio.create_task(self._work(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # Who leaves does not take the process along: it would answer the next one with this answer.
+        return _checked(await asyncio.shield(task))
+
+    async def _work(self, request: bytes) -> list[bytes]:
         try:
             process = self._idle.pop() if self._idle else await self._start()
             answer = await self._exchange(process, request)
             self._idle.append(process)
+            return answer
         finally:
             self._places.release()
-        return _checked(answer)
 
     async def _start(self) -> Process:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -89,6 +102,7 @@ class Sandbox:
             sys.executable,
             "-m",
             "deploy.sandbox_main",
+            str(self._cpu_s),
             stdin=PIPE,
             stdout=PIPE,
             env=environment | {"PYTHONPATH": paths},
@@ -98,30 +112,27 @@ class Sandbox:
         return process
 
     async def _exchange(self, process: Process, request: bytes) -> list[bytes]:
-        """The frames of an answer. Whatever comes between ends the process: else the next would get this answer."""
+        """The frames of an answer. Without one the process ends: SandboxError says why."""
         assert process.stdin
         assert process.stdout
-        is_answered = False
         try:
             async with asyncio.timeout(ANSWER_S):
                 process.stdin.write(len(request).to_bytes(4, "little") + request)
                 await process.stdin.drain()
-                frames = [await _frame(process.stdout) for _ in range(await _number(process.stdout))]
-            is_answered = True
+                return [await _frame(process.stdout) for _ in range(await _number(process.stdout))]
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
             raise SandboxError(await self._end(process)) from None
-        finally:
-            if not is_answered:
-                with suppress(ProcessLookupError):
-                    process.kill()
-        return frames
 
     async def _end(self, process: Process) -> str:
-        """Why a process gave no answer."""
-        with suppress(TimeoutError):
-            if await asyncio.wait_for(process.wait(), 1.0) == -signal.SIGPROF:
-                return f"{self._what} takes more than {CPU_S:g} s of processor time"
-        return f"{self._what} was given up: its process ended, or did not answer within {ANSWER_S:g} s"
+        """End a process that has not answered, unless it has ended already. Returns why."""
+        try:
+            code = await asyncio.wait_for(process.wait(), 1.0)
+        except TimeoutError:
+            process.kill()
+            return f"{self._what} has not ended within {ANSWER_S:g} s"
+        if code == -signal.SIGPROF:
+            return f"{self._what} takes more than {self._cpu_s:g} s of a processor"
+        return f"{self._what} has ended its process with code {code}"
 
 
 def join_pieces(pieces: list[bytes]) -> Any:

@@ -18,8 +18,6 @@ from deploy.openai.errors import APIError, invalid_request
 from deploy.openai.parsing import read_json
 
 SET_UP, RENDER, READ = b"S", b"R", b"J"
-# Of the processor, not of the clock: a busy machine refuses nobody.
-CPU_S = 2.0
 MEMORY = 2**30
 # Reading a piece of this size takes a few milliseconds.
 PIECE_ITEMS, PIECE_CHARS = 4096, 100_000
@@ -82,7 +80,7 @@ def _dump(items: list[Any]) -> Iterator[str]:
     yield from _dump(items[len(items) // 2 :])
 
 
-def main() -> None:
+def main(cpu_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with whoever reads its answers
@@ -91,7 +89,7 @@ def main() -> None:
     while length := stdin.read(4):
         request = stdin.read(int.from_bytes(length, "little"))
         # When the time is up the signal ends this process, whatever it is doing, and whoever asked or not is there.
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
         frames = sandboxed.answer(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         stdout.write(len(frames).to_bytes(4, "little"))
@@ -101,4 +99,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with suppress(BrokenPipeError):
-        main()
+        main(float(sys.argv[1]))

@@ -107,7 +107,7 @@ async def _check_template(template: ChatTemplate) -> None:
     try:
         await sandbox.warm_up()
     finally:
-        sandbox.close()
+        await sandbox.close()
 
 
 def kernels_here(config: ClusterConfig) -> str:

@@ -133,6 +133,13 @@ class Service:
         if self._templates:
             await self._templates.warm_up()
 
+    async def close(self) -> None:
+        """Stop what was started here."""
+        self._follow.cancel()
+        await self._bodies.close()
+        if self._templates:
+            await self._templates.close()
+
     async def run(self, size: int, work: Callable[[], T]) -> T:
         """Do what takes as long as `size` is large, where it holds up nobody."""
         return work() if size < LONG else await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+# A field of a request may be as long as the request.
+MAX_MESSAGE = 1000
 INVALID_REQUEST = "invalid_request_error"
 
 
@@ -20,7 +22,7 @@ class APIError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
         self.type = type
         self.param = param
         self.code = code

@@ -92,7 +92,9 @@ def check_token_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
     """Raises APIError (400) that names the first id outside the vocabulary."""
     worst = max(ids, default=0)
     if worst >= vocab_size:
-        raise invalid_request(f"{param}: token id {worst} is outside the vocabulary: use 0 to {vocab_size - 1}", param)
+        raise invalid_request(
+            f"{param}: token id {str(worst)[:20]} is outside the vocabulary: use 0 to {vocab_size - 1}", param
+        )
 
 
 def _max_tokens(request: GenerationBody, max_model_len: int, prompt_len: int) -> int:
