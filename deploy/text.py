@@ -9,11 +9,13 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders
 
-from cluster.model_config import ModelError, read_json
+from cluster.model_config import ModelError, read_file, read_json
 from deploy.openai.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NO_TEMPLATE = "messages: this model has no chat template: use /v1/completions, or set chat_template to a Jinja file"
+# The largest vocabularies take 40 MiB.
+MAX_TOKENIZER_BYTES = 256 * 2**20
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # A UTF-8 character has at most 4 bytes, so its beginning lies within the last 4 tokens; a few more cost nothing.
 CONTEXT_TOKENS = 8
@@ -52,7 +54,7 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)"
             )
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(read_file(path, MAX_TOKENIZER_BYTES))
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelError(f"{path} can't be read: {error}") from None
         special_tokens = _special_tokens(model_dir)

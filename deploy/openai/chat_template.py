@@ -19,13 +19,14 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from cluster.model_config import ModelError, read_json
+from cluster.model_config import MALFORMED, ModelError, read_file, read_json
 
 T = TypeVar("T")
 
 # Far above any context window; a template that writes more is broken or hostile.
 MAX_CHARS = 32 * 1024 * 1024
 MAX_SOURCE_CHARS = 1024 * 1024
+MAX_SOURCE_BYTES = 4 * MAX_SOURCE_CHARS
 MAX_ERROR_CHARS = 500
 # transformers' own mark: it ends in a space so that a template that trims the message can be told apart.
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -58,7 +59,7 @@ class ChatTemplate:
     def _try(self, read: Callable[[], T]) -> T:
         try:
             return read()
-        except (jinja2.TemplateError, RecursionError, MemoryError, ValueError) as error:
+        except (jinja2.TemplateError, *MALFORMED) as error:
             raise self._invalid(_why(error)) from None
 
     def _invalid(self, why: str) -> ModelError:
@@ -120,8 +121,10 @@ def load_chat_template(
     path = Path(override) if override is not None else model_dir / "chat_template.jinja"
     if override is not None or path.exists():
         try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens, str(path))
-        except (OSError, UnicodeDecodeError) as error:
+            return ChatTemplate(read_file(path, MAX_SOURCE_BYTES), special_tokens, str(path))
+        except ModelError:
+            raise
+        except (OSError, ValueError) as error:
             raise ModelError(f"chat_template={str(path)!r} can't be read: {error}") from None
     config_path = model_dir / "tokenizer_config.json"
     entry = read_json(config_path).get("chat_template") if config_path.exists() else None
