@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import shlex
 import signal
 import socket
 import subprocess
@@ -232,7 +233,7 @@ def example(config: ClusterConfig, url: str, is_chat: bool) -> str:
     path = "chat/completions" if is_chat else "completions"
     key = " -H 'Authorization: Bearer KEY'" if config.api_key else ""
     body = json.dumps({"model": config.model_name} | asked)
-    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} \\\n    -d '{body}'"
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} \\\n    -d {shlex.quote(body)}"
 
 
 @contextmanager

@@ -114,7 +114,7 @@ class Service:
         prompts = await self._prompts(request)
         if trace:
             trace.tokenised(started)
-        plans = [self._plan(request, prompt, at, n) for at, prompt in enumerate(prompts) for n in range(request.n)]
+        plans = await self.run(sum(map(len, prompts)), lambda: self._plans(request, prompts))
         if trace:
             trace.begin(request.n, [plan.choice for plan in plans], plans[0].params)
         # Without a front for the moment, requests wait for the one that is being restarted.
@@ -185,6 +185,9 @@ class Service:
         """`least`: as many tokens as there must be."""
         if least > self.max_model_len:
             raise context_length_exceeded(self.max_model_len, least, 0, param)
+
+    def _plans(self, request: CompletionRequest | ChatCompletionRequest, prompts: list[tuple[int, ...]]) -> list[Plan]:
+        return [self._plan(request, prompt, at, n) for at, prompt in enumerate(prompts) for n in range(request.n)]
 
     def _plan(
         self,

@@ -14,6 +14,8 @@ from deploy.openai.chat_template import ChatTemplate, ChatTemplateError, load_ch
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NO_TEMPLATE = "messages: this model has no chat template: use /v1/completions, or set chat_template to a Jinja file"
+# Characters or tokens that take a fraction of a millisecond: less than a batch costs.
+SHORT = 500
 # The largest vocabularies take 40 MiB.
 MAX_TOKENIZER_BYTES = 256 * 2**20
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -61,10 +63,14 @@ class Tokenizer:
         return cls(backend, special_tokens, load_chat_template(model_dir, special_tokens, chat_template))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        # The plain encode() and decode() hold the interpreter's lock for as long as they take, even in a thread.
+        if len(text) < SHORT:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch lets go of the interpreter's lock, so that in a thread it holds up nobody.
         return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        if len(ids) < SHORT:
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
 
     def id_to_token(self, token_id: int) -> str:

@@ -13,6 +13,7 @@ from deploy.openai.errors import APIError, invalid_request
 
 T = TypeVar("T", bound=BaseModel)
 
+MAX_DIGITS = 400
 CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
@@ -42,18 +43,23 @@ def read_json(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         raise invalid_request("The body is empty: send a JSON object", code="invalid_json")
     try:
-        content = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(raw.decode("utf-8"), parse_int=_number, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise invalid_request(
             f"The body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
         ) from None
     except RecursionError:
         raise invalid_request("The body nests too deeply", code="invalid_json") from None
-    except ValueError as error:  # also a number with thousands of digits
+    except ValueError as error:
         raise invalid_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(content, dict):
         raise invalid_request(f"The body is not a JSON object but {_short.repr(content)}", code="invalid_json")
     return content
+
+
+def _number(digits: str) -> int | float:
+    """No field takes a number of more digits; to read and to show some thousands of them would take long."""
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
 def _refuse_constant(name: str) -> NoReturn:

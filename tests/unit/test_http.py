@@ -187,7 +187,7 @@ LARGE = {
     "prompt ids": (COMPLETIONS, {"prompt": IDS["tokens"]}, "prompt", "maximum context length"),
     "fields": (COMPLETIONS, {str(n): n for n in range(500_000)}, None, "fields"),
     "objects": (COMPLETIONS, {"prompt": [{}] * 1_000_000}, None, "more than 10000"),
-    "long numbers": (COMPLETIONS, {"prompt": [10**4000] * 1500}, "prompt", "outside the vocabulary"),
+    "long numbers": (COMPLETIONS, {"prompt": [10**4000] * 1500}, "prompt", "must be a string"),
 }
 
 
@@ -204,7 +204,7 @@ class TestNobodyWaits:
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (400, param)
         assert told in error["message"]
-        assert turns > 20
+        assert turns > 8
 
     @pytest.mark.parametrize("work", ["encode", "decode"])
     async def test_for_long_texts(self, open_api: Open, work: str) -> None:
@@ -215,7 +215,7 @@ class TestNobodyWaits:
         arguments = {"encode": lambda: service.tokenizer.encode(text), "decode": lambda: service.tokenizer.decode(ids)}
         result, turns = await turns_during(service.run(len(ids), arguments[work]))
         assert result == {"encode": ids, "decode": text}[work]
-        assert turns > 20
+        assert turns > 8
 
     async def test_a_large_body_means_what_it_says(self, open_api: Open) -> None:
         """Read in pieces as at once: nested lists, odd characters, numbers of any size."""
