@@ -88,6 +88,8 @@ class Sandbox:
 
     async def _work(self, request: bytes) -> list[bytes]:
         try:
+            while self._idle and self._idle[-1].returncode is not None:
+                self._idle.pop()  # ended unasked: the machine was out of memory
             process = self._idle.pop() if self._idle else await self._start()
             answer = await self._exchange(process, request)
             self._idle.append(process)

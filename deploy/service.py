@@ -43,7 +43,7 @@ REFRESH_TIMEOUT_S = 5.0
 # either, which json.loads() does with larger bodies: they are read in a sandbox.
 LONG = 10_000
 LARGE_BODY = 200_000
-MAX_THREADS = 2
+MAX_THREADS = 4
 
 
 class SupervisorLink(Protocol):

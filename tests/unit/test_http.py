@@ -292,6 +292,15 @@ class TestTemplatesAreStopped:
             assert await sandbox.render(messages=[{"role": "user", "content": text}]) == text
         await sandbox.close()
 
+    async def test_a_process_that_ended_unasked_is_replaced(self) -> None:
+        sandbox = Sandbox("messages", ChatTemplate("{{ messages[0].content }}", {}).arguments())
+        await sandbox.warm_up()
+        [process] = sandbox._idle
+        process.kill()
+        await process.wait()
+        assert await sandbox.render(messages=[{"role": "user", "content": "a"}]) == "a"
+        await sandbox.close()
+
     async def test_templates_know_no_secret(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OUTCROP_API_KEY", "secret")
         sandbox = Sandbox("messages", ChatTemplate("x", {}).arguments())
