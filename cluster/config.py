@@ -47,7 +47,7 @@ class ClusterConfig(BaseModel):
     served_model_name: str | None = Field(None, description="Name in the API; default: MODEL as given.")
     host: str = Field("127.0.0.1", description="Address the HTTP server listens on.")
     port: int = Field(8000, description="Port the HTTP server listens on.", ge=1, le=65535)
-    api_key: SecretStr | None = Field(None, description="Key that clients of /v1 must send as `Authorization: Bearer`.")
+    api_key: SecretStr | None = Field(None, description="Key that clients must send as `Authorization: Bearer`.")
     allowed_hosts: list[str] | None = Field(
         None,
         description="Names in `Host` to answer beside addresses and localhost: `a.example,*.b.example`, `*` for all.",
