@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -107,7 +108,9 @@ def cases(draw: st.DrawFn) -> Case:
     kind = draw(st.integers(0, 9))
     given_headers = draw(headers) if kind in (0, 1, 2) else {}
     if kind == 0:
-        path = draw(st.sampled_from([*BODIES, *PAGES]) | st.text(max_size=8).map(lambda text: f"/v1/models/{text}"))
+        path = draw(
+            st.sampled_from([*BODIES, *PAGES]) | st.text(max_size=8).map(lambda text: f"/v1/models/{quote(text)}")
+        )
         return Case(draw(st.sampled_from(["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "x"])), path, b"", given_headers)
     path = draw(st.sampled_from(sorted(BODIES)))
     return Case("POST", path, draw(bodies(path)), {"Content-Type": b"application/json"} | given_headers)
@@ -137,8 +140,7 @@ def test_odd_requests_are_answered(senders: tuple[httpx.Client, ThreadPoolExecut
     client, pool = senders
 
     def send(case: Case) -> httpx.Response:
-        url = client.base_url.copy_with(path=case.path)
-        return client.request(case.method, url, content=case.content, headers=case.headers)
+        return client.request(case.method, case.path, content=case.content, headers=case.headers)
 
     for case, answer in zip(batch, pool.map(send, batch), strict=True):
         found[answer.status_code] += 1
