@@ -68,7 +68,8 @@ headers = st.fixed_dictionaries(
             [b"localhost", b"evil.example", b"[::1", b"\xc3\xa4", b":::", b"[]", b"localhost:99999"]
         ),
         "Origin": st.sampled_from([b"null", b"http://evil.example", b"http://[", b"\xff", b"", b"file://"]),
-        "X-Request-Id": st.sampled_from([b"team/0", b"", b"a b", b"\xff", b"x" * 4000, b"same"]),
+        # Not b"\xff": Serve's proxy answers 500 to an id that is no UTF-8, before it asks us.
+        "X-Request-Id": st.sampled_from([b"team/0", b"", b"a b", b"\xc3\xa4", b"x" * 4000, b"same"]),
         "Authorization": st.sampled_from([b"Bearer", b"Bearer \xff", b"Basic eDp5", b""]),
         "Content-Encoding": st.sampled_from([b"gzip", b"br"]),
         "Accept": st.sampled_from([b"text/event-stream", b"*/*;q=x"]),
