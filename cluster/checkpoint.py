@@ -7,13 +7,14 @@ GraniteMoe weights are published. Knows no torch: the CLI checks a checkpoint be
 import json
 import math
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.model_config import GraniteMoeConfig, ModelError, read_json
+from cluster.model_config import MALFORMED, GraniteMoeConfig, ModelError, read_json
 
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -21,6 +22,9 @@ ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+# The library's own limit; above it no reader opens the file.
+MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS, MAX_SIZE = 8, 2**53
 SERVED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # Our key -> the spellings in published checkpoints, the most common first. transformers 5 writes the older
@@ -143,19 +147,24 @@ def read_headers(model_dir: Path) -> dict[str, TensorInfo]:
 
 def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"{file} is not a safetensors file: it is no regular file")
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise ModelError(
                     f"{file} is cut off: it has {size} bytes, its header alone needs {length + 8}: download it again"
                 )
+            if length > MAX_HEADER_BYTES:
+                raise ModelError(f"{file}: its header has {length:,} bytes, safetensors allows {MAX_HEADER_BYTES:,}")
             header = json.loads(stream.read(length))
     except FileNotFoundError:
         raise ModelError(f"{file} is missing: download the checkpoint again") from None
     except ModelError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ModelError(f"{file} is not a safetensors file: {error}") from None
     if not isinstance(header, dict):
         raise ModelError(f"{file} is not a safetensors file: its header is not a JSON object")
@@ -166,10 +175,13 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 
 def _tensor_info(name: str, entry: Any, file: Path, data_bytes: int) -> TensorInfo:
     try:
-        info = TensorInfo(name, file, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
-        begin, end = (int(n) for n in entry["data_offsets"])
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        is_sound = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
     except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{file}: the header's entry for {name} is malformed: {entry!r}") from None
+        is_sound = False
+    if not is_sound or any(type(n) is not int or abs(n) > MAX_SIZE for n in (*shape, begin, end)):
+        raise ModelError(f"{file}: the header's entry for {name:.200} is malformed: {entry!r:.200}")
+    info = TensorInfo(name, file, dtype, tuple(shape))
     if not 0 <= begin <= end <= data_bytes:
         raise ModelError(
             f"{file} is cut off: {name} ends at byte {end} of the data, the file has {data_bytes}: download it again"

@@ -3,6 +3,7 @@
 The command line, OUTCROP_* variables, a YAML file and Serve's `args` are views of it.
 """
 
+import ipaddress
 import json
 import logging
 import os
@@ -24,6 +25,8 @@ DEFAULT_NAME = "outcrop"
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # An application is served under its name: not where the one at / has its own routes.
 ROUTES = ("detokenize", "health", "metrics", "tokenize", "v1", "version")
+HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*")
+ORIGIN = re.compile(r"\*|https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?", re.IGNORECASE)
 # Ray refuses these names among custom resources.
 OWN_SETTING = {
     "CPU": "cpus_per_front or cpus_per_replica",
@@ -52,7 +55,14 @@ class ClusterConfig(BaseModel):
         DEFAULT_NAME,
         description="Name of the application in its Ray: outcrop is served at /, others at /NAME (`outcrop serve`).",
     )
-    api_key: SecretStr | None = Field(None, description="Key that clients of /v1 must send as `Authorization: Bearer`.")
+    api_key: SecretStr | None = Field(None, description="Key that clients must send as `Authorization: Bearer`.")
+    allowed_hosts: list[str] | None = Field(
+        None,
+        description="Names in `Host` to answer beside addresses and localhost: `a.example,*.b.example`, `*` for all.",
+    )
+    allowed_origins: list[str] = Field(
+        [], description="Other origins whose web pages may use the API: `https://a.example,https://b.example`, or `*`."
+    )
     chat_template: str | None = Field(
         None, description="Jinja file that replaces the checkpoint's chat template; `none` serves completions only."
     )
@@ -138,6 +148,26 @@ class ClusterConfig(BaseModel):
             raise ValueError(f"is a route of the API: choose a name other than {', '.join(ROUTES)}")
         return value
 
+    @field_validator("allowed_hosts", "allowed_origins", mode="before")
+    @classmethod
+    def _read_list(cls, value: Any) -> Any:
+        """Flags and environment variables carry text."""
+        return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, value: list[str] | None) -> list[str] | None:
+        if wrong := [host for host in value or () if not HOST_PATTERN.fullmatch(host)]:
+            raise ValueError(f"{wrong[0]!r} is no host name: write a.example (no scheme, no port), *.a.example or *")
+        return None if value is None else [host.lower() for host in value]
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, value: list[str]) -> list[str]:
+        if wrong := [origin for origin in value if not ORIGIN.fullmatch(origin)]:
+            raise ValueError(f"{wrong[0]!r} is no origin: write https://a.example or http://a.example:8080, or *")
+        return [origin.lower() for origin in value]
+
     @field_validator("front_resources", "replica_resources", "ingress_resources", mode="before")
     @classmethod
     def _read_resources(cls, value: Any) -> Any:
@@ -185,6 +215,14 @@ class ClusterConfig(BaseModel):
             object.__setattr__(self, "groups", 1)
             object.__setattr__(self, "replicas", 1)
         return self
+
+    @property
+    def is_on_loopback(self) -> bool:
+        """Whether only this machine can reach what listens on `host`."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     @property
     def model_name(self) -> str:

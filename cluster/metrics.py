@@ -23,7 +23,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 START = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 
 FINISHED = ("stop", "length", "abort")
-FAILED = ("engine", "overloaded", "internal")
+FAILED = ("engine", "overloaded", "unavailable", "internal")
 FAILOVER = ("unreachable", "timeout", "disconnected", "corrupt", "not_held")
 
 

@@ -6,6 +6,7 @@ refused by name; one that only matters in training is accepted and has no effect
 
 import difflib
 import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 ARCHITECTURE = "GraniteMoeForCausalLM"
 TRAINING_ONLY = ("initializer_range", "attention_dropout", "router_aux_loss_coef", "output_router_logits", "use_cache")
+# Those with weights of the largest models have a few MiB.
+MAX_JSON_BYTES = 64 * 2**20
+# What reading JSON of a stranger may raise; RecursionError for brackets, OverflowError for numbers.
+MALFORMED = (ValueError, RecursionError, OverflowError, MemoryError)
 # What each rope type needs beside rope_theta; original_max_position_embeddings has a default in every type.
 ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -35,7 +40,7 @@ class RopeParameters(BaseModel):
     partial_rotary_factor is accepted at 1 only: GraniteMoe rotates whole heads.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rope_type: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
     rope_theta: float = Field(10000.0, gt=1)
@@ -64,7 +69,7 @@ class RopeParameters(BaseModel):
 class GraniteMoeConfig(BaseModel):
     """The model's shape and multipliers. Unknown keys of config.json are ignored, as transformers does."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
@@ -154,7 +159,10 @@ def _rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     Precedence as in transformers: rope_scaling replaces rope_parameters; what the chosen table lacks comes from the
     top level, except that a top-level original_max_position_embeddings wins.
     """
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"rope_scaling or rope_parameters is {found!r:.100}: it must be an object")
+    rope = dict(found)
     older_type = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or older_type or "default"
     for name in ("rope_theta", "partial_rotary_factor"):
@@ -173,7 +181,7 @@ def read_model_config(model_dir: Path) -> GraniteMoeConfig:
     raw = read_json(model_dir / "config.json")
     if raw.get("model_type") != "granitemoe":
         raise ModelError(
-            f"{model_dir}/config.json: model_type={raw.get('model_type')!r} is not served: Outcrop serves "
+            f"{model_dir}/config.json: model_type={raw.get('model_type')!r:.100} is not served: Outcrop serves "
             f"'granitemoe' ({ARCHITECTURE}), such as ibm-granite/granite-3.1-1b-a400m-instruct or ibm/PowerMoE-3b"
         )
     generation = model_dir / "generation_config.json"
@@ -188,14 +196,25 @@ def read_model_config(model_dir: Path) -> GraniteMoeConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ModelError that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: MODEL must be a directory in Hugging Face layout") from None
-    except (OSError, ValueError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ModelError(f"{path} can't be read: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} is not a JSON object")
     return content
+
+
+def read_file(path: Path, most: int) -> str:
+    """The text of a file of a checkpoint. Raises OSError, or ValueError if it is no text of at most `most` bytes."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return content.decode("utf-8")
 
 
 def describe(error: ValidationError, known: Iterable[str] = ()) -> str:
@@ -203,7 +222,7 @@ def describe(error: ValidationError, known: Iterable[str] = ()) -> str:
     lines = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
-        shown = "" if item["type"] == "missing" or not where else f"={item['input']!r}"
+        shown = "" if item["type"] == "missing" or not where else f"={item['input']!r:.200}"
         if item["type"] == "extra_forbidden":
             lines.append(f"{where}{shown} is unknown{_hint(where, known)}")
             continue

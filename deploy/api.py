@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -10,24 +11,22 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from ray.exceptions import TaskCancelledError
 from sse_starlette import EventSourceResponse
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from deploy.cluster_api import cluster_routes
+from deploy.failures import handle_failures, unexpected
 from deploy.front_client import Overloaded, Unavailable
 from deploy.generation import Generation, GenerationFailed
-from deploy.http import read_body, require_key, service_of
+from deploy.http import read_request, require_key, service_of
 from deploy.openai import errors
 from deploy.openai.choices import ChoiceDelta
-from deploy.openai.errors import APIError
-from deploy.openai.parsing import parse_body
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from deploy.openai.responses import SSE_DONE, ChatResponder, CompletionResponder, Usage, dump, sse
-from deploy.openai.sampling import check_token_ids
 from deploy.page import HEADERS, PAGE
 from deploy.request_id import RequestId
 from deploy.service import Service
+from deploy.web_safety import WebSafety
 
 if TYPE_CHECKING:
     from deploy.tracing import Tracing
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PING_S = 15
-CLIENT_CLOSED_REQUEST = 499  # nginx's number; HTTP has none
 
 
 def create_api(service: Service, tracing: "Tracing | None" = None) -> FastAPI:
@@ -46,15 +44,16 @@ def create_api(service: Service, tracing: "Tracing | None" = None) -> FastAPI:
         from deploy.tracing import TraceRequests
 
         app.add_middleware(TraceRequests, tracing=tracing)
+    if origins := service.config.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    app.add_middleware(
+        WebSafety, allowed_hosts=service.config.allowed_hosts, allowed_origins=service.config.allowed_origins
+    )
     app.add_middleware(RequestId)  # the outermost
     app.include_router(open_routes)
     app.include_router(keyed_routes)
     app.include_router(cluster_routes)
-    app.add_exception_handler(APIError, _on_api_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(TaskCancelledError, _on_disconnect)
-    app.add_exception_handler(Exception, _on_exception)
+    handle_failures(app)
     return app
 
 
@@ -64,13 +63,13 @@ keyed_routes = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
 
 @keyed_routes.post("/completions")
 async def completions(request: Request) -> Response:
-    body = parse_body(await read_body(request), CompletionRequest)
+    body = await read_request(request, CompletionRequest)
     return await _answer(request, body, CompletionResponder)
 
 
 @keyed_routes.post("/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    body = parse_body(await read_body(request), ChatCompletionRequest)
+    body = await read_request(request, ChatCompletionRequest)
     return await _answer(request, body, ChatResponder)
 
 
@@ -81,17 +80,16 @@ async def _answer(
     try:
         generation = await service.generate(body, request_id, getattr(request.state, "trace", None))
     except Overloaded:
-        service.metrics.inc("requests_failed_total", reason="overloaded")
         raise errors.overloaded() from None
     except Unavailable:
         raise errors.unavailable("No front serves now") from None
     responder = responder_class(body, service.tokenizer, service.config.model_name, request_id)
     if body.stream:
-        return _EventStream(generation, responder)
-    return await _whole(generation, responder)
+        return _EventStream(service, generation, responder)
+    return await _whole(service, generation, responder)
 
 
-async def _whole(generation: Generation, responder: CompletionResponder | ChatResponder) -> Response:
+async def _whole(service: Service, generation: Generation, responder: CompletionResponder | ChatResponder) -> Response:
     deltas: list[list[ChoiceDelta]] = [[] for _ in generation.choices]
     try:
         async for delta in generation.deltas():
@@ -102,14 +100,18 @@ async def _whole(generation: Generation, responder: CompletionResponder | ChatRe
     finally:
         generation.close()
     usage = Usage.of(generation.choices, responder.request.n)
-    return Response(dump(responder.response(deltas, usage)), media_type="application/json")
+    size = sum(delta.size for choice in deltas for delta in choice)
+    content = await service.run(size, lambda: dump(responder.response(deltas, usage)))
+    return Response(content, media_type="application/json")
 
 
 class _EventStream(EventSourceResponse):
     """Server-sent events of one generation. When the client goes away, the generation is closed at once."""
 
-    def __init__(self, generation: Generation, responder: CompletionResponder | ChatResponder) -> None:
-        super().__init__(_events(generation, responder), ping=PING_S, sep="\n")
+    def __init__(
+        self, service: Service, generation: Generation, responder: CompletionResponder | ChatResponder
+    ) -> None:
+        super().__init__(_events(service, generation, responder), ping=PING_S, sep="\n")
         self.generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,16 +124,27 @@ class _EventStream(EventSourceResponse):
             self.generation.close()
 
 
-async def _events(generation: Generation, responder: CompletionResponder | ChatResponder) -> AsyncIterator[bytes]:
+async def _events(
+    service: Service, generation: Generation, responder: CompletionResponder | ChatResponder
+) -> AsyncIterator[bytes]:
     try:
         async for delta in generation.deltas():
-            yield sse(responder.chunk(delta))
+            yield await service.run(delta.size, partial(_chunk, responder, delta))
         if responder.request.include_usage:
             yield sse(responder.usage_chunk(Usage.of(generation.choices, responder.request.n)))
         yield SSE_DONE
     except GenerationFailed as error:
         logger.error("request failed in its stream: %s", error, extra={"request_id": responder.request_id})
         yield sse(errors.internal(responder.id).body())
+    except TaskCancelledError:
+        raise
+    except Exception as error:
+        unexpected(service, f"in the stream of {responder.request_id}", error)
+        yield sse(errors.internal(responder.id).body())
+
+
+def _chunk(responder: CompletionResponder | ChatResponder, delta: ChoiceDelta) -> bytes:
+    return sse(responder.chunk(delta))
 
 
 @keyed_routes.get("/models")
@@ -161,25 +174,30 @@ async def page() -> Response:
     return Response(PAGE, media_type="text/html; charset=utf-8", headers=HEADERS)
 
 
-@open_routes.post("/tokenize")
-async def tokenize(request: Request) -> dict[str, Any]:
-    service, body = service_of(request), parse_body(await read_body(request), TokenizeRequest)
+# Not under /v1, as in vLLM; but what computes is for those who have the key.
+@open_routes.post("/tokenize", dependencies=[Depends(require_key)])
+async def tokenize(request: Request) -> Response:
+    service, body = service_of(request), await read_request(request, TokenizeRequest)
     service.check_model(body.model)
     if body.messages is not None:
-        text = service.render(body.messages, body.add_generation_prompt, body.continue_final_message)
+        text = await service.render(body.messages, body.add_generation_prompt, body.continue_final_message)
         tokens = await service.encode(text, bool(body.add_special_tokens))
     else:
         tokens = await service.encode(body.prompt or "", body.add_special_tokens is not False)
-    strings = [service.tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
-    return {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, "token_strs": strings}
+
+    def answer() -> bytes:
+        strings = [service.tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
+        told = {"count": len(tokens), "max_model_len": service.max_model_len}
+        return dump(told | {"tokens": tokens, "token_strs": strings})
+
+    return Response(await service.run(len(tokens), answer), media_type="application/json")
 
 
-@open_routes.post("/detokenize")
+@open_routes.post("/detokenize", dependencies=[Depends(require_key)])
 async def detokenize(request: Request) -> dict[str, str]:
-    service, body = service_of(request), parse_body(await read_body(request), DetokenizeRequest)
+    service, body = service_of(request), await read_request(request, DetokenizeRequest)
     service.check_model(body.model)
-    check_token_ids(body.tokens, service.model.vocab_size, "tokens")
-    return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+    return {"prompt": await service.decode(body.tokens)}
 
 
 @open_routes.get("/version")
@@ -203,32 +221,3 @@ async def metrics(request: Request) -> Response:
     service = service_of(request)
     text = await service.supervisor.exposition(service.ingress_id, service.metrics.samples())
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _json_error(error: APIError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers)
-
-
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, APIError)
-    return _json_error(error)
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    method, path = request.method, request.url.path
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "").split(", ")
-        return _json_error(errors.method_not_allowed(method, path, allowed))
-    if error.status_code == 404:
-        return _json_error(errors.route_not_found(method, path))
-    return _json_error(APIError(error.status_code, str(error.detail)))
-
-
-async def _on_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)  # for nobody: it left before its answer began
-
-
-async def _on_exception(request: Request, error: Exception) -> Response:
-    logger.exception("unexpected error on %s %s", request.method, request.url.path, exc_info=error)
-    return _json_error(errors.internal(request.state.request_id))

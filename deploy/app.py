@@ -150,6 +150,7 @@ class IngressDeployment:
         set_up_logs("ingress", settings.log_format, settings.log_level)
         self.tracing = open_tracing(settings)
         self.service = Service(settings, resolve_model(settings.model), _Link(supervisor))
+        await self.service.warm_up()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self.service, self.tracing)

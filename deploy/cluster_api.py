@@ -10,10 +10,9 @@ from ray.exceptions import RayActorError
 
 from cluster.config import ClusterConfig
 from cluster.messages import NotRunning, Wanted
-from deploy.http import read_body, require_key, service_of
+from deploy.http import read_body, read_request, require_key, service_of
 from deploy.openai import errors
 from deploy.openai.fields import refuse
-from deploy.openai.parsing import parse_body
 from deploy.openai.requests import Strict
 from deploy.service import SERVING, Service
 
@@ -80,7 +79,7 @@ async def experts(request: Request) -> dict[str, Any]:
 @cluster_routes.post("/cluster/scale")
 async def scale(request: Request) -> dict[str, Any]:
     """Answers at once with the numbers that there will be; GET /v1/cluster shows how far it is."""
-    service, body = service_of(request), parse_body(await read_body(request), ScaleRequest)
+    service, body = service_of(request), await read_request(request, ScaleRequest)
     _check_scale(body, service.config)
     _check_running(service)
     wanted: Wanted = await _answer(service.supervisor.scale(body.fronts, body.group, body.replicas))
@@ -90,8 +89,8 @@ async def scale(request: Request) -> dict[str, Any]:
 @cluster_routes.post("/cluster/rebalance")
 async def rebalance(request: Request) -> dict[str, Any]:
     """Answers when it is done, or why nothing was to do."""
-    raw = await read_body(request)
-    service, body = service_of(request), parse_body(raw if raw.strip() else b"{}", RebalanceRequest)
+    service, raw = service_of(request), await read_body(request)
+    body = await service.parse(raw if raw.strip() else b"{}", RebalanceRequest)
     if service.config.lane == "local":
         raise errors.invalid_request("lane='local' has all experts in the front: there is nothing to rebalance")
     _check_running(service)

@@ -24,7 +24,7 @@ def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
             # Optional on the command line: the YAML file or the environment may name it.
             parameters.insert(0, _parameter(name, Annotated[str | None, typer.Argument(metavar="MODEL", help=shown)]))
         else:
-            if field.default not in (None, {}):
+            if field.default not in (None, {}, []):
                 shown = f"{shown[:-1]}; default {field.default})"
             parameters.append(_parameter(name, Annotated[_type(field) | None, typer.Option(help=shown)]))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -36,8 +36,8 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _type(field: FieldInfo) -> Any:
-    """The type of one value on the command line: without None; secrets and mappings (JSON) as text."""
+    """The type of one value on the command line: without None; secrets, lists and mappings (JSON) as text."""
     kind = field.annotation
     if get_origin(kind) is UnionType:
         kind = next(option for option in get_args(kind) if option is not type(None))
-    return str if kind is SecretStr or get_origin(kind) is dict else kind
+    return str if kind is SecretStr or get_origin(kind) in (dict, list) else kind

@@ -1,11 +1,15 @@
 """What every route needs: the service, the API key, the body."""
 
 import hmac
+from typing import TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel
 
 from deploy.openai import errors
 from deploy.service import Service
+
+T = TypeVar("T", bound=BaseModel)
 
 MIB = 2**20
 
@@ -27,13 +31,13 @@ def require_key(request: Request) -> None:
         raise errors.unauthorized()
 
 
+async def read_request(request: Request, model: type[T]) -> T:
+    """The checked body. Raises APIError."""
+    return await service_of(request).parse(await read_body(request), model)
+
+
 async def read_body(request: Request) -> bytes:
     """The JSON body, read no further than the limit. Raises APIError (413, 415)."""
-    # `curl -d` says it sends a form, and is served. A web page is not: by other types than JSON, any page could make
-    # a browser use a server in its reach without asking it first (CORS).
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json" and "origin" in request.headers:
-        raise errors.unsupported_media_type(media_type)
     limit_mib = service_of(request).config.max_body_mib
     limit = int(limit_mib * MIB)
     declared = request.headers.get("content-length", "0")
@@ -44,4 +48,8 @@ async def read_body(request: Request) -> bytes:
         body += chunk
         if len(body) > limit:
             raise errors.too_large(limit_mib)
+    # A browser sends other types, or none, for any web page; JSON only after it has asked the server (CORS).
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if body and media_type != "application/json":
+        raise errors.unsupported_media_type(media_type)
     return bytes(body)

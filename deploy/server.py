@@ -1,6 +1,9 @@
 """`outcrop serve`: check, start, show progress, wait, stop everything that was started."""
 
+import asyncio
+import json
 import logging
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,6 +25,8 @@ from cluster.model_config import GraniteMoeConfig, ModelError, read_model_config
 from deploy.local_ray import ray_cluster, reachable_address
 from deploy.on_serve import address, place, route, wait_for_answer
 from deploy.open_tracing import check_tracing
+from deploy.openai.chat_template import ChatTemplate
+from deploy.sandbox import Sandbox
 from deploy.text import Tokenizer
 
 POLL_S = 0.2
@@ -41,12 +46,20 @@ def serve_model(config: ClusterConfig) -> None:
     """Serve until a signal comes. Raises ConfigError, ModelError or StartError; nothing is left running then."""
     with _signals():
         try:
+            config = _with_hosts(config)
             check = check_everything(config)
             _run(config, check)
         except BaseException as error:
             if not _is_stop(error):
                 raise
             console.print("stopped")
+
+
+def _with_hosts(config: ClusterConfig) -> ClusterConfig:
+    """On loopback only this machine reaches us, and knows no other names for us. Elsewhere there may be any."""
+    if config.allowed_hosts is not None or not config.is_on_loopback:
+        return config
+    return config.model_copy(update={"allowed_hosts": []})
 
 
 def _is_stop(error: BaseException | None) -> bool:
@@ -59,9 +72,10 @@ def _is_stop(error: BaseException | None) -> bool:
 class Check:
     """What is known of a model before anything is started."""
 
-    def __init__(self, model: GraniteMoeConfig, info: CheckpointInfo) -> None:
+    def __init__(self, model: GraniteMoeConfig, info: CheckpointInfo, has_chat_template: bool) -> None:
         self.model = model
         self.info = info
+        self.has_chat_template = has_chat_template
 
 
 def check_everything(config: ClusterConfig) -> Check:
@@ -83,7 +97,18 @@ def check_everything(config: ClusterConfig) -> Check:
             f"{model_dir}/tokenizer.json has {tokenizer.vocab_size} tokens, config.json vocab_size={model.vocab_size}: "
             "tokenizer and weights are of different models"
         )
-    return Check(model, info)
+    if tokenizer.template:
+        asyncio.run(_check_template(tokenizer.template))
+    return Check(model, info, tokenizer.has_chat_template)
+
+
+async def _check_template(template: ChatTemplate) -> None:
+    """Raises ModelError if it can't be compiled."""
+    sandbox = Sandbox("compiling the chat template", template.arguments())
+    try:
+        await sandbox.warm_up()
+    finally:
+        await sandbox.close()
 
 
 def kernels_here(config: ClusterConfig) -> str:
@@ -116,7 +141,7 @@ def _run(config: ClusterConfig, check: Check) -> None:
         state = _follow(supervisor)
         if found := wait_for_answer(config):
             raise StartError(f"{found}: the cluster is ready, but Serve does not listen there on this machine")
-        _print_ready(config, state, time.monotonic() - started)
+        _print_ready(config, check, state, time.monotonic() - started)
         _watch(supervisor)
 
 
@@ -194,21 +219,28 @@ def map_line(config: ClusterConfig, check: Check) -> str:
     )
 
 
-def _print_ready(config: ClusterConfig, state: ClusterState, seconds: float) -> None:
+def _print_ready(config: ClusterConfig, check: Check, state: ClusterState, seconds: float) -> None:
     url = address(config)
     lanes = ", ".join(sorted({actor.lane for actor in state.actors}))
     full = state.kv_cache_tokens / state.max_model_len
     console.print(f"[bold green]ready[/] in {seconds:.1f} s: [bold]{config.model_name}[/] on [bold]{url}[/]")
     console.print(f"  lane {lanes}, expert map version {state.map_version}, {len(state.actors)} actors")
     console.print(f"  KV cache: {state.kv_cache_tokens:,} tokens, {full:.1f} sequences of {state.max_model_len:,}")
-    body = (
-        f'{{"model": "{config.model_name}", "messages": [{{"role": "user", "content": "What is an expert replica?"}}]}}'
-    )
+    console.print(f"  try: {example(config, url, check.has_chat_template)}", soft_wrap=True, markup=False)
+    if config.api_key is None and not config.is_on_loopback:
+        console.print(
+            "  [yellow]whoever reaches this port may use it, web pages too: see --api-key, --allowed-hosts[/]"
+        )
+
+
+def example(config: ClusterConfig, url: str, is_chat: bool) -> str:
+    """A request that this server answers."""
+    question = "What is an expert replica?"
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": question}]} if is_chat else {"prompt": question}
+    path = "chat/completions" if is_chat else "completions"
     key = " -H 'Authorization: Bearer KEY'" if config.api_key else ""
-    console.print(
-        f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'",
-        soft_wrap=True,
-    )
+    body = json.dumps({"model": config.model_name} | asked)
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} \\\n    -d {shlex.quote(body)}"
 
 
 @contextmanager

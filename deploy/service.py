@@ -4,9 +4,13 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel
 
 from cluster.blueprint import max_model_len
 from cluster.config import ClusterConfig
@@ -15,13 +19,17 @@ from cluster.metrics import Metrics
 from cluster.model_config import read_model_config
 from deploy.front_client import FrontClient
 from deploy.generation import Generation, Plan
-from deploy.openai.chat_template import ChatTemplateError
 from deploy.openai.choices import Choice
-from deploy.openai.errors import context_length_exceeded, invalid_request, model_not_found, unavailable
+from deploy.openai.errors import context_length_exceeded, invalid_request, model_not_found, overloaded, unavailable
+from deploy.openai.parsing import check_content, parse_body
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, Message
-from deploy.openai.sampling import check_limits, to_sampling_params
+from deploy.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from deploy.request_trace import RequestTrace
-from deploy.text import Tokenizer
+from deploy.sandbox import Sandbox, SandboxBusy, SandboxError, join_pieces
+from deploy.text import NO_TEMPLATE, Tokenizer
+
+T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +38,12 @@ READY_PERIOD_S = 1.0
 # "recovering": there may be no front for the moment, or the supervisor may not know yet which there are.
 SERVING = ("ready", "degraded", "recovering")
 REFRESH_TIMEOUT_S = 5.0
-# Longer texts are tokenised in a thread, so that they don't hold up everyone's streams.
-LONG_TEXT = 10_000
+# What grows with a request is done on the event loop only up to this many characters, tokens or bytes: longer work,
+# which goes to a thread, would hold up everyone's streams. There it must not keep the interpreter's lock for long
+# either, which json.loads() does with larger bodies: they are read in a sandbox.
+LONG = 10_000
+LARGE_BODY = 200_000
+MAX_THREADS = 4
 
 
 class SupervisorLink(Protocol):
@@ -58,6 +70,10 @@ class Service:
         self.ingress_id = f"ingress-{uuid.uuid4().hex[:8]}"
         self.client = FrontClient(self.ingress_id, self.metrics, config.max_num_waiting)
         self.state = ClusterState("starting", "starting", "")
+        self._threads = ThreadPoolExecutor(MAX_THREADS, "requests")
+        self._bodies = Sandbox("reading the body")
+        template = self.tokenizer.template
+        self._templates = Sandbox("messages: rendering the chat template", template.arguments()) if template else None
         self._follow = asyncio.create_task(self._follow_state())
 
     async def _follow_state(self) -> None:
@@ -91,12 +107,14 @@ class Service:
     ) -> Generation:
         """Check, tokenise and submit. Raises APIError, Overloaded or Unavailable."""
         self.check_model(request.model)
-        check_limits(request, self.config, self.model.vocab_size)
+        num_ids = [len(ids) for ids in request.prompt_token_ids]
+        self._check_fits(max(num_ids, default=0), "prompt")
+        await self.run(sum(num_ids), lambda: check_limits(request, self.config, self.model.vocab_size))
         started = time.monotonic()
         prompts = await self._prompts(request)
         if trace:
             trace.tokenised(started)
-        plans = [self._plan(request, prompt, at, n) for at, prompt in enumerate(prompts) for n in range(request.n)]
+        plans = await self.run(sum(map(len, prompts)), lambda: self._plans(request, prompts))
         if trace:
             trace.begin(request.n, [plan.choice for plan in plans], plans[0].params)
         # Without a front for the moment, requests wait for the one that is being restarted.
@@ -110,30 +128,66 @@ class Service:
         if name is not None and name != self.config.model_name:
             raise model_not_found(name, self.config.model_name)
 
+    async def warm_up(self) -> None:
+        """Raises ModelError if the chat template can't be compiled."""
+        if self._templates:
+            await self._templates.warm_up()
+
+    async def close(self) -> None:
+        """Stop what was started here."""
+        self._follow.cancel()
+        await self._bodies.close()
+        if self._templates:
+            await self._templates.close()
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """Do what takes as long as `size` is large, where it holds up nobody."""
+        return work() if size < LONG else await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def parse(self, raw: bytes, model: type[B]) -> B:
+        """A checked body. Raises APIError."""
+        if len(raw) < LARGE_BODY:
+            return await self.run(len(raw), lambda: parse_body(raw, model))
+        pieces = await _sandboxed(self._bodies.read_json(raw))
+        return await self.run(len(raw), lambda: check_content(join_pieces(pieces), model, b"\\u" in raw))
+
     async def _prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[tuple[int, ...]]:
         if isinstance(request, ChatCompletionRequest):
-            text = self.render(request.messages, request.add_generation_prompt, request.continue_final_message)
+            text = await self.render(request.messages, request.add_generation_prompt, request.continue_final_message)
             return [await self.encode(text, add_special_tokens=False, param="messages")]
         return [await self.encode(p) if isinstance(p, str) else tuple(p) for p in request.prompt]
 
-    def render(self, messages: list[Message], add_generation_prompt: bool, continue_final_message: bool) -> str:
-        try:
-            return self.tokenizer.render_chat(
-                [message.for_template() for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-            )
-        except ChatTemplateError as error:
-            raise invalid_request(str(error), "messages") from None
+    async def render(self, messages: list[Message], add_generation_prompt: bool, continue_final_message: bool) -> str:
+        """Raises APIError (400)."""
+        if self._templates is None:
+            raise invalid_request(NO_TEMPLATE, "messages")
+        rendering = self._templates.render(
+            messages=[message.for_template() for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return await _sandboxed(rendering, "messages")
 
     async def encode(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> tuple[int, ...]:
         """Raises APIError (400), before it has tokenised anything, if the text can't fit whatever its tokens are."""
-        least = len(text) // self.tokenizer.longest_token
+        self._check_fits(len(text) // self.tokenizer.longest_token, param)
+        return await self.run(len(text), lambda: tuple(self.tokenizer.encode(text, add_special_tokens)))
+
+    async def decode(self, tokens: list[int]) -> str:
+        """Raises APIError (400)."""
+        if len(tokens) > self.max_model_len:
+            limit = f"max_model_len={self.max_model_len}"
+            raise invalid_request(f"tokens: {len(tokens)} token ids are more than {limit}: send fewer", "tokens")
+        check_token_ids(tokens, self.model.vocab_size, "tokens")
+        return await self.run(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def _check_fits(self, least: int, param: str) -> None:
+        """`least`: as many tokens as there must be."""
         if least > self.max_model_len:
             raise context_length_exceeded(self.max_model_len, least, 0, param)
-        if len(text) < LONG_TEXT:
-            return tuple(self.tokenizer.encode(text, add_special_tokens))
-        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
+
+    def _plans(self, request: CompletionRequest | ChatCompletionRequest, prompts: list[tuple[int, ...]]) -> list[Plan]:
+        return [self._plan(request, prompt, at, n) for at, prompt in enumerate(prompts) for n in range(request.n)]
 
     def _plan(
         self,
@@ -153,3 +207,13 @@ class Service:
         )
         choice = Choice(at * request.n + n, request, params, prompt, self.tokenizer, self.model.eos_token_ids)
         return Plan(choice, prompt, params)
+
+
+async def _sandboxed(work: Awaitable[T], param: str | None = None) -> T:
+    """Raises APIError: 400 where the work is refused or takes too much, 429 where there is no place for it."""
+    try:
+        return await work
+    except SandboxError as error:
+        raise invalid_request(str(error), error.param or param, error.code or "invalid_value") from None
+    except SandboxBusy:
+        raise overloaded() from None

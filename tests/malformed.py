@@ -49,7 +49,7 @@ BODIES: list[Row] = [
     _raw("nan", b'{"prompt": "Hi", "temperature": NaN}'),
     _raw("infinity", b'{"prompt": "Hi", "temperature": Infinity}'),
     _raw("overflow", b'{"prompt": "Hi", "temperature": 1e999}', "temperature"),
-    _raw("long-number", b'{"prompt": "Hi", "seed": ' + b"9" * 5000 + b"}"),
+    _raw("long-number", b'{"prompt": "Hi", "seed": ' + b"9" * 5000 + b"}", "seed"),
     _raw("deep", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     _raw("deep-objects", b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
     _raw("nested", b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}", "prompt"),

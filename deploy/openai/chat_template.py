@@ -1,14 +1,15 @@
 """A checkpoint's chat template: messages in, prompt text out, byte for byte as transformers renders it.
 
 A template comes from a checkpoint, so it is untrusted code: it runs in jinja2's immutable sandbox, sees plain
-strings only, and what it writes is bounded. Knows no tokens and no HTTP.
+strings only, and what it writes is bounded. What it computes is not: a server renders in a process that can be ended
+(deploy/sandbox.py). Knows no tokens and no HTTP.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from jinja2 import nodes
@@ -18,10 +19,15 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from cluster.model_config import ModelError, read_json
+from cluster.model_config import MALFORMED, ModelError, read_file, read_json
+
+T = TypeVar("T")
 
 # Far above any context window; a template that writes more is broken or hostile.
 MAX_CHARS = 32 * 1024 * 1024
+MAX_SOURCE_CHARS = 1024 * 1024
+MAX_SOURCE_BYTES = 4 * MAX_SOURCE_CHARS
+MAX_ERROR_CHARS = 500
 # transformers' own mark: it ends in a space so that a template that trims the message can be told apart.
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -31,16 +37,35 @@ class ChatTemplateError(ValueError):
 
 
 class ChatTemplate:
-    """One compiled template. `special_tokens` (bos_token, eos_token, ...) are variables in it."""
+    """One template. `special_tokens` (bos_token, eos_token, ...) are variables in it. Raises ModelError."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str = "chat_template") -> None:
-        self._special_tokens = dict(special_tokens)
+        self.source, self.special_tokens, self.origin = source, dict(special_tokens), origin
+        self._template: jinja2.Template | None = None
+        if len(source) > MAX_SOURCE_CHARS:
+            raise self._invalid(f"it has {len(source)} characters, more than {MAX_SOURCE_CHARS}")
+        self._try(lambda: _environment().parse(source))
+
+    def arguments(self) -> dict[str, Any]:
+        """What makes the same template in another process."""
+        return {"source": self.source, "special_tokens": self.special_tokens, "origin": self.origin}
+
+    def compile(self) -> jinja2.Template:
+        """Not only when it is read: jinja2 computes constant expressions, however large, to compile them."""
+        if self._template is None:
+            self._template = self._try(lambda: _environment().from_string(self.source))
+        return self._template
+
+    def _try(self, read: Callable[[], T]) -> T:
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelError(
-                f"{origin} is not a valid chat template: {error}; set chat_template to another file, or to `none`"
-            ) from None
+            return read()
+        except (jinja2.TemplateError, *MALFORMED) as error:
+            raise self._invalid(_why(error)) from None
+
+    def _invalid(self, why: str) -> ModelError:
+        return ModelError(
+            f"{self.origin} is not a valid chat template: {why}; set chat_template to another file, or to `none`"
+        )
 
     def render(
         self,
@@ -64,11 +89,10 @@ class ChatTemplate:
     def _run(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
         parts: list[str] = []
         size = 0
-        variables = self._special_tokens | {"tools": None, "documents": None}
+        variables = self.special_tokens | {"tools": None, "documents": None}
+        template = self.compile()
         try:
-            for part in self._template.generate(
-                messages=chat, add_generation_prompt=add_generation_prompt, **variables
-            ):
+            for part in template.generate(messages=chat, add_generation_prompt=add_generation_prompt, **variables):
                 size += len(part)
                 if size > MAX_CHARS:
                     raise ChatTemplateError(f"messages: the chat template writes more than {MAX_CHARS} characters")
@@ -76,8 +100,13 @@ class ChatTemplate:
         except ChatTemplateError:
             raise
         except Exception as error:  # a template is a program: it may fail in any way, and that is the request's error
-            raise ChatTemplateError(f"messages: the model's chat template refuses them: {error}") from error
+            raise ChatTemplateError(f"messages: the model's chat template refuses them: {_why(error)}") from error
         return "".join(parts)
+
+
+def _why(error: BaseException) -> str:
+    """The text of an error, which the template may have written."""
+    return str(error)[:MAX_ERROR_CHARS] or type(error).__name__
 
 
 def load_chat_template(
@@ -92,8 +121,10 @@ def load_chat_template(
     path = Path(override) if override is not None else model_dir / "chat_template.jinja"
     if override is not None or path.exists():
         try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens, str(path))
-        except (OSError, UnicodeDecodeError) as error:
+            return ChatTemplate(read_file(path, MAX_SOURCE_BYTES), special_tokens, str(path))
+        except ModelError:
+            raise
+        except (OSError, ValueError) as error:
             raise ModelError(f"chat_template={str(path)!r} can't be read: {error}") from None
     config_path = model_dir / "tokenizer_config.json"
     entry = read_json(config_path).get("chat_template") if config_path.exists() else None

@@ -5,6 +5,7 @@ Joins the detokeniser, the stop strings and the bookkeeping of log-probabilities
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from cluster.messages import FinishReason, RequestOutput, RoutedExperts, SamplingParams, TokenLogprob
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
@@ -40,13 +41,21 @@ class ChoiceDelta:
     routed_experts: RoutedExperts | None = None
 
     @property
+    def size(self) -> int:
+        """How much there is to write."""
+        return len(self.text) + len(self.rows) + len(self.prompt_token_ids) + len(self.prompt_logprobs or ())
+
+    @property
     def is_empty(self) -> bool:
         """Nothing to tell a client, such as text that may still become a stop string."""
         return not (self.text or self.token_ids or self.rows or self.is_first or self.finish_reason)
 
 
 class Choice:
-    """Feed it every RequestOutput of its sequence, in order. `must_abort`: it ended here, but not at the front yet."""
+    """Feed it every RequestOutput of its sequence, in order. `must_abort`: it ended here, but not at the front yet.
+
+    To make one takes as long as the prompt is, if the prompt is echoed.
+    """
 
     def __init__(
         self,
@@ -72,6 +81,7 @@ class Choice:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, skip_special_tokens=request.skip_special_tokens, prompt_ids=self.prompt_token_ids
         )
+        self._echoed = self._spell_prompt() if request.is_echo else []
         self._is_started = False
         self._offset = 0
         self._routed: list[RoutedExperts] = []
@@ -101,17 +111,20 @@ class Choice:
             routed_experts=self._all_routed(),
         )
 
-    def _echo(self, output: RequestOutput) -> tuple[str, list[TokenRow]]:
-        """The prompt as text (special tokens too: the client sent them) and its rows."""
+    def _spell_prompt(self) -> list[str]:
+        """What each token of the prompt adds to its text; special tokens too: the client sent them."""
         # Not flushed: the detokeniser of the output completes a character that the prompt begins.
         detokenizer = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=False)
-        text, rows = "", []
-        known = output.prompt_logprobs or (None,) * len(self.prompt_token_ids)
-        for token_id, logprob in zip(self.prompt_token_ids, known, strict=True):
-            rows.append(TokenRow(token_id, logprob, self._offset))
-            piece = detokenizer.feed(token_id)
-            text += piece
-            self._offset += len(piece)
+        return [detokenizer.feed(token_id) for token_id in self.prompt_token_ids]
+
+    def _echo(self, output: RequestOutput) -> tuple[str, list[TokenRow]]:
+        """The prompt as text and, where log-probabilities are asked for, its rows."""
+        text, rows = "".join(self._echoed), []
+        if self._params.logprobs is not None:
+            known = output.prompt_logprobs or (None,) * len(self.prompt_token_ids)
+            offsets = accumulate(map(len, self._echoed), initial=0)
+            rows = [TokenRow(*row) for row in zip(self.prompt_token_ids, known, offsets, strict=False)]
+        self._offset = len(text)
         return text, rows
 
     def _take(self, output: RequestOutput) -> tuple[str, list[TokenRow]]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+# A field of a request may be as long as the request.
+MAX_MESSAGE = 1000
 INVALID_REQUEST = "invalid_request_error"
 
 
@@ -20,7 +22,7 @@ class APIError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
         self.type = type
         self.param = param
         self.code = code
@@ -72,13 +74,26 @@ def unauthorized(is_missing: bool = False) -> APIError:
     )
 
 
+def misdirected(host: str) -> APIError:
+    message = (
+        f"Host {host!r:.200} is not known as a name of this server, and a web page may have given it our address: use "
+        "the IP address, or add the name to the setting allowed_hosts"
+    )
+    return APIError(421, message, code="misdirected_request")
+
+
+def foreign_origin(origin: str) -> APIError:
+    message = f"A web page of {origin!r:.200} may not use this server: add its origin to the setting allowed_origins"
+    return APIError(403, message, code="origin_not_allowed")
+
+
 def too_large(max_body_mib: float) -> APIError:
     message = f"The request body is larger than {max_body_mib:g} MiB; the server's limit is max_body_mib"
     return APIError(413, message, code="request_too_large")
 
 
 def unsupported_media_type(media_type: str) -> APIError:
-    message = f"The content type {media_type!r} is not supported: send application/json"
+    message = f"Content-Type {media_type!r:.200} is not supported: send the header `Content-Type: application/json`"
     return APIError(415, message, code="unsupported_media_type")
 
 

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import re
 import reprlib
 from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
@@ -14,7 +13,7 @@ from deploy.openai.errors import APIError, invalid_request
 
 T = TypeVar("T", bound=BaseModel)
 
-SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_DIGITS = 400
 CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
@@ -26,10 +25,12 @@ _short.maxstring = _short.maxother = _short.maxlong = 60
 
 def parse_body(raw: bytes, model: type[T]) -> T:
     """Check a body against a request model. Raises APIError (400)."""
-    content = _read_json(raw)
-    if not isinstance(content, dict):
-        raise invalid_request(f"The body is not a JSON object but {_short.repr(content)}", code="invalid_json")
-    if b"\\u" in raw:
+    return check_content(read_json(raw), model, b"\\u" in raw)
+
+
+def check_content(content: dict[str, Any], model: type[T], has_escapes: bool) -> T:
+    """Check what a body holds against a request model. Raises APIError (400)."""
+    if has_escapes:
         _refuse_surrogates(content)
     try:
         return model.model_validate(content)
@@ -37,19 +38,28 @@ def parse_body(raw: bytes, model: type[T]) -> T:
         raise _first_error(error, model) from None
 
 
-def _read_json(raw: bytes) -> Any:
+def read_json(raw: bytes) -> dict[str, Any]:
+    """Raises APIError (400)."""
     if not raw.strip():
         raise invalid_request("The body is empty: send a JSON object", code="invalid_json")
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(raw.decode("utf-8"), parse_int=_number, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise invalid_request(
             f"The body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
         ) from None
     except RecursionError:
         raise invalid_request("The body nests too deeply", code="invalid_json") from None
-    except ValueError as error:  # also a number with thousands of digits
+    except ValueError as error:
         raise invalid_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(content, dict):
+        raise invalid_request(f"The body is not a JSON object but {_short.repr(content)}", code="invalid_json")
+    return content
+
+
+def _number(digits: str) -> int | float:
+    """No field takes a number of more digits; to read and to show some thousands of them would take long."""
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -59,10 +69,18 @@ def _refuse_constant(name: str) -> NoReturn:
 def _refuse_surrogates(content: dict[str, Any]) -> None:
     """Half of a surrogate pair is legal JSON but no text: no tokenizer can take it."""
     for path, text in _strings(content):
-        if SURROGATE.search(text):
+        if not _is_text(text):
             shown = path.encode("utf-8", "backslashreplace").decode()
             message = f"{shown} holds half of a surrogate pair (such as \\ud800), which is not text"
             raise invalid_request(message, param=shown)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _strings(content: Any) -> Iterator[tuple[str, str]]:

@@ -108,6 +108,11 @@ class CompletionRequest(GenerationFields):
         return self.n * len(self.prompt)
 
     @property
+    def prompt_token_ids(self) -> list[list[int]]:
+        """Prompts that came as token ids."""
+        return [prompt for prompt in self.prompt if not isinstance(prompt, str)]
+
+    @property
     def num_logprobs(self) -> int | None:
         """Alternatives to report per token (0: only the token itself), None for no log-probabilities."""
         return self.logprobs
@@ -171,6 +176,10 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     @property
     def num_choices(self) -> int:
         return self.n
+
+    @property
+    def prompt_token_ids(self) -> list[list[int]]:
+        return []
 
     @property
     def num_logprobs(self) -> int | None:

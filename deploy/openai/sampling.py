@@ -84,17 +84,17 @@ def check_limits(request: GenerationBody, limits: Limits, vocab_size: int) -> No
             )
     check_token_ids(request.stop_token_ids, vocab_size, "stop_token_ids")
     check_token_ids(request.logit_bias, vocab_size, "logit_bias")
-    if isinstance(request, CompletionRequest):
-        for prompt in request.prompt:
-            if not isinstance(prompt, str):
-                check_token_ids(prompt, vocab_size, "prompt")
+    for prompt in request.prompt_token_ids:
+        check_token_ids(prompt, vocab_size, "prompt")
 
 
 def check_token_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
     """Raises APIError (400) that names the first id outside the vocabulary."""
     worst = max(ids, default=0)
     if worst >= vocab_size:
-        raise invalid_request(f"{param}: token id {worst} is outside the vocabulary: use 0 to {vocab_size - 1}", param)
+        raise invalid_request(
+            f"{param}: token id {str(worst)[:20]} is outside the vocabulary: use 0 to {vocab_size - 1}", param
+        )
 
 
 def _max_tokens(request: GenerationBody, max_model_len: int, prompt_len: int) -> int:

@@ -10,7 +10,7 @@ from openai import AsyncOpenAI, OpenAI
 from tests.checkpoints import MODELS, TinyModel, write_checkpoint
 from tests.e2e.collector import Collector, collecting
 from tests.e2e.oracle import Oracle
-from tests.e2e.servers import Server, serving
+from tests.e2e.servers import Server, ray_token, serving
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +38,7 @@ def unwanted_traces() -> Iterator[Collector]:
 @pytest.fixture(scope="session")
 def server(model_dir: Path, unwanted_traces: Collector) -> Iterator[Server]:
     env = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": unwanted_traces.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    env |= ray_token()
     with serving(model_dir, "--groups", "2", "--replicas", "1", "--dtype", "float32", env=env) as running:
         yield running
 

@@ -21,6 +21,15 @@ START_S = 120.0
 # Generous: these machines are shared. An orderly stop takes 3 to 5 s.
 STOP_S = 45.0
 
+CHECK_INTEGRITY = """
+import sys, ray
+from ray.util import list_named_actors
+ray.init(sys.argv[1], log_to_driver=False)
+fronts = [actor for actor in list_named_actors(all_namespaces=True) if actor["name"].startswith("front-")]
+assert fronts
+ray.get([ray.get_actor(**actor).check_integrity.remote() for actor in fronts], timeout=30)
+"""
+
 # (name, labels) of a sample -> value
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -35,6 +44,11 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Ours without settings of Ray or Outcrop, so that a server always starts a Ray of its own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OUTCROP_"))}
     return kept | {"RAY_ADDRESS": "local"} | dict(extra or {})
+
+
+def ray_token() -> dict[str, str]:
+    """Lets us into the Ray of a server that is started with it."""
+    return {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
 
 
 def eventually(is_true: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
@@ -115,6 +129,19 @@ class Server:
         """No sequence runs or waits, and every KV block has been given back."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
         eventually(lambda: all(self.metric(name) == 0 for name in names), f"all 0: {', '.join(names)}", timeout)
+
+    def check_integrity(self) -> None:
+        """Every front checks its scheduler and cache between two steps. Needs the environment of ray_token()."""
+        words = [word for process in self.processes() for word in process.cmdline()]
+        address = next(word for word in words if word.startswith("--gcs-address=")).partition("=")[2]
+        done = subprocess.run(
+            [sys.executable, "-c", CHECK_INTEGRITY, address],
+            env=clean_environment(ray_token()),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
 
     def signal(self, number: Signals) -> None:
         """As a terminal does it: to the whole process group."""

@@ -24,6 +24,12 @@ def bearer(key: str) -> dict[str, bytes]:
     return {"Authorization": b"Bearer " + key.encode()}
 
 
+FOREVER = """\
+{% if messages[0].content == 'forever' %}
+{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}
+{% endif %}
+{{ messages[0].content }}"""
+
 WRONG_KEYS = {
     "none": {},
     "wrong": bearer("wrong"),
@@ -37,9 +43,12 @@ WRONG_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def server(model_dir: Path) -> Iterator[Server]:
+def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     layout = ["--groups", "1", "--replicas", "2", "--ingress-replicas", "2", "--lane", "object_ref"]
+    template = tmp_path_factory.mktemp("template") / "forever.jinja"
+    template.write_text(FOREVER)
     limits = f"--dtype float32 --max-num-seqs 1 --max-num-waiting 2 --max-body-mib 1 --api-key {KEY}".split()
+    limits += ["--chat-template", str(template)]
     with serving(model_dir, *layout, *limits) as running:
         yield running
 
@@ -58,11 +67,13 @@ async def crowd(server: Server) -> AsyncIterator[httpx.AsyncClient]:
 
 class TestKey:
     @pytest.mark.parametrize("name", WRONG_KEYS)
-    def test_without_the_key_v1_is_closed(self, server: Server, name: str) -> None:
+    def test_without_the_key_what_computes_is_closed(self, server: Server, name: str) -> None:
         headers = WRONG_KEYS[name]
         for response in (
             server.get("/v1/models", headers=headers),
             httpx.post(server.url + COMPLETIONS, headers=headers),
+            httpx.post(server.url + "/tokenize", headers=headers),
+            httpx.post(server.url + "/detokenize", headers=headers),
         ):
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
@@ -86,11 +97,30 @@ class TestKey:
 class TestBodies:
     def test_bodies_above_the_limit(self, http: httpx.Client) -> None:
         body = json.dumps(SHORT).encode()
-        assert http.post(COMPLETIONS, content=body.ljust(MIB)).status_code == 200
+        json_body = {"Content-Type": "application/json"}
+        assert http.post(COMPLETIONS, content=body.ljust(MIB), headers=json_body).status_code == 200
         response = http.post(COMPLETIONS, content=body.ljust(MIB + 1))
         assert response.status_code == 413
         assert "max_body_mib" in response.json()["error"]["message"]
         assert http.post("/tokenize", content=body.ljust(2 * MIB)).status_code == 413
+
+
+async def test_a_template_that_never_ends_holds_up_only_who_asked_for_it(
+    server: Server, crowd: httpx.AsyncClient
+) -> None:
+    def chat(text: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": text}], "max_tokens": 2, "ignore_eos": True}
+
+    hanging = [asyncio.create_task(crowd.post("/v1/chat/completions", json=chat("forever"))) for _ in range(2)]
+    await asyncio.sleep(0.2)
+    for _ in range(3):
+        assert (await crowd.get("/health")).status_code == 200
+        assert (await crowd.post("/v1/chat/completions", json=chat("Hi"))).status_code == 200
+    assert not any(task.done() for task in hanging)
+    for answer in await asyncio.gather(*hanging):
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert (error["param"], "of a processor" in error["message"]) == ("messages", True)
 
 
 async def reaches(server: Server, gauge: str, value: float) -> None:

@@ -1,6 +1,7 @@
 """Finding a checkpoint and refusing a broken one before anything starts; loading only what was asked for."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks import make_checkpoint as maker
 from cluster import checkpoint
 from cluster.checkpoint import CheckpointInfo, check_checkpoint, read_headers, resolve_model
 from cluster.model_config import ModelError, read_model_config
+from deploy.text import Tokenizer
 from tests.checkpoints import MODELS, load_reference, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -139,6 +141,86 @@ def test_file_that_is_no_safetensors(broken: Path, text: bytes):
     (broken / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(ModelError, match=r"model\.safetensors.*(not a safetensors file|malformed)"):
         check(broken)
+
+
+DEEP = b"[" * 200_000 + b"]" * 200_000
+
+
+@pytest.mark.parametrize(
+    "text", [DEEP, b'{"a": ' + DEEP + b"}", b'{"a": {"b":' * 100_000, b'{"a": ' + b"9" * 5000 + b"}"],
+    ids=["lists", "value", "objects", "number"],
+)  # fmt: skip
+def test_json_of_a_stranger(broken: Path, text: bytes):
+    (broken / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ModelError, match="is not a safetensors file"):
+        check(broken)
+    (broken / "model.safetensors").unlink()
+    for name in ("model.safetensors.index.json", "config.json", "generation_config.json"):
+        (broken / name).write_bytes(text)
+    for read in (read_headers, read_model_config):
+        with pytest.raises(ModelError, match="can't be read"):
+            read(broken)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [1e999]}, {"shape": [-1, -32]}, {"shape": [32.0]}, {"shape": [True, 32]}, {"shape": ["32"]},
+        {"shape": "32"}, {"shape": [10**30]}, {"shape": [10**15] * 100_000}, {"shape": [[32]]}, {"shape": None},
+        {"dtype": ["F32"]}, {"dtype": None}, {"data_offsets": [0]}, {"data_offsets": [0, 1e999]},
+        {"data_offsets": [0, 64, 128]}, {"data_offsets": {"0": 1}}, {"data_offsets": [0, 10**400]},
+    ],
+    ids=lambda change: str(change)[:40],
+)  # fmt: skip
+def test_headers_of_a_stranger(broken: Path, change: dict):
+    change_header(broken, lambda header: header["model.norm.weight"].update(change))
+    with pytest.raises(ModelError, match=r"model\.norm\.weight") as caught:
+        check(broken)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_header_longer_than_the_format_allows_is_not_read(broken: Path):
+    with (broken / "model.safetensors").open("wb") as file:
+        file.write((200_000_000).to_bytes(8, "little"))
+        file.truncate(300_000_000)  # a hole, which takes no space
+    with pytest.raises(ModelError, match=r"its header has 200,000,000 bytes, safetensors allows 100,000,000"):
+        check(broken)
+
+
+FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_without_end_or_of_other_kinds(broken: Path, name: str):
+    def read() -> None:
+        read_model_config(broken)
+        Tokenizer.load(broken)
+
+    (broken / name).unlink(missing_ok=True)
+    with (broken / name).open("wb") as file:
+        file.truncate(300 * 2**20)
+    with pytest.raises(ModelError, match=rf"{name}.* can't be read: it has more than"):
+        read()
+    (broken / name).unlink()
+    for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo, Path.mkdir):
+        make(broken / name)
+        with pytest.raises(ModelError, match=rf"{name}.* can't be read: it is no regular file"):
+            read()
+        (broken / name).rmdir() if (broken / name).is_dir() else (broken / name).unlink()
+
+
+def test_a_pipe_is_no_file_of_weights(broken: Path):
+    (broken / "model.safetensors").unlink()
+    os.mkfifo(broken / "model.safetensors")
+    with pytest.raises(ModelError, match="no regular file"):
+        check(broken)
+
+
+@pytest.mark.parametrize("name", ["..", "", "/etc/passwd", "a\0b", "\ud800", "x" * 5000, "/dev/zero", "config.json"])
+def test_shards_named_by_a_stranger(broken_shards: Path, name: str):
+    (broken_shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError):
+        read_headers(broken_shards)
 
 
 @pytest.mark.parametrize("offsets", [[0, 10**9], [-4, 124], [128, 0]])

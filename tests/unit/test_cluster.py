@@ -42,6 +42,7 @@ def test_every_setting_has_an_environment_twin() -> None:
         "enable_prefix_caching": "false",
         "redundant_experts": "2",
         "otlp_traces_endpoint": "http://1",
+        "allowed_origins": "https://1",
         "log_level": "info",
         "log_format": "json",
         "front_resources": '{"a": 1}',
@@ -57,6 +58,14 @@ def test_a_kubernetes_service_named_outcrop_does_not_set_the_port() -> None:
     assert load_config({"model": "m"}, None, {"OUTCROP_PORT": "tcp://10.0.0.1:8000"}).port == 8000
 
 
+def test_lists_are_text_where_there_are_only_texts() -> None:
+    environ = {"OUTCROP_ALLOWED_HOSTS": " A.example, *.b.example ,", "OUTCROP_ALLOWED_ORIGINS": "*"}
+    config = load_config({"model": "m"}, None, environ)
+    assert (config.allowed_hosts, config.allowed_origins) == (["a.example", "*.b.example"], ["*"])
+    explicit = load_config({"model": "m", "allowed_hosts": "", "allowed_origins": ["http://[::1]:80"]}, None, environ)
+    assert (explicit.allowed_hosts, explicit.allowed_origins) == ([], ["http://[::1]:80"])
+
+
 @pytest.mark.parametrize(
     ("explicit", "message"),
     [
@@ -67,6 +76,10 @@ def test_a_kubernetes_service_named_outcrop_does_not_set_the_port() -> None:
         ({"model": "m", "name": "A"}, "name='A': Value error, must be up to 40 lower-case letters"),
         ({"model": "m", "name": "v1"}, "name='v1': Value error, is a route of the API: choose a name other than"),
         ({"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 8}, "max_num_seqs=64 is more than"),
+        ({"model": "m", "allowed_hosts": "http://a.example"}, "'http://a.example' is no host name: write a.example"),
+        ({"model": "m", "allowed_hosts": "a.example:8000"}, "'a.example:8000' is no host name"),
+        ({"model": "m", "allowed_origins": "a.example"}, "'a.example' is no origin: write https://a.example"),
+        ({"model": "m", "allowed_origins": ["https://a.example/"]}, "'https://a.example/' is no origin"),
     ],
 )
 def test_bad_settings_are_named(explicit: dict[str, object], message: str) -> None:

@@ -1,5 +1,7 @@
 """`outcrop serve` ends in order, wherever the signal strikes; tests/e2e/test_lifecycle.py has the real ones."""
 
+import json
+import shlex
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -7,6 +9,8 @@ import pytest
 
 from cluster.config import ClusterConfig
 from deploy import server
+from deploy.openai.parsing import parse_body
+from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
 
 
 def break_off(*_: object) -> NoReturn:
@@ -47,3 +51,27 @@ def test_a_signal_ends_watching_while_the_supervisor_is_asked(monkeypatch: pytes
     monkeypatch.setattr(server.time, "sleep", lambda _: None)
     with pytest.raises(SystemError, match="returned a result"):
         server._watch(Supervisor)
+
+
+@pytest.mark.parametrize(("is_chat", "key"), [(True, None), (False, None), (False, "secret")])
+def test_the_request_that_is_suggested_is_one_that_is_answered(is_chat: bool, key: str | None) -> None:
+    config = ClusterConfig(model='it\'s "m"', api_key=key)
+    words = shlex.split(server.example(config, "http://127.0.0.1:8000", is_chat).replace("\\\n", ""))
+    path = "/v1/chat/completions" if is_chat else "/v1/completions"
+    assert words[:2] == ["curl", f"http://127.0.0.1:8000{path}"]
+    assert ("Authorization: Bearer KEY" in words) == (key is not None)
+    body = json.loads(words[-1])
+    assert body["model"] == config.model_name
+    parse_body(words[-1].encode(), ChatCompletionRequest if is_chat else CompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("host", "given", "expected"),
+    [
+        ("127.0.0.1", None, []), ("localhost", None, []), ("::1", None, []), ("127.0.0.1", ["a"], ["a"]),
+        ("0.0.0.0", None, None), ("10.0.0.1", None, None), ("a.example", None, None), ("0.0.0.0", ["a"], ["a"]),
+    ],
+)  # fmt: skip
+def test_only_on_loopback_the_names_are_known(host: str, given: list[str] | None, expected: list[str] | None) -> None:
+    config = ClusterConfig(model="m", host=host, allowed_hosts=given)
+    assert server._with_hosts(config).allowed_hosts == expected
