@@ -10,7 +10,7 @@ from collections import deque
 TARGET_S = 0.25
 # Prompt tokens of a step: never fewer, since a step of a few costs nearly as much (it reads the same weights) and first
 # tokens would come late where answers alone take the target; never more.
-LEAST, MOST = 64, 512
+LEAST, MOST = 96, 512
 # Their median counts: a step that a failover held up changes nothing.
 MEMORY = 5
 
