@@ -72,13 +72,12 @@ class Fleet:
         return added, surplus
 
     def _fill(self, kind: ActorKind, group: int | None, count: int) -> tuple[list[Member], list[Member]]:
-        staying = [m for m in self.members if m.kind == kind and m.group == group and m.state != "draining"]
+        staying = [m for m in self.members if m.kind == kind and m.group == group and not m.is_leaving]
         used = {m.slot for m in self.members}
         free = (spec for spec in self._specs(group) if spec.actor_id not in used)
         added = [Member(next(free), kind) for _ in range(count - len(staying))]
         # Those that don't serve go first, then the youngest slots. Those that are silent stay until they have answered.
-        leaving = [m for m in staying if not m.is_unknown]
-        leaving.sort(key=lambda m: (m.state == "ready", -self.members.index(m)))
+        leaving = sorted((m for m in reversed(staying) if not m.is_unknown), key=lambda m: m.state == "ready")
         return added, leaving[: max(0, len(staying) - count)]
 
     def _specs(self, group: int | None) -> Iterator[FrontSpec | ReplicaSpec]:
@@ -92,6 +91,7 @@ class Fleet:
 
     async def load(self, member: Member) -> None:
         """Start the member's actor and let it load. Raises its own ConfigError or ModelError, or a RayError."""
+        member.spec = replace(member.spec, lane_keys=self.blueprint.lane_keys)
         if isinstance(member.spec, ReplicaSpec):  # experts may have moved since the spec was written
             experts = self.expert_map.experts_of(member.spec.group)
             member.spec = replace(member.spec, experts=experts)
@@ -119,16 +119,17 @@ class Fleet:
             await self.publish()
 
     async def _start_front(self, member: Member) -> None:
-        version = self.expert_map.version
+        version, wanted = self.expert_map.version, self.wanted
         assert member.ready is not None
         fronts = [m.ready for m in self.of_kind("front") if m is not member and m.handle and m.ready]
         others = tuple(ready.kv_cache_bytes for ready in fronts if ready.node == member.ready.node)
         try:
-            ready = await member.handle.start.remote(self.expert_map, self.wanted, others)
+            ready = await member.handle.start.remote(self.expert_map, wanted, others)
         except RayError as error:
             raise ray_actors.cause(error) from None
         member.become_ready(ready)
-        if self.expert_map.version > version:  # it was not among those that heard of the new one
+        member.told = wanted
+        if (self.expert_map.version, self.wanted) != (version, wanted):  # it was not among those that heard of the new
             await self.tell(member)
 
     async def _align(self, member: Member) -> None:
@@ -146,8 +147,10 @@ class Fleet:
                 await (self._drain_front(member, drain_timeout_s) if member.kind == "front" else self._leave_map())
             except Exception as error:  # it may die while it leaves
                 logger.warning("%s did not drain: %s", member.spec.actor_id, first_line(error))
-        await self.close_lanes([member])
-        self.discard(member)
+        try:
+            await self.close_lanes([member])
+        finally:
+            self.discard(member)
 
     async def _leave_map(self) -> None:
         await self.publish()
@@ -202,7 +205,8 @@ class Fleet:
 
     async def close_lanes(self, members: list[Member]) -> None:
         """Let replicas remove the files of their sockets; a killed process can't."""
-        closing = [answer(m.handle.stop.remote(), STOP_S) for m in members if m.kind == "expert" and m.ready]
+        there = [m for m in members if m.kind == "expert" and m.handle and m.ready]
+        closing = [answer(m.handle.stop.remote(), STOP_S) for m in there]
         for result in await asyncio.gather(*closing, return_exceptions=True):
             if isinstance(result, TimeoutError):
                 logger.warning("a replica did not close its lane in %g s", STOP_S)
@@ -244,17 +248,20 @@ class Fleet:
         await asyncio.gather(*(self.tell(front) for front in self.listening()))
 
     async def tell(self, front: Member) -> None:
-        """Hand a front the newest map. If that fails, its reports go on to show an older one: see late_fronts."""
-        front.told_at = time.monotonic()
+        """Hand a front the newest map, and what there should be. If that fails, it is late: see late_fronts."""
+        front.told_at, wanted = time.monotonic(), self.wanted
         try:
-            await answer(front.handle.set_expert_map.remote(self.expert_map, self.wanted), MAP_TIMEOUT_S)
+            await answer(front.handle.set_expert_map.remote(self.expert_map, wanted), MAP_TIMEOUT_S)
+            front.told = wanted
         except (TimeoutError, RayError) as error:
             logger.warning("%s did not take the expert map: %s", front.spec.actor_id, first_line(error))
 
     def late_fronts(self) -> list[Member]:
-        """Fronts that report an older map, although the newest has had the time to arrive."""
+        """Fronts that report an older map, or know less of what there should be, although it has had the time to
+        arrive. A successor of the supervisor learns both from them.
+        """
         version, now = self.expert_map.version, time.monotonic()
-        late = [m for m in self.listening() if m.report and m.report.map_version < version]
+        late = [m for m in self.listening() if m.report and (m.report.map_version < version or m.told != self.wanted)]
         return [m for m in late if now - m.told_at >= MAP_TIMEOUT_S]
 
     async def settle(self) -> None:
@@ -270,6 +277,8 @@ class Fleet:
 
     async def _ask(self, member: Member) -> None:
         handle = member.handle
+        if handle is None:  # it has died meanwhile
+            return
         try:
             report = await answer(handle.report.remote(), REPORT_TIMEOUT_S)
         except (TimeoutError, GetTimeoutError, ActorUnavailableError):

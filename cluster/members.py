@@ -21,6 +21,7 @@ from cluster.messages import (
     LoadProgress,
     ReadyReport,
     ReplicaSpec,
+    Wanted,
 )
 
 # Pause before a restart: it doubles while an actor keeps dying, and starts anew once one has lived long enough.
@@ -46,6 +47,7 @@ class Member:
     restart_at: float | None = None
     silent_since: float | None = None
     told_at: float = -math.inf  # when a front was last handed the expert map, on the monotonic clock
+    told: Wanted | None = None  # what it has then taken
     work: asyncio.Task[None] | None = None  # what is bringing it up or draining it
     _pause: float = FIRST_PAUSE_S
 
@@ -64,6 +66,11 @@ class Member:
     def is_unknown(self) -> bool:
         """True for a live actor that has not told a new supervisor who it is."""
         return self.state == "starting" and self.handle is not None and self.ready is None
+
+    @property
+    def is_leaving(self) -> bool:
+        """True for one that drains, and for one that has died while it did."""
+        return self.state == "draining" or (self.state == "dead" and self.restart_at is None)
 
     @property
     def address(self) -> ReplicaAddress | None:

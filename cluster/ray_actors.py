@@ -15,7 +15,8 @@ from cluster.model_config import ModelError
 # Named, not imported: the supervisor must not load torch, and `cluster` does not depend on `actors`.
 ENTRYPOINTS: dict[ActorKind, str] = {"front": "actors.front:FrontActor", "expert": "actors.expert:ExpertActor"}
 CONCURRENCY: dict[ActorKind, dict[str, Any]] = {
-    "front": {"max_concurrency": 1000},
+    # Each ingress keeps a poll open. Calls wait in vain where more come than that: the supervisor's would, too.
+    "front": {"max_concurrency": 10_000},
     "expert": {"concurrency_groups": {"control": 2}},
 }
 

@@ -196,8 +196,6 @@ class Supervisor:
     async def _settle(self, fleet: Fleet, member: Member) -> None:
         await takeover.settle(fleet, member)
         member.work = None
-        if fleet.is_checked:
-            self._apply(fleet, fleet.wanted)  # now that it is known, it may be one too many
 
     async def _let_go(self, fleet: Fleet) -> None:
         logger.warning("no actor of the predecessor fits the configuration")
@@ -246,8 +244,14 @@ class Supervisor:
             self._spawn(fleet.tell(front))
 
     async def _heal(self, fleet: Fleet) -> None:
+        """Start successors of the dead, and see that there are as many as there should be: a member may have died while
+        it left, or one that was silent is one too many now that it is known.
+        """
+        if not fleet.is_checked:
+            return
+        self._apply(fleet, fleet.wanted)
         for member in fleet.members:
-            if member.is_due and fleet.is_checked:
+            if member.is_due:
                 member.renew()
                 member.work = self._spawn(self._start(fleet, member))
 
@@ -333,6 +337,9 @@ class Supervisor:
     def _retire(self, fleet: Fleet, member: Member) -> None:
         if member.work:
             member.work.cancel()
+        if member.handle is None:  # dead, or not started yet
+            fleet.discard(member)
+            return
         is_serving = member.state == "ready"
         member.enter("draining", "leaving")  # at once: who counts members next must not count on it
         member.work = self._spawn(fleet.retire(member, self.config.drain_timeout_s, is_serving))

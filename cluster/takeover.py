@@ -115,15 +115,23 @@ def _member(fleet: Fleet, name: Name, actor: Found) -> Member:
     spec = replace(fleet.spec(group, name.index), actor_id=actor.name)
     member = Member(spec, "front" if group is None else "expert", handle=actor.handle, num_restarts=name.restart)
     if actor.identity:
+        _learn_keys(fleet, actor.identity.spec)
         _recognise(fleet, member, actor.identity)
     else:
         member.enter("starting", "no answer yet")
     return member
 
 
+def _learn_keys(fleet: Fleet, spec: FrontSpec | ReplicaSpec) -> None:
+    """The first actor that tells by what keys its lane opens tells those of all: who is started next gets them, too."""
+    if not any(m.ready or m.state == "loading" for m in fleet.members):
+        fleet.blueprint = replace(fleet.blueprint, lane_keys=spec.lane_keys)
+
+
 def _recognise(fleet: Fleet, member: Member, identity: Identity) -> None:
     """A replica that lacks experts which its group has by the map must load them first: see settle."""
     member.spec, member.ready, member.silent_since = identity.spec, identity.ready, None
+    member.told = identity.wanted
     if identity.expert_map:
         fleet.expert_map = _newer(fleet.expert_map, identity.expert_map)
     if member.kind == "front" or _holds_enough(member, fleet.expert_map):
@@ -163,8 +171,11 @@ async def settle(fleet: Fleet, member: Member) -> None:
 async def _ask_again(fleet: Fleet, member: Member) -> None:
     found = await ask(member.spec.actor_id, member.handle)
     if found and found.identity:
+        _learn_keys(fleet, found.identity.spec)
         if fleet.is_checked and not found.identity.spec.fits(member.spec):
             fleet.replace(member, "it does not fit the configuration")
+        elif found.identity.spec.lane_keys != fleet.blueprint.lane_keys:
+            fleet.replace(member, "its lane does not open to the others")
         else:
             _recognise(fleet, member, found.identity)
     elif found and found.is_silent:
@@ -189,9 +200,10 @@ def check(fleet: Fleet, blueprint: Blueprint) -> bool:
     fits = [is_same_shape and m.spec.fits(spec) for m, spec in zip(fleet.members, drawn, strict=True)]
     if not any(fits):
         return False
-    fleet.blueprint, fleet.is_checked = blueprint, True
+    fleet.blueprint = replace(blueprint, lane_keys=fleet.blueprint.lane_keys or blueprint.lane_keys)
+    fleet.is_checked = True
     for member, spec, is_fit in zip(fleet.members, drawn, fits, strict=True):
-        if not is_fit:
+        if not is_fit and not member.is_leaving:
             member.spec = replace(spec, actor_id=member.spec.actor_id)
             fleet.replace(member, "it does not fit the configuration")
     return True

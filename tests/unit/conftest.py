@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from tests.unit.fake_actors import checkpoint, cluster
+
+__all__ = ["checkpoint", "cluster"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
