@@ -61,10 +61,15 @@ class FrontClient:
                     self._connect(name, ray.get_actor(name, state.namespace))
                 except ValueError:
                     continue  # gone again; the next state will say so
-            self._links[name].is_draining = name in state.draining
+            self._set_draining(self._links[name], name in state.draining)
         for name in set(self._links) - serving:
             logger.warning("front %s has left the cluster", name)
             self._links[name].end("left")
+
+    def _set_draining(self, link: FrontLink, is_draining: bool) -> None:
+        if link.is_draining and not is_draining:  # a new supervisor did not know it at first
+            self._links_changed.set()
+        link.is_draining = is_draining
 
     def _connect(self, name: str, handle: Any) -> None:
         link = self._links[name] = FrontLink(name, handle, self.ingress_id, self._on_end)
@@ -75,9 +80,9 @@ class FrontClient:
         return bool(self._open_links())
 
     def _open_links(self) -> list[FrontLink]:
-        """Fronts that take requests, the least loaded first."""
+        """Fronts that take requests, the least loaded first; those that may hang come last."""
         links = (link for link in self._links.values() if link.is_open and not link.is_draining)
-        return sorted(links, key=lambda link: link.outstanding_tokens)
+        return sorted(links, key=lambda link: (link.is_doubtful, link.outstanding_tokens))
 
     async def submit(
         self, label: str, prompt_token_ids: tuple[int, ...], params: SamplingParams, is_traced: bool = False

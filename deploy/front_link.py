@@ -47,6 +47,7 @@ class FrontLink:
         self.outstanding_tokens = 0
         self.is_open = False
         self.is_draining = False
+        self.is_doubtful = False  # an offer was not answered in time, nor has been any poll since
         self._on_end = on_end
         self._is_ended = False
         self._num_received = 0
@@ -97,6 +98,7 @@ class FrontLink:
             raise
         except (RayError, TimeoutError) as error:
             logger.warning("front %s did not take a request: %s", self.name, _first_line(error))
+            self.is_doubtful = isinstance(error, TimeoutError)
             self._take_back(stream)  # it may have taken it, and only the answer was lost
             return "lost"
         if not answer.accepted:
@@ -166,6 +168,7 @@ class FrontLink:
             await asyncio.sleep(RETRY_S)
 
     def _take_in(self, delivery: Delivery) -> None:
+        self.is_doubtful = False
         for output in delivery.outputs[max(0, self._num_received + 1 - delivery.first) :]:
             self._num_received += 1
             if stream := self.streams.get(output.request_id):
@@ -194,6 +197,9 @@ class FrontLink:
         except ActorDiedError:
             return True
         except (RayError, TimeoutError):
+            return False
+        except Exception:  # whatever it is, aborts must go on
+            logger.exception("front %s could not be told", self.name)
             return False
         return True
 

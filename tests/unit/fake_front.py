@@ -1,6 +1,7 @@
 """A front as its handle shows it, with real mailboxes and without a model: it says what it is told to say."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ POLL_S = 0.05
 
 class FakeFront:
     """Answers submit() with `answers`, the last one again and again. `before["poll"]` and the like are called with the
-    method's arguments before it answers, and may raise.
+    method's arguments before it answers, and may raise; with an event in `wait["poll"]` it hangs until that is set.
     """
 
     def __init__(self, *answers: Submitted | Exception) -> None:
@@ -29,6 +30,8 @@ class FakeFront:
         self.mailboxes = Mailboxes()
         self.before: dict[str, Callable[..., Any]] = {}
         self.after: dict[str, Callable[..., Any]] = {}
+        self.wait: dict[str, asyncio.Event] = {}
+        self.num_waiting: Counter[str] = Counter()
 
     def __getattr__(self, name: str) -> Any:
         method: Callable[..., Awaitable[Any]] = object.__getattribute__(self, f"do_{name}")
@@ -37,6 +40,9 @@ class FakeFront:
             await asyncio.sleep(0)
             if hook := self.before.get(name):
                 hook(*args)
+            if event := self.wait.get(name):
+                self.num_waiting[name] += 1
+                await event.wait()
             answer = await method(*args)
             if hook := self.after.get(name):
                 hook(*args)

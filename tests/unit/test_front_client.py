@@ -5,6 +5,7 @@ that answer as told, without Ray.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,6 +158,35 @@ async def test_a_front_that_never_answers_holds_nobody(monkeypatch: pytest.Monke
         await until(lambda: len(a.aborted) == 1)
 
 
+async def test_a_front_that_may_hang_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request waits for it, not each that comes after; once it answers a poll it is as good as any."""
+    monkeypatch.setattr(front_link, "CALL_TIMEOUT_S", 0.05)
+    hanging, polls = asyncio.Event(), asyncio.Event()
+    async with cluster(monkeypatch, a=FakeFront(), b=FakeFront()) as found:
+        a = found.fronts["a"]
+        a.wait |= {"submit": hanging, "poll": polls}
+        await until(lambda: a.num_waiting["poll"] == 1)
+        for _ in range(4):
+            await found.client.submit("r", PROMPT, PARAMS)
+        assert (a.num_waiting["submit"], len(found.fronts["b"].taken)) == (1, 4)
+        hanging.set()
+        polls.set()
+        await until(lambda: not found.client._links["a"].is_doubtful)
+        await found.client.submit("r", PROMPT, PARAMS)
+        assert len(a.taken) == 1
+
+
+async def test_a_front_that_is_ready_again_after_all_takes_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new supervisor calls a front draining until it has told who it is."""
+    monkeypatch.setattr(front_client, "FRONT_WAIT_S", 60.0)
+    async with cluster(monkeypatch, a=FakeFront()) as found:
+        found.client.update(replace(fronts_state(), draining=("a",)))
+        waiting = asyncio.create_task(found.client.submit("r", PROMPT, PARAMS))
+        await until(lambda: found.client._num_held == 1)
+        found.client.update(fronts_state(a=found.fronts["a"]))
+        await asyncio.wait_for(waiting, 5)
+
+
 @pytest.mark.parametrize("answer", [None, DRAINING, LOST])
 async def test_no_front_for_long_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, answer: Submitted | RayError | None
@@ -287,6 +317,20 @@ def failing(times: int) -> Callable[..., None]:
             raise left.pop()
 
     return fail
+
+
+async def test_an_abort_that_cannot_be_sent_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> None:
+        raise ValueError("no context")
+
+    async with cluster(monkeypatch, a=FakeFront()) as found:
+        front = found.fronts["a"]
+        front.before["abort"] = wrong
+        stream = await found.client.submit("r", PROMPT, PARAMS)
+        stream.close()
+        await asyncio.sleep(0.05)
+        del front.before["abort"]
+        await until(lambda: len(front.aborted) == 1)
 
 
 # -- nothing hangs -------------------------------------------------------------------------------------------------
