@@ -151,7 +151,7 @@ class FrontLoop:
         engine = self.engine
         assert engine is not None
         num_failed = 0
-        while num_failed < MAX_FAILED_TURNS:
+        while num_failed < MAX_FAILED_TURNS and not engine.is_broken:
             try:
                 self._turn(engine)
                 num_failed, self._last_turn = 0, time.monotonic()
@@ -159,7 +159,7 @@ class FrontLoop:
                 num_failed += 1
                 logger.exception("the engine loop goes on after an unexpected error")
                 time.sleep(FAILED_TURN_PAUSE_S)
-        logger.critical("the engine has failed %d times in a row: this front ends", num_failed)
+        logger.critical("the engine will not recover: this front ends")
         self._give_up()
 
     def _turn(self, engine: "Engine") -> None:

@@ -15,7 +15,7 @@ from actors.engine.overlap import Overlap
 from actors.engine.sampler import sample, token_logprob
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
-from actors.lanes.dispatcher import Dispatcher, Step
+from actors.lanes.dispatcher import Dispatcher, DispatchError, NoExperts, Step
 from actors.lanes.wire import StepId
 from actors.model.batch import Span, StepBatch
 from actors.model.front_half import FrontHalf
@@ -27,6 +27,12 @@ logger = logging.getLogger(__name__)
 
 # Rows whose logits exist at once: 64 rows of a 49k vocabulary in float32 are 12 MiB.
 LOGIT_ROWS = 64
+# After this many failed steps in a row a front is of no use, whatever its self-test says.
+MAX_FAILED_STEPS = 5
+
+
+class BrokenEngineError(RuntimeError):
+    """This engine will not recover. Its sequences have not failed: another front can go on with them."""
 
 
 class Engine:
@@ -47,6 +53,8 @@ class Engine:
         self.metrics = metrics
         self.overlap = overlap
         self.sequences: dict[str, Sequence] = {}
+        self.is_broken = False
+        self._num_failed = 0  # steps in a row
         self._step_id = StepId.first_of(actor_id)
         config = model.config
         self.expert_counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.int64)
@@ -68,10 +76,15 @@ class Engine:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compute one token through every layer, for nobody: raises what a first request would run into."""
-        token, slot = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        batch = StepBatch(token, token, slot, slot[None].int(), slot, (Span(0, 1, 1),)).to(self.model.device)
-        hidden_RD, _ = self.model.forward(batch, self.kv, self.dispatcher)
-        self.model.logits(hidden_RD)
+        self._compute_a_token(0, self.dispatcher)
+
+    def _compute_a_token(self, block: int, dispatcher: Dispatcher) -> None:
+        """Overwrites the start of a KV block."""
+        zero, table = torch.zeros(1, dtype=torch.int64), torch.tensor([[block]], dtype=torch.int32)
+        slot = torch.tensor([block * self.scheduler.allocator.block_size])
+        batch = StepBatch(zero, zero, slot, table, zero, (Span(0, 1, 1),)).to(self.model.device)
+        hidden_RD, _ = self.model.forward(batch, self.kv, dispatcher)
+        self.model.logits(hidden_RD).cpu()
 
     def abort(self, request_id: str) -> None:
         """Take a request out between steps; unknown and finished ones are none of our business."""
@@ -83,14 +96,19 @@ class Engine:
 
         What can't be laid at the door of some sequences, such as a scheduler that fails, would fail again in every
         step: then all sequences end, and the engine goes on with empty books.
+
+        Raises BrokenEngineError if it is the engine that fails, whatever the sequences; it is_broken from then on.
         """
         everyone = tuple(self.sequences.values())
         try:
             return self._step()
+        except BrokenEngineError:
+            raise
         except Exception as error:
             logger.exception("no step is possible: %d sequences end", len(everyone))
             self.sequences.clear()
             self.scheduler.clear()
+            self._look_at_itself(error)
             return [_failure(sequence, error) for sequence in everyone]
 
     def _step(self) -> list[RequestOutput]:
@@ -101,8 +119,10 @@ class Engine:
         step = self._begin(chunks)
         try:
             outputs = self._compute(chunks, step)
+            self._num_failed = 0
         except Exception as error:
             logger.exception("step of %d sequences failed", len(chunks), extra=step.extra)
+            self._look_at_itself(error)
             outputs = [self._fail(chunk.sequence, error) for chunk in chunks]
         num_tokens, seconds = sum(chunk.length for chunk in chunks), time.monotonic() - started
         self.scheduler.budget.observe(num_tokens, seconds)
@@ -111,6 +131,26 @@ class Engine:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("step of %d tokens took %.1f ms", num_tokens, 1e3 * seconds, extra=step.extra)
         return outputs
+
+    @torch.inference_mode()
+    def _look_at_itself(self, error: Exception) -> None:
+        """After a failed step: see whether a token can be computed for nobody, without experts, which are not this
+        front's to answer for. A GPU that is gone, for one, would fail every step, and draw requests by its low load.
+        """
+        if isinstance(error, DispatchError):
+            return
+        self._num_failed += 1
+        allocator = self.scheduler.allocator
+        try:
+            if self._num_failed >= MAX_FAILED_STEPS:
+                raise error
+            if allocator.can_allocate(1):
+                block = allocator.allocate(1)
+                self._compute_a_token(block[0], NoExperts())
+                allocator.free(block)
+        except Exception as another:
+            self.is_broken = True
+            raise BrokenEngineError(f"{type(another).__name__}: {another}") from another
 
     def _begin(self, chunks: list[Chunk]) -> Step:
         """Name the step, and note it where a trace will ask for it."""

@@ -7,9 +7,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from actors.lanes.wire import StepId
+
+
+class DispatchError(RuntimeError):
+    """Nobody could compute some experts; the step can't be finished."""
 
 
 @dataclass(slots=True)
@@ -53,3 +58,13 @@ class Dispatcher(ABC):
 
     def forget(self, pending: Any) -> None:  # noqa: B027 - nothing to do where nothing was sent
         """Give up what was dispatched and will not be combined."""
+
+
+class NoExperts(Dispatcher):
+    """Experts that answer with zeros: what is left is the front's own half."""
+
+    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        return torch.zeros_like(x_TD)
+
+    def combine(self, pending: Tensor) -> Tensor:
+        return pending

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.lanes import wire
-from actors.lanes.dispatcher import Dispatcher
+from actors.lanes.dispatcher import Dispatcher, DispatchError
 from actors.lanes.failover import Breaker, HedgeBudget, Latency
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.parts import CorruptAnswerError, HomeTable, NotHeldError, Part, Sent, checked, split
@@ -31,10 +31,6 @@ LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
 
 # (layer, x, ids, gates) -> partial sums, without any replica
 Fallback = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class DispatchError(RuntimeError):
-    """No replica computed a part; the step can't be finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +283,10 @@ class RemoteDispatcher(Dispatcher):
             logger.warning("experts of group %d are computed here", part.group, extra=self.step.extra)
         self.metrics.inc("local_fallback_tokens_total", part.num_tokens)
         self.step.num_local_tokens += part.num_tokens
-        return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK).float()
+        try:
+            return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK).float()
+        except Exception as error:  # such as a file that can't be read
+            raise DispatchError(f"no replica of expert group {part.group} answers, and here: {error}") from error
 
     def _reroute(self, part: Part) -> Tensor:
         """The experts have moved: wait for the map that says where to, and dispatch the part by it."""

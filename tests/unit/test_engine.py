@@ -1,13 +1,15 @@
 """The engine against transformers: whatever the schedule, the tokens stay the same."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from actors.engine.engine import Engine
+from actors.engine.engine import MAX_FAILED_STEPS, BrokenEngineError, Engine
+from actors.lanes.dispatcher import DispatchError
 from cluster.messages import GenerationRequest, RoutedExperts, SamplingParams
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.engines import make_engine, run
@@ -227,6 +229,68 @@ def test_books_that_do_not_balance_end_every_sequence_too(model_dir: Path, expec
     assert {o.request_id for o in outputs if o.finish_reason == "error"} == {"0", "1"}
     engine.check_integrity()
     assert run(engine, greedy([PROMPTS[0]]))["0"].token_ids == expected[0]
+
+
+def test_a_front_that_can_compute_nothing_says_so_and_fails_nobody(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is gone: an error would reach clients, who are better served by another front."""
+    engine = make_engine(model_dir)
+    engine.add(GenerationRequest("a", "test", tuple(PROMPTS[0]), GREEDY))
+    monkeypatch.setattr(engine.model, "logits", failing("the GPU is gone"))
+    with pytest.raises(BrokenEngineError, match="the GPU is gone"):
+        engine.step()
+    assert engine.is_broken
+    assert set(engine.sequences) == {"a"}
+
+
+def test_a_front_where_nothing_succeeds_is_broken_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its self-test says. One step that succeeds begins the count anew."""
+    engine = make_engine(model_dir)
+    for good in (True, False):
+        for number in range(MAX_FAILED_STEPS - 1):
+            assert failed(engine, monkeypatch, RuntimeError("no sampling"), f"{good}{number}")
+        if good:
+            run(engine, greedy([PROMPTS[0]]))
+    with pytest.raises(BrokenEngineError, match="no sampling"):
+        failed(engine, monkeypatch, RuntimeError("no sampling"), "last")
+
+
+def test_experts_that_nobody_computes_are_not_the_front_s_fault(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model_dir)
+    for number in range(MAX_FAILED_STEPS + 1):
+        assert failed(engine, monkeypatch, DispatchError("no replica"), str(number))
+    assert not engine.is_broken
+
+
+def test_the_self_test_overwrites_nothing_that_can_be_found(
+    model_dir: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks that no sequence uses are cached: the one that it takes is not to be found any more."""
+    engine = make_engine(model_dir, num_blocks=17)
+    run(engine, greedy([PROMPTS[3]]))
+    assert len(engine.scheduler.allocator._free) == 2, "the failing sequence is meant to take them"
+    for number in range(MAX_FAILED_STEPS - 1):
+        assert failed(engine, monkeypatch, RuntimeError("odd"), str(number))
+        engine.check_integrity()
+    assert run(engine, greedy([PROMPTS[3]]))["0"].token_ids == expected[3]
+
+
+def failed(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception, name: str) -> bool:
+    """Whether a sequence ends with this error, which its step has raised."""
+    engine.add(GenerationRequest(name, "test", tuple(PROMPTS[0]), GREEDY))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_postprocess", failing(error))
+        return [(o.request_id, o.error) for o in engine.step()] == [(name, f"{type(error).__name__}: {error}")]
+
+
+def failing(error: Exception | str) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError(error) if isinstance(error, str) else error
+
+    return fail
 
 
 @pytest.mark.parametrize("length", [0, 257])

@@ -288,6 +288,16 @@ def test_without_replica_and_fallback_the_step_fails_with_the_group() -> None:
         compute(make(ScriptedLane(a=echo, b=echo, c=None, d=LaneError)))
 
 
+def test_a_fallback_that_fails_says_so_with_the_group() -> None:
+    def unreadable(*_: object) -> torch.Tensor:
+        raise OSError("it is gone")
+
+    dispatcher = make(ScriptedLane(a=echo, b=echo, c=None, d=LaneError))
+    dispatcher._fallback = unreadable
+    with pytest.raises(DispatchError, match="no replica of expert group 1 answers, and here: it is gone"):
+        compute(dispatcher)
+
+
 def test_a_replica_that_answers_a_probe_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
     dispatcher = make(lane)

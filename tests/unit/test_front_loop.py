@@ -20,6 +20,7 @@ class FakeEngine:
     """Gives each sequence one token and ends it, unless `fail` says otherwise."""
 
     def __init__(self) -> None:
+        self.is_broken = False
         self.scheduler = SimpleNamespace(waiting=[])
         self.sequences: list[str] = []
         self.aborted: list[str] = []
@@ -86,6 +87,22 @@ async def test_an_engine_that_always_fails_ends_the_front(monkeypatch: pytest.Mo
     async with running(engine, given_up.set) as loop:
         loop.submit(request("r"))
         assert await asyncio.to_thread(given_up.wait, 5)
+
+
+async def test_an_engine_that_says_that_it_is_broken_ends_the_front_at_once() -> None:
+    engine, given_up, steps = FakeEngine(), threading.Event(), list[int]()
+
+    def break_down() -> None:
+        steps.append(1)
+        engine.is_broken = True
+        boom()
+
+    engine.fail["step"] = break_down
+    async with running(engine, given_up.set) as loop:
+        loop.submit(request("r"))
+        assert await asyncio.to_thread(given_up.wait, 5)
+        assert len(steps) == 1
+        assert not loop.mailboxes.num_outputs, "its requests go on elsewhere"
 
 
 async def test_an_engine_that_fails_now_and_then_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
