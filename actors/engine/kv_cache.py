@@ -9,6 +9,7 @@ import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 
 class BlockAllocator:
@@ -68,17 +69,17 @@ class BlockAllocator:
             else:
                 self._free.append(block)
 
-    def match_prefix(self, hashes: Sequence[bytes]) -> list[int]:
+    def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
         """The blocks that hold the longest run of `hashes` from the start, each with one more reference."""
-        found = [self._block_of[key] for key in hashes[: self.num_found(hashes)]]
+        found = [self._block_of[key] for key in takewhile(self.has, hashes)]
         for block in found:
             self._cached.pop(block, None)
             self._count[block] += 1
         return found
 
-    def num_found(self, hashes: Sequence[bytes]) -> int:
-        """Length of that run."""
-        return next((i for i, key in enumerate(hashes) if key not in self._block_of), len(hashes))
+    def has(self, key: bytes) -> bool:
+        """Whether a block with this hash can be found."""
+        return key in self._block_of
 
     def publish(self, block: int, key: bytes) -> None:
         """Make a full, computed block findable. The first block with a given content wins."""

@@ -14,6 +14,9 @@ from actors.engine.sequence import Sequence
 from actors.engine.step_budget import StepBudget
 from cluster.messages import FinishReason
 
+# So many blocks of waiting sequences are looked up in the prefix cache in one step. The next step looks further.
+MAX_LOOKUPS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -84,12 +87,15 @@ class Scheduler:
 
     def _read_prompts(self, budget: int) -> list[Chunk]:
         prompts = self._prompts() if budget > 0 else []
+        self._look_up(prompts)
         turns = [(sequence, -(-budget // 2)) for sequence in prompts[:1]]
         turns += [(sequence, budget) for sequence in sorted(prompts, key=self._num_unread)]
         shares: Counter[Sequence] = Counter()
-        left = budget
+        left, has_room = budget, True
         for sequence, most in turns:
-            if left > 0 and self._admit(sequence):
+            if left > 0 and has_room:  # those that come later need no less room
+                has_room = self._admit(sequence)
+            if sequence.blocks:
                 share = min(most, left, sequence.num_uncomputed - shares[sequence])
                 shares[sequence] += share
                 left -= share
@@ -106,8 +112,21 @@ class Scheduler:
         """What a waiting sequence would find in the prefix cache, it need not read."""
         if sequence.blocks:
             return sequence.num_uncomputed
-        num_found = self.allocator.num_found(self._prefix_hashes(sequence))
-        return len(sequence.token_ids) - num_found * self.allocator.block_size
+        return len(sequence.token_ids) - sequence.num_found * self.allocator.block_size
+
+    def _look_up(self, prompts: list[Sequence]) -> None:
+        """Bring up to date how many blocks of waiting sequences can be found; what is not looked up is not hashed."""
+        size, has, left = self.allocator.block_size, self.allocator.has, MAX_LOOKUPS
+        for sequence in prompts:
+            if sequence.blocks:
+                continue
+            while sequence.num_found and not has(sequence.hash_of(sequence.num_found - 1, size)):
+                sequence.num_found -= 1
+            most = self._num_cacheable(sequence)
+            while left > 0 and sequence.num_found < most and has(sequence.hash_of(sequence.num_found, size)):
+                sequence.num_found += 1
+                left -= 1
+            left -= 1
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let the sequence run, if it does not: give it blocks for all its tokens, reusing computed prefixes. False if
@@ -117,7 +136,9 @@ class Scheduler:
             return True
         if len(self.running) >= self.max_num_seqs:
             return False
-        matched = self.allocator.match_prefix(self._prefix_hashes(sequence))
+        size = self.allocator.block_size
+        hashes = (sequence.hash_of(index, size) for index in range(self._num_cacheable(sequence)))
+        matched = self.allocator.match_prefix(hashes)
         missing = self._num_blocks(len(sequence.token_ids)) - len(matched)
         if not self.allocator.can_allocate(missing):
             self.allocator.free(matched)
@@ -125,7 +146,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.blocks = matched + self.allocator.allocate(missing)
-        sequence.num_computed = len(matched) * self.allocator.block_size
+        sequence.num_computed = len(matched) * size
         sequence.num_published = len(matched)
         if sequence.num_cached is None:
             self._count_cached(sequence)
@@ -138,11 +159,12 @@ class Scheduler:
             self.num_prefix_queries += len(sequence.token_ids)
             self.num_prefix_hits += sequence.num_cached
 
-    def _prefix_hashes(self, sequence: Sequence) -> list[bytes]:
+    def _num_cacheable(self, sequence: Sequence) -> int:
+        """Blocks that may be taken from the prefix cache."""
         if not self.allocator.enable_prefix_caching or sequence.wants_prompt_logprobs:
-            return []  # prompt scores need the hidden state of every prompt position
+            return 0  # prompt scores need the hidden state of every prompt position
         # At least one token is always computed: the next one is sampled from its logits.
-        return sequence.full_hashes(self.allocator.block_size, len(sequence.token_ids) - 1)
+        return (len(sequence.token_ids) - 1) // self.allocator.block_size
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.allocator.block_size)
@@ -153,10 +175,11 @@ class Scheduler:
         sequence.num_computed += chunk.length
         if not self.allocator.enable_prefix_caching:
             return
-        hashes = sequence.full_hashes(self.allocator.block_size, sequence.num_computed)
-        for index in range(sequence.num_published, len(hashes)):
-            self.allocator.publish(sequence.blocks[index], hashes[index])
-        sequence.num_published = len(hashes)
+        size = self.allocator.block_size
+        num_full = sequence.num_computed // size
+        for index in range(sequence.num_published, num_full):
+            self.allocator.publish(sequence.blocks[index], sequence.hash_of(index, size))
+        sequence.num_published = num_full
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Take the sequence out, wherever it is, and give its blocks back."""

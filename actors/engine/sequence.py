@@ -23,6 +23,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache, at the first admission
     num_published: int = 0
+    num_found: int = 0  # blocks of it, while it waits, that have been looked up in the prefix cache and were there
     num_routed: int = 0  # tokens whose experts have been reported
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
@@ -55,12 +56,12 @@ class Sequence:
         """True while log-probabilities of prompt tokens are missing."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
 
-    def full_hashes(self, block_size: int, upto: int) -> list[bytes]:
-        """Hashes of the full blocks within the first `upto` tokens; computed once and kept."""
-        for index in range(len(self.hashes), upto // block_size):
+    def hash_of(self, index: int, block_size: int) -> bytes:
+        """Hash of a full block of tokens, and of all before it; computed once and kept."""
+        for each in range(len(self.hashes), index + 1):
             previous = self.hashes[-1] if self.hashes else b""
-            self.hashes.append(block_hash(previous, self.token_ids[index * block_size : (index + 1) * block_size]))
-        return self.hashes[: upto // block_size]
+            self.hashes.append(block_hash(previous, self.token_ids[each * block_size : (each + 1) * block_size]))
+        return self.hashes[index]
 
     def first_scored_row(self, length: int) -> int:
         """First of the next `length` tokens whose logits are wanted; `length` if none is.

@@ -1,10 +1,11 @@
 """What the scheduler promises, on block numbers alone."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.engine.kv_cache import BlockAllocator
-from actors.engine.scheduler import Chunk, Scheduler
+from actors.engine.scheduler import MAX_LOOKUPS, Chunk, Scheduler
 from actors.engine.sequence import Sequence
 from cluster.messages import GenerationRequest, SamplingParams
 
@@ -167,6 +168,41 @@ def test_what_the_prefix_cache_holds_counts_as_read() -> None:
     scheduler.add(sequence("other", 150, max_tokens=1, first=1000))
     scheduler.add(sequence("again", 201, max_tokens=1))
     assert ("again", 1) in step(scheduler)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_step_looks_up_only_so_much_for_those_that_wait(is_cached: bool) -> None:
+    """Hashing every waiting prompt in its first step kept those that run waiting, the longer the prompts."""
+    scheduler = make(num_blocks=404, budget=64, max_num_seqs=2)
+    length, num = 1600, 40
+    scheduler.add(sequence("first", length if is_cached else 1, max_tokens=1))
+    while scheduler.has_work:
+        step(scheduler)
+    waiting = [sequence(str(i), length + 1, max_tokens=1) for i in range(num)]
+    for one in waiting:
+        scheduler.add(one)
+    step(scheduler)
+    waiting = [one for one in waiting if not one.blocks]
+    assert len(waiting) > num / 2, "they are meant to wait"
+    tried = 2 * length // 4  # by who is asked first whether there is room
+    assert 0 < sum(len(one.hashes) for one in waiting) <= MAX_LOOKUPS + num + tried
+
+
+def test_what_is_found_no_more_counts_as_unread() -> None:
+    scheduler = make(num_blocks=20)
+    scheduler.add(sequence("first", 40, max_tokens=1))
+    while scheduler.has_work:
+        step(scheduler)
+    again = sequence("again", 41)
+    for _ in range(2):
+        scheduler._look_up([again])
+        assert scheduler._num_unread(again) == 1
+    scheduler.allocator.allocate(15)
+    scheduler._look_up([again])
+    assert scheduler._num_unread(again) == 21
+    scheduler.allocator.allocate(5)
+    scheduler._look_up([again])
+    assert scheduler._num_unread(again) == 41
 
 
 def test_cached_tokens_are_those_of_the_prompt_at_its_first_admission() -> None:
