@@ -1,11 +1,10 @@
 """Signals at the wrong moment. Each time: an end within seconds, exit code 0, and nothing left of what was started."""
 
-import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +91,16 @@ def test_ctrl_c_with_a_stream_in_flight_and_an_impatient_user(server: Server) ->
     assert "Traceback" not in server.log
 
 
-def test_sigterm_while_the_checkpoint_is_read(tmp_path: Path) -> None:
-    """Which may take as long as a download. Here it takes forever: the file is a pipe, and nobody writes to it."""
-    pipe = tmp_path / "config.json"
-    os.mkfifo(pipe)
-    server = Server(tmp_path)
-    writers: list[int] = []
-
-    def has_reader() -> bool:
-        with suppress(OSError):
-            writers.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(writers)
-
-    try:
-        eventually(has_reader, "config.json is being read", 60)
-        server.stop(signal.SIGTERM)
-        assert "stopped" in server.log
-    finally:
-        server.kill()
-        os.close(writers[0])
+def test_sigterm_while_the_model_is_downloaded() -> None:
+    """Here it takes forever: the Hub takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        server = Server("owner/name", env={"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"})
+        try:
+            hub.settimeout(60)
+            with hub.accept()[0] as asked:
+                assert b"owner/name" in asked.recv(1024)
+                server.stop(signal.SIGTERM)
+            assert "stopped" in server.log
+        finally:
+            server.kill()
