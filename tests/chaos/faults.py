@@ -52,11 +52,14 @@ def serve_pid(server: Server, deployment: str) -> int:
     found: list[int] = []
 
     def look() -> bool:
-        found[:] = [p.pid for p in server.processes() if is_replica(" ".join(p.cmdline()))]
+        found[:] = [p.pid for p in server.processes() if is_replica(p)]
         return len(found) == 1
 
-    def is_replica(title: str) -> bool:
-        return "ServeReplica" in title and f":{deployment}" in title
+    def is_replica(process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):  # it ends while it is looked at
+            title = " ".join(process.cmdline())
+            return "ServeReplica" in title and f":{deployment}" in title
+        return False
 
     eventually(look, f"there is one {deployment}", 60)
     return found[0]
