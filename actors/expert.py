@@ -7,7 +7,6 @@ import os
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
@@ -56,10 +55,10 @@ class ExpertActor:
         from actors.model.device import torch_device, torch_dtype
         from actors.model.loader import TensorReader, load_experts, read_layer_experts
         from actors.replica import Replica
-        from cluster.checkpoint import check_checkpoint
+        from cluster.checkpoint import check_checkpoint, local_copy
         from cluster.model_config import read_model_config
 
-        model_dir = Path(self.spec.model_path)
+        model_dir = local_copy(self.spec.model_path)
         config = read_model_config(model_dir)
         info = check_checkpoint(model_dir, config)
         self._total = info.bytes_per_expert * sum(len(layer) for layer in self.spec.experts)

@@ -20,10 +20,10 @@ from cluster.messages import (
     Delivery,
     FrontSpec,
     GenerationRequest,
+    Legacy,
     LoadProgress,
     ReadyReport,
     Submitted,
-    Wanted,
 )
 
 POLL_S = 10.0
@@ -37,7 +37,7 @@ class FrontActor:
         self.loop = FrontLoop(spec, namespace)
         self.ready: ReadyReport | None = None
         self.expert_map: ExpertMap | None = None
-        self.wanted: Wanted | None = None
+        self.legacy: Legacy | None = None
         self.supervision = watch_for_orphanhood(namespace)
 
     async def load(self) -> ReadyReport:
@@ -48,13 +48,13 @@ class FrontActor:
         return self.loaded
 
     async def start(
-        self, expert_map: ExpertMap, wanted: Wanted | None = None, others: tuple[int, ...] = ()
+        self, expert_map: ExpertMap, legacy: Legacy | None = None, others: tuple[int, ...] = ()
     ) -> ReadyReport:
         """Take the first map, size the KV cache, compute one token through all layers to see that it works, and serve.
 
         `others` are the KV caches of the other fronts on this node, in bytes; 0 for one that starts as well.
         """
-        await self.set_expert_map(expert_map, wanted)
+        await self.set_expert_map(expert_map, legacy)
         kv_tokens, kv_bytes = await asyncio.to_thread(self.loop.warm_up, others)
         self.loop.start(asyncio.get_running_loop())
         self.ready = replace(self.loaded, kv_cache_tokens=kv_tokens, kv_cache_bytes=kv_bytes)
@@ -64,13 +64,13 @@ class FrontActor:
         """For a supervisor that has not started this actor; None while it can't serve."""
         if self.ready is None or self.expert_map is None:
             return None
-        return Identity(self.spec, self.ready, self.expert_map, self.wanted, self.loop.is_draining)
+        return Identity(self.spec, self.ready, self.expert_map, self.legacy, self.loop.is_draining)
 
-    async def set_expert_map(self, expert_map: ExpertMap, wanted: Wanted | None = None) -> None:
-        """`wanted` is kept for a successor of the supervisor."""
+    async def set_expert_map(self, expert_map: ExpertMap, legacy: Legacy | None = None) -> None:
+        """`legacy` is kept for a successor of the supervisor."""
         if self.expert_map is None or expert_map.version >= self.expert_map.version:  # calls may overtake each other
             self.expert_map = expert_map
-        self.wanted = wanted or self.wanted
+        self.legacy = legacy or self.legacy
         await asyncio.to_thread(self.loop.set_expert_map, expert_map)
 
     async def settle(self) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from actors.engine.engine import Engine
 from actors.engine.kv_cache import BlockAllocator
@@ -22,7 +21,7 @@ from actors.model.device import torch_device, torch_dtype
 from actors.model.fallback import CheckpointExperts
 from actors.model.front_half import FrontHalf
 from actors.model.paged_kv import PagedKV
-from cluster.checkpoint import check_checkpoint
+from cluster.checkpoint import check_checkpoint, local_copy
 from cluster.messages import EngineOptions, FrontSpec, LoadProgress
 from cluster.metrics import Metrics
 from cluster.model_config import read_model_config
@@ -50,7 +49,7 @@ class _Loading:
 
 
 def load_parts(spec: FrontSpec, namespace: str, metrics: Metrics, report: Callable[[LoadProgress], None]) -> FrontParts:
-    options, model_dir = spec.engine, Path(spec.engine.model_path)
+    options, model_dir = spec.engine, local_copy(spec.engine.model_path)
     config = read_model_config(model_dir)
     Kernels.choose(options.kernels, options.expert_dtype)
     device, dtype = torch_device(options.device), torch_dtype(options.dtype)

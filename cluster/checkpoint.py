@@ -18,6 +18,8 @@ from cluster.model_config import MALFORMED, GraniteMoeConfig, ModelError, read_j
 
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Where huggingface_hub keeps a commit of a repository. Names there have no double dashes of their own.
+SNAPSHOT = re.compile(r".*/models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})")
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -85,8 +87,14 @@ class CheckpointInfo:
         return self.front_bytes + self.expert_bytes
 
 
-def resolve_model(model: str) -> Path:
-    """The directory of MODEL: itself, or where the Hub's copy lies after a download. Raises ModelError."""
+def resolve_model(model: str, known: str = "") -> Path:
+    """The directory of MODEL: itself, or where the Hub's copy lies after a download. Raises ModelError.
+
+    `known` is where actors that live have it from: of a model of the Hub they go on with that commit, whatever the Hub
+    has by now.
+    """
+    if is_commit_of(model, known):
+        return Path(known)
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -100,13 +108,29 @@ def resolve_model(model: str) -> Path:
     return _download(model)
 
 
-def _download(hub_id: str) -> Path:
+def is_commit_of(model: str, path: str) -> bool:
+    """Whether the directory holds a commit of the repository `model` of the Hub."""
+    found = SNAPSHOT.fullmatch(path)
+    return found is not None and model == f"{found['owner']}/{found['name']}" and not Path(model).is_dir()
+
+
+def local_copy(path: str) -> Path:
+    """A checkpoint's directory on this machine. A commit of the Hub that another machine has downloaded is downloaded
+    here as well. Raises ModelError.
+    """
+    found = SNAPSHOT.fullmatch(path)
+    if Path(path).is_dir() or found is None:
+        return Path(path)
+    return _download(f"{found['owner']}/{found['name']}", found["commit"])
+
+
+def _download(hub_id: str, commit: str | None = None) -> Path:
     # Imported late: a local directory must work without network libraries being touched.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(DOWNLOADED)))
     except GatedRepoError:
         raise ModelError(f"model={hub_id!r} is gated: accept its terms on huggingface.co and set HF_TOKEN") from None
     except RepositoryNotFoundError:

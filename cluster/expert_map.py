@@ -7,7 +7,7 @@ any time: load first, publish second, retire third.
 from dataclasses import dataclass, replace
 
 from cluster.config import ConfigError
-from cluster.messages import FrontSpec, ReadyReport, ReplicaSpec, Wanted
+from cluster.messages import FrontSpec, Legacy, ReadyReport, ReplicaSpec
 
 # homes[layer][expert] = groups that hold the expert, the preferred one first.
 Homes = tuple[tuple[tuple[int, ...], ...], ...]
@@ -79,5 +79,5 @@ class Identity:
     spec: FrontSpec | ReplicaSpec
     ready: ReadyReport
     expert_map: ExpertMap | None = None
-    wanted: Wanted | None = None
+    legacy: Legacy | None = None
     is_draining: bool = False

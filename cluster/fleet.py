@@ -16,7 +16,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from cluster import ray_actors
 from cluster.blueprint import Blueprint
 from cluster.members import Member
-from cluster.messages import ActorKind, ActorReport, FrontSpec, ReplicaSpec, Sample, Wanted
+from cluster.messages import ActorKind, ActorReport, FrontSpec, Legacy, ReplicaSpec, Sample, Wanted
 from cluster.metrics import Metrics, cumulative, merge
 from cluster.ray_actors import answer, first_line
 
@@ -49,12 +49,16 @@ class Fleet:
         self.members: list[Member] = []
         self.expert_map = blueprint.expert_map
         self.wanted = blueprint.wanted
-        self.gone: tuple[Sample, ...] = ()  # what actors that are no more have counted
+        self.gone: tuple[Sample, ...] = ()  # what those that are no more have counted
         # Held while a replica enters the map or a layer moves: nobody joins with experts that have just moved on.
         self.placing = asyncio.Lock()
 
     def of_kind(self, kind: ActorKind, state: str | None = None) -> list[Member]:
         return [m for m in self.members if m.kind == kind and state in (None, m.state)]
+
+    @property
+    def legacy(self) -> Legacy:
+        return Legacy(self.wanted, self.gone)
 
     def replicas(self, group: int, state: str | None = None) -> list[Member]:
         return [m for m in self.of_kind("expert", state) if m.group == group]
@@ -76,9 +80,11 @@ class Fleet:
         used = {m.slot for m in self.members}
         free = (spec for spec in self._specs(group) if spec.actor_id not in used)
         added = [Member(next(free), kind) for _ in range(count - len(staying))]
-        # Those that don't serve go first, then the youngest slots. Those that are silent stay until they have answered.
-        leaving = sorted((m for m in reversed(staying) if not m.is_unknown), key=lambda m: m.state == "ready")
-        return added, leaving[: max(0, len(staying) - count)]
+        # Those that are silent stay until they have answered: nobody who serves leaves for one that may never do.
+        known = [m for m in reversed(staying) if not m.is_unknown]
+        # Those that don't serve go first, then the youngest slots.
+        leaving = sorted(known, key=lambda m: m.state == "ready")
+        return added, leaving[: max(0, len(known) - count)]
 
     def _specs(self, group: int | None) -> Iterator[FrontSpec | ReplicaSpec]:
         return (self.spec(group, index) for index in itertools.count())
@@ -113,23 +119,24 @@ class Fleet:
         if member.kind == "front":
             await self._start_front(member)
             return
+        await self._align(member)  # what takes long holds up nobody else who joins
         async with self.placing:
             await self._align(member)
             member.become_ready(member.ready)
             await self.publish()
 
     async def _start_front(self, member: Member) -> None:
-        version, wanted = self.expert_map.version, self.wanted
+        version, legacy = self.expert_map.version, self.legacy
         assert member.ready is not None
         fronts = [m.ready for m in self.of_kind("front") if m is not member and m.handle and m.ready]
         others = tuple(ready.kv_cache_bytes for ready in fronts if ready.node == member.ready.node)
         try:
-            ready = await member.handle.start.remote(self.expert_map, wanted, others)
+            ready = await member.handle.start.remote(self.expert_map, legacy, others)
         except RayError as error:
             raise ray_actors.cause(error) from None
         member.become_ready(ready)
-        member.told = wanted
-        if (self.expert_map.version, self.wanted) != (version, wanted):  # it was not among those that heard of the new
+        member.told = legacy
+        if (self.expert_map.version, self.legacy) != (version, legacy):  # it was not among those that heard of the new
             await self.tell(member)
 
     async def _align(self, member: Member) -> None:
@@ -153,7 +160,8 @@ class Fleet:
             self.discard(member)
 
     async def _leave_map(self) -> None:
-        await self.publish()
+        self.renew_map()
+        await self.tell_fronts()  # whoever has made that version: only when fronts have it does nobody send here
         await self.settle()
 
     async def _drain_front(self, member: Member, timeout_s: float) -> None:
@@ -201,7 +209,12 @@ class Fleet:
 
     def _keep_counters(self, member: Member) -> None:
         if member.report:
-            self.gone = merge((self.gone, cumulative(member.report.samples)))
+            self.keep(cumulative(member.report.samples))
+
+    def keep(self, counted: tuple[Sample, ...]) -> None:
+        """Of an actor or an ingress that is gone."""
+        if counted:
+            self.gone = merge((self.gone, counted))
 
     async def close_lanes(self, members: list[Member]) -> None:
         """Let replicas remove the files of their sockets; a killed process can't."""
@@ -248,20 +261,22 @@ class Fleet:
         await asyncio.gather(*(self.tell(front) for front in self.listening()))
 
     async def tell(self, front: Member) -> None:
-        """Hand a front the newest map, and what there should be. If that fails, it is late: see late_fronts."""
-        front.told_at, wanted = time.monotonic(), self.wanted
+        """Hand a front the newest map, and the legacy. If that fails, it is late: see late_fronts."""
+        front.told_at, legacy, handle = time.monotonic(), self.legacy, front.handle
+        if handle is None:  # it has died meanwhile
+            return
         try:
-            await answer(front.handle.set_expert_map.remote(self.expert_map, wanted), MAP_TIMEOUT_S)
-            front.told = wanted
+            await answer(handle.set_expert_map.remote(self.expert_map, legacy), MAP_TIMEOUT_S)
+            front.told = legacy
         except (TimeoutError, RayError) as error:
             logger.warning("%s did not take the expert map: %s", front.spec.actor_id, first_line(error))
 
     def late_fronts(self) -> list[Member]:
-        """Fronts that report an older map, or know less of what there should be, although it has had the time to
-        arrive. A successor of the supervisor learns both from them.
+        """Fronts that report an older map, or have an older legacy, although the newest has had the time to arrive. A
+        successor of the supervisor learns both from them.
         """
-        version, now = self.expert_map.version, time.monotonic()
-        late = [m for m in self.listening() if m.report and (m.report.map_version < version or m.told != self.wanted)]
+        version, legacy, now = self.expert_map.version, self.legacy, time.monotonic()
+        late = [m for m in self.listening() if m.report and (m.report.map_version < version or m.told != legacy)]
         return [m for m in late if now - m.told_at >= MAP_TIMEOUT_S]
 
     async def settle(self) -> None:

@@ -18,10 +18,10 @@ from cluster.messages import (
     ActorReport,
     ActorState,
     FrontSpec,
+    Legacy,
     LoadProgress,
     ReadyReport,
     ReplicaSpec,
-    Wanted,
 )
 
 # Pause before a restart: it doubles while an actor keeps dying, and starts anew once one has lived long enough.
@@ -33,9 +33,11 @@ Clock = Callable[[], float]
 
 @dataclasses.dataclass(slots=True)
 class Member:
+    """`since` is Unix time, for people. All else is on `clock`, which nobody sets while it runs."""
+
     spec: FrontSpec | ReplicaSpec
     kind: ActorKind
-    clock: Clock = time.time
+    clock: Clock = time.monotonic
     handle: Any = None
     state: ActorState = "starting"
     since: float = 0.0
@@ -46,13 +48,14 @@ class Member:
     num_restarts: int = 0
     restart_at: float | None = None
     silent_since: float | None = None
-    told_at: float = -math.inf  # when a front was last handed the expert map, on the monotonic clock
-    told: Wanted | None = None  # what it has then taken
+    told_at: float = -math.inf  # when a front was last handed the expert map
+    told: Legacy | None = None  # what it has then taken
     work: asyncio.Task[None] | None = None  # what is bringing it up or draining it
     _pause: float = FIRST_PAUSE_S
+    _entered: float = 0.0  # when it entered its state
 
     def __post_init__(self) -> None:
-        self.since = self.clock()
+        self.enter(self.state, self.detail)
 
     @property
     def slot(self) -> str:
@@ -81,7 +84,8 @@ class Member:
         return ReplicaAddress(name, self.group or 0, (("object_ref", name), *self.ready.endpoints))
 
     def enter(self, state: ActorState, detail: str = "") -> None:
-        self.state, self.since, self.detail = state, self.clock(), detail
+        self.state, self.detail = state, detail
+        self.since, self._entered = time.time(), self.clock()
 
     def become_ready(self, ready: ReadyReport) -> None:
         self.ready = ready
@@ -90,7 +94,7 @@ class Member:
 
     def bury(self, why: str) -> None:
         """The actor is dead: plan the next one for this slot."""
-        lived = self.clock() - self.since if self.state == "ready" else 0.0
+        lived = self.clock() - self._entered if self.state == "ready" else 0.0
         self._pause = FIRST_PAUSE_S if lived >= STABLE_S else self._pause
         self.restart_at = self.clock() + self._pause
         self.enter("dead", f"{why}; restart {self.num_restarts + 1} in {self._pause:.1f} s")
@@ -99,8 +103,13 @@ class Member:
 
     @property
     def is_lost(self) -> bool:
-        """True until the successor of an actor that died is ready. A new member that still loads is not lost."""
-        return self.state == "dead" or (self.num_restarts > 0 and self.state in ("starting", "loading"))
+        """True until the successor of an actor that died is ready, and for one of a predecessor that lacks experts. A
+        new member that still loads is not lost.
+        """
+        lacks_experts = self.state == "starting" and self.ready is not None
+        return (
+            self.state == "dead" or lacks_experts or (self.num_restarts > 0 and self.state in ("starting", "loading"))
+        )
 
     def hear(self, report: ActorReport | None) -> float:
         """Take in a report, or that none came; returns for how many seconds none has come."""

@@ -238,6 +238,10 @@ class FrontSpec:
     logs: LogOptions = LogOptions()
     resources: ResourcePlan = ResourcePlan()
 
+    @property
+    def model_path(self) -> str:
+        return self.engine.model_path
+
     def fits(self, wanted: object) -> bool:
         """True if an actor with this spec can do the work of one with the other: names, keys and what Ray has reserved
         for it don't matter.
@@ -341,6 +345,16 @@ class Wanted:
 
     fronts: int
     replicas: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Legacy:
+    """What fronts keep for a successor of the supervisor: how many of each there should be, and what actors and
+    ingresses that are gone have counted; without it the cluster's counters would fall.
+    """
+
+    wanted: Wanted
+    counted: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
-from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.expert_map import ExpertMap
@@ -131,7 +130,9 @@ def _holds_other(member: Member, layer: int, experts: list[tuple[int, ...]]) -> 
     return member.held(layer) != experts[member.group or 0]
 
 
-async def _tell(member: Member, layer: int, experts: list[tuple[int, ...]]) -> Any:
+async def _tell(member: Member, layer: int, experts: list[tuple[int, ...]]) -> None:
     wanted = experts[member.group or 0]
+    if member.handle is None:  # it has died meanwhile: its successor loads by the map
+        return
     await answer(member.handle.set_experts.remote(layer, wanted), LOAD_LAYER_S)
     member.hold(layer, wanted)

@@ -49,6 +49,11 @@ class Reports:
                 self._gone = merge((self._gone, cumulative(last)))
                 del self._ingress[other]
 
+    def take_gone(self) -> tuple[Sample, ...]:
+        """What ingresses that are no more have counted, for who keeps it in a place that outlives the supervisor."""
+        gone, self._gone = self._gone, ()
+        return gone
+
     def exposition(self, fleet: Fleet | None, load: ExpertLoad | None) -> bytes:
         """Prometheus text over all processes."""
         actors: list[tuple[Sample, ...]] = []

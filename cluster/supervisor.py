@@ -18,17 +18,18 @@ import zmq
 from cluster import ray_actors, takeover
 from cluster.blueprint import Blueprint, draw_blueprint
 from cluster.bring_up import start_all
-from cluster.checkpoint import check_checkpoint, resolve_model
+from cluster.checkpoint import check_checkpoint, local_copy, resolve_model
 from cluster.config import ClusterConfig, ConfigError
 from cluster.fleet import HUNG_S, Fleet
 from cluster.load import ExpertLoad
 from cluster.members import Member
 from cluster.messages import (
     ClusterState,
+    FrontSpec,
     LaneKeys,
-    Machine,
     NotRunning,
     RebalanceReport,
+    ReplicaSpec,
     Sample,
     Wanted,
 )
@@ -90,7 +91,7 @@ class Supervisor:
         deadline = time.monotonic() + FINISH_S
         while self._fleet and time.monotonic() < deadline:
             await self._fleet.collect()
-            if not any(m.report and m.report.num_requests for m in self._fleet.of_kind("front", "ready")):
+            if not any(m.report and m.report.num_requests for m in self._fleet.listening()):
                 return
             await asyncio.sleep(WATCH_PERIOD_S)
 
@@ -111,7 +112,7 @@ class Supervisor:
         self._enter("starting", "checking the checkpoint")
         try:
             async with asyncio.timeout(self.config.load_timeout_s):
-                fleet = Fleet(await self._draw_blueprint(ray_actors.machine()), self.namespace, self.metrics)
+                fleet = Fleet(await self._draw_blueprint(), self.namespace, self.metrics)
                 self._use(fleet)
                 await start_all(fleet, lambda phase: self._enter("starting", phase))
                 await self._collect(fleet)
@@ -169,12 +170,11 @@ class Supervisor:
             if blueprint is None:
                 if any(actor.is_silent for actor in found) and time.monotonic() < silent_until:
                     raise TimeoutError("the predecessor's actors don't answer yet")
-                machine = known.spec.resources.machine if known else ray_actors.machine()
-                blueprint = await self._draw_blueprint(machine, known.spec.lane_keys if known else None)
+                blueprint = await self._draw_blueprint(known.spec if known else None)
             self._adopt(Fleet(blueprint, self.namespace, self.metrics, is_checked=False), found)
         fleet = self._fleet
         assert fleet is not None
-        blueprint = await self._draw_blueprint(fleet.blueprint.resources.machine, fleet.blueprint.lane_keys)
+        blueprint = await self._draw_blueprint(fleet.blueprint.front(0))
         self._error = None
         if not takeover.check(fleet, blueprint):
             await self._let_go(fleet)
@@ -194,8 +194,11 @@ class Supervisor:
         self._spawn(self._watch(fleet))
 
     async def _settle(self, fleet: Fleet, member: Member) -> None:
-        await takeover.settle(fleet, member)
-        member.work = None
+        is_leaving = await takeover.settle(fleet, member)
+        if member.work is asyncio.current_task():  # else its successor is being started
+            member.work = None
+        if is_leaving:
+            self._retire(fleet, member)
 
     async def _let_go(self, fleet: Fleet) -> None:
         logger.warning("no actor of the predecessor fits the configuration")
@@ -207,13 +210,16 @@ class Supervisor:
 
     # -- bring-up ------------------------------------------------------------------------------------------------
 
-    async def _draw_blueprint(self, machine: Machine, keys: LaneKeys | None = None) -> Blueprint:
-        """`machine` and `keys` are a predecessor's where its actors are kept: they fit by that, whatever the cluster
-        has become since.
+    async def _draw_blueprint(self, known: FrontSpec | ReplicaSpec | None = None) -> Blueprint:
+        """`known` is of an actor that a predecessor has left and that is kept: others are to fit it, whatever has
+        become of the cluster, or of the model on the Hub, since.
         """
-        model_dir = await asyncio.to_thread(resolve_model, self.config.model)
-        model = read_model_config(model_dir)
-        info = await asyncio.to_thread(check_checkpoint, model_dir, model)
+        machine = known.resources.machine if known else ray_actors.machine()
+        keys = known.lane_keys if known else None
+        model_dir = await asyncio.to_thread(resolve_model, self.config.model, known.model_path if known else "")
+        here = await asyncio.to_thread(local_copy, str(model_dir))
+        model = read_model_config(here)
+        info = await asyncio.to_thread(check_checkpoint, here, model)
         if keys is None and self.config.lane in ("auto", "zmq"):
             keys = _new_keys()
         return draw_blueprint(self.config, info, model_dir, model, machine, keys)
@@ -269,6 +275,7 @@ class Supervisor:
 
     async def _collect(self, fleet: Fleet) -> None:
         await fleet.collect()
+        fleet.keep(self.reports.take_gone())
         if self._load:
             fronts = {m.spec.actor_id: m.report.expert_counts for m in fleet.of_kind("front") if m.report}
             self._load.update(fronts, time.monotonic())
@@ -385,10 +392,17 @@ class Supervisor:
         return self._load.describe(self._fleet.expert_map)
 
     async def exposition(self, ingress_id: str, samples: tuple[Sample, ...]) -> bytes:
-        """Prometheus text over all processes; the asking ingress brings its own newest samples."""
+        """Prometheus text over all processes; the asking ingress brings its own newest samples.
+
+        Raises NotRunning while a takeover does not know yet what some actor has counted: a gap does no harm, but a
+        counter that falls and comes back looks like so many new events.
+        """
         self.reports.hear(ingress_id, samples)
         if self._fleet:
             await self._collect(self._fleet)
+        unknown = [m.spec.actor_id for m in self._fleet.members if m.is_unknown] if self._fleet else []
+        if unknown or (self._fleet is None and self._state == "recovering"):
+            raise NotRunning(f"the cluster is {self._state}: {self._phase}")
         return self.reports.exposition(self._fleet, self._load)
 
     def push_samples(self, ingress_id: str, samples: tuple[Sample, ...]) -> ClusterState:

@@ -83,8 +83,8 @@ def newest(found: list[Found]) -> Identity | None:
 
 
 def recall(known: Identity | None) -> Blueprint | None:
-    if known and known.expert_map and known.wanted and isinstance(known.spec, FrontSpec):
-        return recall_blueprint(known.spec, known.expert_map, known.wanted)
+    if known and known.expert_map and known.legacy and isinstance(known.spec, FrontSpec):
+        return recall_blueprint(known.spec, known.expert_map, known.legacy.wanted)
     return None
 
 
@@ -131,7 +131,9 @@ def _learn_keys(fleet: Fleet, spec: FrontSpec | ReplicaSpec) -> None:
 def _recognise(fleet: Fleet, member: Member, identity: Identity) -> None:
     """A replica that lacks experts which its group has by the map must load them first: see settle."""
     member.spec, member.ready, member.silent_since = identity.spec, identity.ready, None
-    member.told = identity.wanted
+    member.told = identity.legacy
+    if identity.legacy and not fleet.gone:  # every front has the same
+        fleet.keep(identity.legacy.counted)
     if identity.expert_map:
         fleet.expert_map = _newer(fleet.expert_map, identity.expert_map)
     if member.kind == "front" or _holds_enough(member, fleet.expert_map):
@@ -150,42 +152,62 @@ def _holds_enough(member: Member, expert_map: ExpertMap) -> bool:
     return len(homes) == len(held) and all(set(home) <= set(here) for home, here in zip(homes, held, strict=True))
 
 
-async def settle(fleet: Fleet, member: Member) -> None:
+async def settle(fleet: Fleet, member: Member) -> bool:
     """Return once an actor that lives serves again, or is lost: a silent one is asked until it answers or counts as
-    hung, a replica loads the experts that it lacks.
+    hung, a replica loads the experts that it lacks. True for a front that was leaving already.
+
+    Meanwhile others may give the actor up and start its successor: what is learnt of the one says nothing of the other.
     """
-    name, pause = member.spec.actor_id, ASK_PAUSE_S
-    while member.state == "starting" and member.spec.actor_id == name:
+    handle, pause, is_leaving = member.handle, ASK_PAUSE_S, False
+    while member.state == "starting" and member.handle is handle:
         try:
-            await (_ask_again(fleet, member) if member.ready is None else fleet.join(member))
+            if member.ready is None:
+                is_leaving = await _ask_again(fleet, member)
+            else:
+                await fleet.join(member)
         except Exception as error:
+            if member.handle is not handle:
+                break
             if is_death(error):
                 fleet.bury(member, first_line(error))
-                return
-            member.detail = f"{first_line(error)}; next attempt in {pause:g} s"
-            logger.warning("%s: %s", member.spec.actor_id, member.detail)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            elif isinstance(error, TimeoutError):  # its process may answer, but not the thread that loads
+                fleet.replace(member, "hung while it loaded experts")
+            else:
+                member.detail = f"{first_line(error)}; next attempt in {pause:g} s"
+                logger.warning("%s: %s", member.spec.actor_id, member.detail)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+    return is_leaving
 
 
-async def _ask_again(fleet: Fleet, member: Member) -> None:
-    found = await ask(member.spec.actor_id, member.handle)
-    if found and found.identity:
-        _learn_keys(fleet, found.identity.spec)
-        if fleet.is_checked and not found.identity.spec.fits(member.spec):
-            fleet.replace(member, "it does not fit the configuration")
-        elif found.identity.spec.lane_keys != fleet.blueprint.lane_keys:
-            fleet.replace(member, "its lane does not open to the others")
-        else:
-            _recognise(fleet, member, found.identity)
-    elif found and found.is_silent:
+async def _ask_again(fleet: Fleet, member: Member) -> bool:
+    """As settle."""
+    handle = member.handle
+    found = await ask(member.spec.actor_id, handle)
+    if member.handle is not handle:
+        return False
+    if found is None or not found.is_of_use:
+        fleet.replace(member, "it was not ready" if found else "it has died")
+    elif found.identity is None:
         silent = member.hear(None)
         member.detail = f"no answer for {silent:.0f} s"
         if silent > HUNG_S:
             fleet.replace(member, "hung")
         await asyncio.sleep(ASK_PAUSE_S)
     else:
-        fleet.replace(member, "it was not ready" if found else "it has died")
+        _hear(fleet, member, found.identity)
+        return found.identity.is_draining
+    return False
+
+
+def _hear(fleet: Fleet, member: Member, identity: Identity) -> None:
+    _learn_keys(fleet, identity.spec)
+    if fleet.is_checked and not identity.spec.fits(member.spec):
+        fleet.replace(member, "it does not fit the configuration")
+    elif identity.spec.lane_keys != fleet.blueprint.lane_keys:
+        fleet.replace(member, "its lane does not open to the others")
+    else:
+        _recognise(fleet, member, identity)
 
 
 def check(fleet: Fleet, blueprint: Blueprint) -> bool:

@@ -70,7 +70,7 @@ async def cluster(request: Request) -> dict[str, Any]:
 
 @cluster_routes.get("/experts")
 async def experts(request: Request) -> dict[str, Any]:
-    answer = await _answer(service_of(request).supervisor.experts())
+    answer = await answer_of(service_of(request).supervisor.experts())
     if not answer:
         raise errors.unavailable("The expert map is not known yet")
     return answer
@@ -82,7 +82,7 @@ async def scale(request: Request) -> dict[str, Any]:
     service, body = service_of(request), await read_request(request, ScaleRequest)
     _check_scale(body, service.config)
     _check_running(service)
-    wanted: Wanted = await _answer(service.supervisor.scale(body.fronts, body.group, body.replicas))
+    wanted: Wanted = await answer_of(service.supervisor.scale(body.fronts, body.group, body.replicas))
     return {"wanted": asdict(wanted)}
 
 
@@ -94,7 +94,7 @@ async def rebalance(request: Request) -> dict[str, Any]:
     if service.config.lane == "local":
         raise errors.invalid_request("lane='local' has all experts in the front: there is nothing to rebalance")
     _check_running(service)
-    report = await _answer(service.supervisor.rebalance(body.dry_run, body.force))
+    report = await answer_of(service.supervisor.rebalance(body.dry_run, body.force))
     if report.error:
         raise errors.conflict(report.error)
     return {
@@ -110,7 +110,7 @@ async def rebalance(request: Request) -> dict[str, Any]:
     }
 
 
-async def _answer(asked: Awaitable[T]) -> T:
+async def answer_of(asked: Awaitable[T]) -> T:
     """The supervisor's answer. Raises APIError (503) if it dies over it: another one takes over within seconds."""
     try:
         return await asked

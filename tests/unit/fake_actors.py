@@ -19,7 +19,7 @@ from cluster.config import ClusterConfig
 from cluster.expert_map import Identity
 from cluster.fleet import Fleet
 from cluster.members import Member
-from cluster.messages import ActorReport, LaneKeys, Machine, ReadyReport, Wanted
+from cluster.messages import ActorReport, LaneKeys, Legacy, Machine, ReadyReport, Wanted
 from cluster.model_config import read_model_config
 from cluster.supervisor import Supervisor
 from tests.checkpoints import MODELS, write_checkpoint
@@ -78,7 +78,7 @@ class Cluster:
             spec = drawn.front(0) if is_front else drawn.replica(name.group, 0, expert_map)
             identity = Identity(replace(spec, actor_id=text), ReadyReport(text, "n", 1, "", 5, 0.1))  # type: ignore[arg-type]
             if is_front:
-                identity = replace(identity, expert_map=expert_map, wanted=wanted or drawn.wanted, **changes)
+                identity = replace(identity, expert_map=expert_map, legacy=Legacy(wanted or drawn.wanted), **changes)
             report = ActorReport(text, version, 0)
             self.actors[text] = Actor(text, identity=identity, report=report, drain=None)
 

@@ -14,7 +14,7 @@ from actors.kernels.packed import use_native
 from actors.model.loader import contiguous_runs, load_experts, load_front
 from benchmarks import make_checkpoint as maker
 from cluster import checkpoint
-from cluster.checkpoint import CheckpointInfo, check_checkpoint, read_headers, resolve_model
+from cluster.checkpoint import CheckpointInfo, check_checkpoint, is_commit_of, local_copy, read_headers, resolve_model
 from cluster.model_config import ModelError, read_model_config
 from deploy.text import Tokenizer
 from tests.checkpoints import MODELS, load_reference, write_checkpoint
@@ -276,8 +276,25 @@ def test_resolve_model(single: Path, tmp_path: Path, monkeypatch):
     for name in ("nowhere", "./no/such/dir", "a/b/c"):
         with pytest.raises(ModelError, match=r"is no directory, and no Hub id"):
             resolve_model(name)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name))
     assert resolve_model("ibm/PowerMoE-3b") == tmp_path / "ibm/PowerMoE-3b"
+
+
+def test_a_commit_of_the_hub_is_the_same_on_every_machine(single: Path, monkeypatch):
+    commit = "0123456789" * 4
+    elsewhere = f"/elsewhere/models--ibm--PowerMoE-3b/snapshots/{commit}"
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, revision, **_: asked.append((name, revision)) or str(single)
+    )
+    assert local_copy(elsewhere) == single
+    assert asked == [("ibm/PowerMoE-3b", commit)]
+    assert local_copy(str(single)) == single
+    assert local_copy("/not/here") == Path("/not/here"), "whoever reads it says that it is not there"
+    assert resolve_model("ibm/PowerMoE-3b", known=elsewhere) == Path(elsewhere)
+    assert len(asked) == 1, "a newer commit is nothing to those that serve"
+    for other in ("ibm/PowerMoE-3b-base", "moe/PowerMoE-3b"):
+        assert not is_commit_of(other, elsewhere)
 
 
 def test_hub_errors_have_a_way_out(monkeypatch):

@@ -1,5 +1,7 @@
 """Restarts and their pauses, on a clock of the test's own."""
 
+import time
+
 import pytest
 
 from cluster.members import FIRST_PAUSE_S, LONGEST_PAUSE_S, STABLE_S, Member
@@ -93,3 +95,18 @@ def test_silence_is_timed_from_the_first_report_that_did_not_come(member: Member
     assert member.hear(ActorReport("expert-g0-r1", 0, 0)) == 0
     clock.now += 4
     assert member.hear(None) == 0
+
+
+def test_a_clock_that_is_set_ends_nobody_and_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    member = Member(SPEC, "expert")
+    ready(member)
+    member.hear(None)
+    member.bury("killed")
+    now = time.time()
+    for jump in (-3600.0, 3600.0):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+        member.enter("dead", "killed")
+        assert member.since == now + jump, "people are told Unix time"
+        assert member.hear(None) < 60
+        assert member.restart_at is not None
+        assert abs(member.restart_at - time.monotonic()) < 60

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
+from cluster import bring_up, ray_actors
 from cluster import fleet as fleet_module
-from cluster.messages import RebalanceReport, Wanted
+from cluster.members import Member
+from cluster.messages import ActorReport, LoadProgress, ReadyReport, RebalanceReport, Wanted
 from cluster.rebalancing import RebalanceError, _move_layer
 from cluster.supervisor import Supervisor
 from tests.unit.fake_actors import FOUR, Actor, Cluster, fleet_of, taking_over, until
@@ -181,5 +183,91 @@ async def test_what_there_should_be_is_told_again(cluster: Cluster, monkeypatch:
         assert not any(told(front) for front in fronts), "once they know, they are left alone"
 
 
+def ready(name: str) -> ReadyReport:
+    return ReadyReport(name, "n", 1, "", 5, 0.1)
+
+
+async def test_who_dies_over_the_first_start_is_started_anew(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine or a process may be lost at any time: that is no reason to end all others."""
+    dying = ["front-0", "front-0.1", "expert-g1-r0"]
+
+    def create(member: Member, *_: Any) -> Actor:
+        name = member.spec.actor_id
+        cluster.created.append(name)
+        died = RayActorError() if name in dying else ready(name)
+        starts = RayActorError() if name == "front-1" else ready(name)
+        report = ActorReport(name, 1, 0)
+        return Actor(name, load=died, progress=LoadProgress(1, 2), start=starts, report=report)
+
+    monkeypatch.setattr(ray_actors, "create", create)
+    monkeypatch.setattr(bring_up, "PROGRESS_PERIOD_S", 0.01)
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().state == "ready")
+        assert sorted(supervisor.state().fronts) == ["front-0.2", "front-1.1"]
+        assert sorted(cluster.ended) == sorted([*dying, "front-1"])
+
+
+async def test_who_keeps_dying_over_the_first_start_ends_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(member: Member, *_: Any) -> Actor:
+        cluster.created.append(member.spec.actor_id)
+        died = RayActorError() if member.kind == "front" else ready(member.spec.actor_id)
+        return Actor(member.spec.actor_id, load=died, progress=LoadProgress(1, 2))
+
+    monkeypatch.setattr(ray_actors, "create", create)
+    monkeypatch.setattr(bring_up, "PROGRESS_PERIOD_S", 0.01)
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().state == "failed")
+        assert len([name for name in cluster.created if name.startswith("front-0")]) == 1 + bring_up.MAX_DEATHS
+
+
+async def test_every_replica_that_leaves_waits_until_fronts_know(cluster: Cluster) -> None:
+    """Also the second one, whose map the first has made."""
+    leaving = ("expert-g0-r1", "expert-g0-r2")
+    cluster.left(*FOUR, *leaving, wanted=Wanted(2, (3, 1)))
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().state == "ready" and len(fleet_of(supervisor).expert_map.replicas) == 4)
+        front = cluster.actors["front-0"]
+        answers, has_map = front._answer, asyncio.Event()
+
+        async def take_late(method: str, *given: Any) -> Any:
+            if method == "set_expert_map":
+                await has_map.wait()
+            return await answers(method, *given)
+
+        front._answer = take_late  # type: ignore[method-assign]
+        await supervisor.scale(group=0, replicas=1)
+        await until(lambda: len(fleet_of(supervisor).expert_map.replicas) == 2)
+        await asyncio.sleep(0.1)
+        assert cluster.ended == []
+        has_map.set()
+        await until(lambda: sorted(cluster.ended) == sorted(leaving))
+
+
+async def test_a_front_that_has_just_died_keeps_nobody_from_the_map(cluster: Cluster) -> None:
+    cluster.left(*FOUR)
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().state == "ready")
+        fleet = fleet_of(supervisor)
+        telling = asyncio.create_task(fleet.tell_fronts())
+        await asyncio.sleep(0)
+        fleet.bury(fleet.of_kind("front")[0], "lost")  # before what tells it has begun
+        await telling
+
+
+async def test_the_end_waits_for_fronts_that_leave_as_well(cluster: Cluster) -> None:
+    cluster.left(*FOUR)
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().state == "ready")
+        front = cluster.actors["front-1"]
+        busy = replace(front.answers["report"], num_requests=3)
+        front.answers["report"] = busy
+        await supervisor.scale(fronts=1)
+        finishing = asyncio.create_task(supervisor.finish())
+        await asyncio.sleep(0.2)
+        assert not finishing.done()
+        front.answers["report"] = replace(busy, num_requests=0)
+        await asyncio.wait_for(finishing, 5)
+
+
 def told(front: Actor) -> Wanted | None:
-    return next((call[2] for call in reversed(front.calls) if call[0] == "set_expert_map"), None)
+    return next((call[2].wanted for call in reversed(front.calls) if call[0] == "set_expert_map"), None)

@@ -1,15 +1,19 @@
 """What a supervisor keeps, ends and goes on with of the actors that one before it has left."""
 
+import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
+from cluster import checkpoint as checkpoint_module
 from cluster import fleet as fleet_module
 from cluster import supervisor as supervisor_module
 from cluster import takeover
 from cluster.expert_map import ExpertMap, Identity
 from cluster.members import Member
-from cluster.messages import LaneKeys, Machine, ReadyReport, Wanted
+from cluster.messages import LaneKeys, Legacy, Machine, NotRunning, ReadyReport, Wanted
 from cluster.supervisor import Supervisor
 from tests.unit.fake_actors import FOUR, KEYS, THEN, Cluster, fleet_of, taking_over, until
 
@@ -210,3 +214,105 @@ async def test_lanes_open_by_the_keys_of_those_that_live(cluster: Cluster, monke
 
 def silent(supervisor: Supervisor) -> set[str]:
     return {m.spec.actor_id for m in fleet_of(supervisor).members if m.is_unknown}
+
+
+async def test_nobody_who_serves_leaves_for_one_that_is_silent(cluster: Cluster) -> None:
+    """front-0 was leaving when the supervisor died, and says so late."""
+    cluster.left("front-1", *FOUR[2:], wanted=Wanted(1, (1, 1)))
+    cluster.left("front-0", wanted=Wanted(1, (1, 1)), is_draining=True)
+    leaving = cluster.actors["front-0"]
+    identity = leaving.answers.pop("identity")
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: leaving.was_asked("identity") > 5 and fleet_of(supervisor).is_checked)
+        assert (supervisor.state().fronts, cluster.ended) == (("front-1",), [])
+        leaving.answers["identity"] = identity
+        await until(lambda: cluster.ended == ["front-0"])
+        assert leaving.was_asked("drain")
+        assert (supervisor.state().fronts, cluster.created) == (("front-1",), [])
+
+
+async def test_a_replica_that_hangs_while_it_loads_is_replaced_and_holds_up_nobody(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "LOAD_LAYER_S", 0.5)
+    cluster.left(*FOUR)
+    lacking = cluster.actors["expert-g0-r0"]
+    identity = lacking.answers["identity"]
+    spec = replace(identity.spec, experts=((0,), *identity.spec.experts[1:]))
+    lacking.answers["identity"] = replace(identity, spec=spec)
+    del lacking.answers["set_experts"]
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: lacking.was_asked("set_experts") == 1)
+        await until(lambda: supervisor.state().state == "degraded")
+        assert not cluster.ended
+        assert not fleet_of(supervisor).placing.locked(), "others may enter the map"
+        await until(lambda: cluster.created == ["expert-g0-r0.1"])
+        assert cluster.ended == ["expert-g0-r0"]
+
+
+async def test_what_is_learnt_late_of_an_actor_says_nothing_of_its_successor(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked before the configuration was known, and has been replaced meanwhile."""
+    cluster.left(*FOUR)
+    silent = cluster.actors["front-1"]
+    del silent.answers["identity"]
+    is_asked, dies = asyncio.Event(), asyncio.Event()
+
+    async def die_late(method: str, *_: Any) -> Any:
+        assert method == "identity"
+        is_asked.set()
+        await dies.wait()
+        raise RayActorError
+
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().phase == "waiting for front-1")
+        monkeypatch.setattr(takeover, "REPORT_TIMEOUT_S", 20)
+        silent._answer = die_late  # type: ignore[method-assign]
+        await is_asked.wait()
+        fleet = fleet_of(supervisor)
+        member = next(m for m in fleet.members if m.spec.actor_id == "front-1")
+        fleet.replace(member, "it does not fit")
+        await until(lambda: cluster.created == ["front-1.1"])
+        dies.set()
+        await asyncio.sleep(0.2)
+        assert (cluster.created, cluster.ended) == (["front-1.1"], ["front-1"])
+        assert member.work is not None, "its successor is being started"
+
+
+async def test_counters_do_not_fall_with_a_supervisor(cluster: Cluster) -> None:
+    """Fronts know what actors that are gone have counted. Until all have told what they count, nothing is told."""
+    cluster.left(*FOUR)
+    tokens = ("outcrop_generation_tokens_total", ())
+    for name, count in (("front-0", 10.0), ("front-1", 20.0)):
+        actor = cluster.actors[name]
+        actor.answers["report"] = replace(actor.answers["report"], samples=((*tokens, count),))
+        legacy = Legacy(cluster.blueprint.wanted, ((*tokens, 1000.0),))
+        actor.answers["identity"] = replace(actor.answers["identity"], legacy=legacy)
+    identity = cluster.actors["front-1"].answers.pop("identity")
+    supervisor = Supervisor(cluster.config, "test")
+    with pytest.raises(NotRunning):
+        await supervisor.exposition("ingress", ())
+    supervisor.start()
+    await until(lambda: supervisor.state().state == "degraded")
+    with pytest.raises(NotRunning, match="waiting for front-1"):
+        await supervisor.exposition("ingress", ())
+    cluster.actors["front-1"].answers["identity"] = identity
+    await until(lambda: supervisor.state().state == "ready")
+    assert "outcrop_generation_tokens_total 1030.0" in (await supervisor.exposition("ingress", ())).decode()
+    assert fleet_of(supervisor).legacy.counted == ((*tokens, 1000.0),)
+    await supervisor.stop()
+
+
+async def test_a_newer_commit_on_the_hub_ends_nobody(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshots = cluster.model.parent / "models--owner--name" / "snapshots"
+    old = snapshots / ("a" * 40)
+    snapshots.mkdir(parents=True)
+    old.symlink_to(cluster.model)
+    monkeypatch.setattr(checkpoint_module, "_download", lambda *given: pytest.fail(f"a download: {given}"))
+    cluster.model = old
+    cluster.left(*FOUR)
+    cluster.config = cluster.config.model_copy(update={"model": "owner/name"})
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().state == "ready")
+        assert (cluster.ended, cluster.created) == ([], [])
