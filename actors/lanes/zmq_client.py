@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
 
@@ -30,24 +31,40 @@ class ZmqLane(Lane):
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
         self._links: dict[str, Link] = {}
+        self._exchanging = threading.Lock()  # connect() and probe() both put links in place
         # Links of replicas that have left: open until their last answer has come, closed by the thread that uses them.
         self._retired: list[tuple[str, Link]] = []
         self._numbers = itertools.count(1)
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         """send() to a replica that does not shake hands raises LaneError until it answers a probe."""
-        links: dict[str, Link] = {}
+        replicas, known = tuple(replicas), dict(self._links)
         new: dict[str, Link] = {}
         for replica in replicas:
-            known = self._links.get(replica.replica_id)
-            if known and known.is_connected:
-                links[replica.replica_id] = known
-            elif link := self._open(replica):
+            link = known.get(replica.replica_id)
+            if not (link and link.is_connected) and (link := self._open(replica)):
                 new[replica.replica_id] = link
         self._shake_hands(new)
-        links |= new
-        self._retired.extend((name, link) for name, link in self._links.items() if link is not links.get(name))
-        self._links = links
+        for name, link in new.items():
+            self._put_in_place(name, known.get(name), link)
+        for name in set(self._links) - {replica.replica_id for replica in replicas}:
+            with self._exchanging:
+                self._retired.append((name, self._links[name]))
+                del self._links[name]
+
+    def _put_in_place(self, name: str, known: Link | None, link: Link) -> Link | None:
+        """The replica's link from now on: this one, unless another thread has put one in the place of the known one
+        meanwhile. That one may be in use already; this one is known to nobody, and closed.
+        """
+        with self._exchanging:
+            current = self._links.get(name)
+            if current is not known:
+                link.close()
+                return current
+            if known:
+                self._retired.append((name, known))
+            self._links[name] = link
+            return link
 
     def is_connected(self, replica_id: str) -> bool:
         link = self._links.get(replica_id)
@@ -140,11 +157,12 @@ class ZmqLane(Lane):
         return next(retired, None)
 
     def _close_retired(self) -> None:
-        for entry in tuple(self._retired):
-            _, link = entry
+        for _ in range(len(self._retired)):
+            name, link = self._retired.pop(0)
             link.take_in()
-            if not link.is_connected or not link.waiting:
-                self._retired.remove(entry)
+            if link.is_connected and link.waiting:
+                self._retired.append((name, link))
+            else:
                 link.close()
 
     def forget(self, ticket: Ticket) -> None:
@@ -160,12 +178,10 @@ class ZmqLane(Lane):
         return self._post(link, replica.replica_id, HELLO)
 
     def _reopen(self, replica: ReplicaAddress, lost: Link | None) -> Link:
-        link = self._open(replica)
+        opened = self._open(replica)
+        link = opened and self._put_in_place(replica.replica_id, lost, opened)
         if link is None:
             raise LaneError(f"replica {replica.replica_id} is not connected")
-        if lost:
-            self._retired.append((replica.replica_id, lost))
-        self._links[replica.replica_id] = link
         return link
 
     def is_alive(self, ticket: Ticket) -> bool:

@@ -15,7 +15,7 @@ from actors.lanes import wire
 from actors.lanes.auto import AutoLane
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.zmq_client import HANDSHAKE_S, ZmqLane
-from actors.lanes.zmq_link import HELLO, NUMBER
+from actors.lanes.zmq_link import HELLO, NUMBER, Link
 from actors.lanes.zmq_server import DIRECTORY, ZmqServer
 from cluster.expert_map import ReplicaAddress
 from cluster.leftovers import OwnedDirectory
@@ -387,6 +387,56 @@ def test_a_ticket_of_a_connection_that_was_replaced_is_lost_at_once(lane: ZmqLan
         lane.forget(lane.send(target, MESSAGE))  # closes what was lost
         with pytest.raises(LaneError, match="left the map"):
             lane.receive([ticket], 5)
+
+
+def test_a_connection_that_is_replaced_while_a_map_is_taken_stays(
+    lane: ZmqLane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that sends goes on while connect() waits for replicas to shake hands."""
+    with Greeters(tmp_path, ["r0"]) as greeters:
+        (target,) = greeters.replicas
+        lane.connect([target])
+        ticket = lane.send(target, MESSAGE)
+    probes = []
+
+    def notice_the_loss(new: object) -> None:
+        with pytest.raises(LaneError, match="disconnected"):
+            lane.receive([ticket], 5)
+        probes.append(lane.probe(target))
+
+    with Greeters(tmp_path, ["r0"]):
+        monkeypatch.setattr(lane, "_shake_hands", notice_the_loss)
+        lane.connect([target])
+        assert lane._links["r0"].socket.poll(5000), "the probe is answered"
+        assert lane.is_alive(probes[0])
+        lane.send(target, MESSAGE)
+
+
+def test_of_two_connections_that_are_opened_at_a_time_one_is_used_and_one_closed(
+    lane: ZmqLane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links: list[Link] = []
+
+    def probe_as_well(new: dict[str, Link]) -> None:
+        lane.probe(target)
+        links.extend([new["r0"], lane._links["r0"]])
+
+    with Greeters(tmp_path, ["r0"]) as greeters:
+        (target,) = greeters.replicas
+        monkeypatch.setattr(lane, "_shake_hands", probe_as_well)
+        lane.connect([target])
+    assert [link.socket.closed for link in links] == [True, False]
+    assert lane._links == {"r0": links[1]}
+
+
+def test_a_socket_that_is_closed_counts_as_a_lost_connection(server: ZmqServer, connect: Connect) -> None:
+    lane = connect()
+    ticket = lane.send(address(server, "ipc"), MESSAGE)
+    lane._links["r0"].close()
+    with pytest.raises(LaneError, match="disconnected"):
+        lane.receive([ticket], 5)
+    lane._links["r0"].take_in()
+    assert not lane.is_connected("r0")
 
 
 class Everywhere(Lane):
