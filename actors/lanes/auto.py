@@ -24,8 +24,10 @@ class AutoLane(Lane):
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         replicas = tuple(replicas)
-        self.fast.connect(replicas)
-        self.fallback.connect(replicas)
+        try:
+            self.fast.connect(replicas)
+        finally:  # what does not get through is sent over this one
+            self.fallback.connect(replicas)
 
     def name_for(self, replica: ReplicaAddress) -> str:
         return self._lane(replica).name

@@ -1,5 +1,6 @@
 """The fast lane, the front's end: a connection per replica that stays open, raw frames, no Ray on the way."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -86,8 +87,9 @@ class ZmqLane(Lane):
         poller = zmq.Poller()
         greeted: dict[zmq.Socket[bytes], tuple[Link, Ticket]] = {}
         for replica_id, link in links.items():
-            greeted[link.socket] = link, self._post(link, replica_id, HELLO)
-            poller.register(link.socket, zmq.POLLIN)
+            with contextlib.suppress(LaneError):  # whoever hangs up at once is not connected; the others may be
+                greeted[link.socket] = link, self._post(link, replica_id, HELLO)
+                poller.register(link.socket, zmq.POLLIN)
         deadline = time.monotonic() + HANDSHAKE_S
         while greeted and (remaining := deadline - time.monotonic()) > 0:
             for socket, _ in poller.poll(1 + int(remaining * 1000)):

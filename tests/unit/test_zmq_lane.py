@@ -336,6 +336,23 @@ def test_replicas_for_which_no_socket_is_left_are_left_out(lane: ZmqLane, tmp_pa
             lane.send(greeters.replicas[-1], MESSAGE)
 
 
+def test_a_replica_that_hangs_up_at_once_does_not_keep_others_from_being_connected(
+    lane: ZmqLane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_link = lane._open
+
+    def hang_up_on_r0(replica: ReplicaAddress) -> Link | None:
+        link = open_link(replica)
+        if link and replica.replica_id == "r0":
+            link.socket.disconnect(link.endpoint)
+        return link
+
+    monkeypatch.setattr(lane, "_open", hang_up_on_r0)
+    with Greeters(tmp_path, ["r0", "r1"]) as greeters:
+        lane.connect(greeters.replicas)
+        assert [lane.is_connected(r.replica_id) for r in greeters.replicas] == [False, True]
+
+
 def greets(lane: ZmqLane, target: ReplicaAddress) -> bool:
     """Whether a probe is answered well; an answer of any kind comes."""
     ticket = lane.probe(target)
@@ -444,8 +461,10 @@ class Everywhere(Lane):
 
     name = "everywhere"
 
+    replicas: tuple[ReplicaAddress, ...] = ()
+
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
-        pass
+        self.replicas = tuple(replicas)
 
     def send(self, replica: ReplicaAddress, message: bytes) -> object:
         return object()
@@ -480,6 +499,18 @@ def test_auto_probes_over_the_lane_that_gets_through_and_returns_to_zmq_when_tha
         while auto.name_for(target) != "zmq":
             assert time.monotonic() < deadline
             auto.send(target, MESSAGE)
+
+
+def test_auto_connects_the_other_lane_even_if_zmq_fails(lane: ZmqLane, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(replicas: Iterable[ReplicaAddress]) -> None:
+        raise OSError("too many open files")
+
+    auto = AutoLane(lane, Everywhere())
+    monkeypatch.setattr(lane, "connect", fail)
+    target = ReplicaAddress("r0", 0, ())
+    with pytest.raises(OSError, match="too many open files"):
+        auto.connect([target])
+    assert auto.fallback.replicas == (target,)  # type: ignore[attr-defined]
 
 
 def test_auto_looks_at_both_lanes_even_without_time_left(server: ZmqServer, connect: Connect) -> None:
