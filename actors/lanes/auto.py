@@ -39,6 +39,7 @@ class AutoLane(Lane):
         greeting = self._greetings.get(replica.replica_id)
         if greeting and self.fast.is_alive(greeting):
             del self._greetings[replica.replica_id]
+        self.fast.close_retired()
         lane = self._lane(replica)
         return lane, lane.send(replica, message)
 

@@ -47,7 +47,10 @@ class ZmqLane(Lane):
                 new[replica.replica_id] = link
         self._shake_hands(new)
         for name, link in new.items():
-            self._put_in_place(name, known.get(name), link)
+            if link.is_connected:
+                self._put_in_place(name, known.get(name), link)
+            else:  # nobody else has seen it
+                link.close()
         for name in set(self._links) - {replica.replica_id for replica in replicas}:
             with self._exchanging:
                 self._retired.append((name, self._links[name]))
@@ -96,12 +99,9 @@ class ZmqLane(Lane):
                 link, ticket = greeted.pop(socket)
                 link.hear_greeting(ticket)
                 poller.unregister(socket)
-        for link, ticket in greeted.values():
-            link.waiting.discard(ticket.number)
 
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
-        if self._retired:
-            self._close_retired()
+        self.close_retired()
         link = self._links.get(replica.replica_id)
         if link is None or not link.is_connected:
             raise LaneError(f"replica {replica.replica_id} is not connected")
@@ -158,7 +158,8 @@ class ZmqLane(Lane):
         retired = (link for name, link in self._retired if name == ticket.replica_id and ticket.number in link.waiting)
         return next(retired, None)
 
-    def _close_retired(self) -> None:
+    def close_retired(self) -> None:
+        """For the thread that sends: a socket belongs to it. Those that still owe an answer stay open."""
         for _ in range(len(self._retired)):
             name, link = self._retired.pop(0)
             link.take_in()
@@ -174,6 +175,7 @@ class ZmqLane(Lane):
 
     def probe(self, replica: ReplicaAddress) -> Ticket:
         """Greets; over a new connection if there is none. is_alive() connects it."""
+        self.close_retired()
         link = self._links.get(replica.replica_id)
         if link is None or not link.is_connected:
             link = self._reopen(replica, link)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from actors.lanes import wire
 from actors.lanes.auto import AutoLane
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.zmq_client import HANDSHAKE_S, ZmqLane
-from actors.lanes.zmq_link import HELLO, NUMBER, Link
+from actors.lanes.zmq_link import HELLO, NUMBER, Link, new_socket
 from actors.lanes.zmq_server import DIRECTORY, ZmqServer
 from cluster.expert_map import ReplicaAddress
 from cluster.leftovers import OwnedDirectory
@@ -456,6 +457,37 @@ def test_a_socket_that_is_closed_counts_as_a_lost_connection(server: ZmqServer, 
     assert not lane.is_connected("r0")
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[zmq.Socket[bytes]]:
+    """All sockets that lanes open."""
+    sockets: list[zmq.Socket[bytes]] = []
+
+    def remember(*where: Any) -> zmq.Socket[bytes]:
+        sockets.append(new_socket(*where))
+        return sockets[-1]
+
+    monkeypatch.setattr("actors.lanes.zmq_client.new_socket", remember)
+    return sockets
+
+
+def num_open(opened: list[zmq.Socket[bytes]]) -> int:
+    return sum(not socket.closed for socket in opened)
+
+
+def test_maps_and_probes_in_vain_leave_no_sockets_behind(
+    lane: ZmqLane, tmp_path: Path, opened: list[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is sent over zmq meanwhile: all replicas are given up, or reached by another lane."""
+    monkeypatch.setattr("actors.lanes.zmq_client.HANDSHAKE_S", 0.01)
+    with Greeters(tmp_path, [""]) as silent:
+        for _ in range(5):
+            lane.connect(silent.replicas)
+        assert (len(opened), num_open(opened)) == (5, 0)
+        for _ in range(5):
+            lane.probe(silent.replicas[0])
+        assert (len(opened), num_open(opened)) == (10, 2), "the last, and the one that it replaced"
+
+
 class Everywhere(Lane):
     """Reaches every replica, and nobody answers."""
 
@@ -511,6 +543,19 @@ def test_auto_connects_the_other_lane_even_if_zmq_fails(lane: ZmqLane, monkeypat
     with pytest.raises(OSError, match="too many open files"):
         auto.connect([target])
     assert auto.fallback.replicas == (target,)  # type: ignore[attr-defined]
+
+
+def test_auto_closes_connections_to_replicas_that_have_left_whichever_lane_it_uses(
+    lane: ZmqLane, tmp_path: Path, opened: list[zmq.Socket[bytes]]
+) -> None:
+    auto = AutoLane(lane, Everywhere())
+    elsewhere = ReplicaAddress("r1", 0, ())
+    with Greeters(tmp_path, ["r0"]) as greeters:
+        auto.connect([*greeters.replicas, elsewhere])
+        auto.connect([elsewhere])
+        assert num_open(opened) == 1, "connect() runs in another thread, and a socket is closed by the one that uses it"
+        auto.send(elsewhere, MESSAGE)
+        assert num_open(opened) == 0
 
 
 def test_auto_looks_at_both_lanes_even_without_time_left(server: ZmqServer, connect: Connect) -> None:
