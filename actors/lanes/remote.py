@@ -193,7 +193,7 @@ class RemoteDispatcher(Dispatcher):
         while part.sent or self._send(part):
             may_hedge = bool(self._hedges) and self._choose(part) is not None
             try:
-                return self._first_good(part, self._patience(part, may_hedge))
+                partial_PD = self._hear(part, self._patience(part, may_hedge))
             except LaneTimeout:
                 self._give_up_late(part)
                 if not self._send(part):
@@ -202,6 +202,9 @@ class RemoteDispatcher(Dispatcher):
                     self._hedges.spend()
             except NotHeldError:
                 return self._reroute(part)
+            else:
+                if partial_PD is not None:
+                    return partial_PD
         return self._compute_here(part)
 
     def _patience(self, part: Part, may_hedge: bool) -> float:
@@ -219,33 +222,30 @@ class RemoteDispatcher(Dispatcher):
             self._latency.at_least(sent.replica.replica_id, part.num_tokens, time.monotonic() - sent.at)
             self._give_up(sent.replica, "timeout")
 
-    def _first_good(self, part: Part, timeout_s: float) -> Tensor:
-        """Wait for an answer that can be used. Raises LaneTimeout, also when no replica is left, or NotHeldError."""
-        while True:
-            try:
-                ticket, frame = self.lane.receive([sent.ticket for sent in part.sent], timeout_s)
-            except LaneTimeout:
-                raise
-            except LaneError as error:
-                sent = next(s for s in part.sent if s.ticket == error.ticket)
-                self._drop(part, sent)
-                self._give_up(sent.replica, "disconnected")
-            else:
-                sent = next(s for s in part.sent if s.ticket == ticket)
-                self._drop(part, sent)
-                self._num_bytes[self.lane.name_for(sent.replica), "received"] += len(frame)
-                try:
-                    partial_PD, seconds = checked(frame, part)
-                except CorruptAnswerError as error:
-                    logger.warning("replica %s: %s", sent.replica.replica_id, error, extra=self.step.extra)
-                    self._give_up(sent.replica, "corrupt")
-                else:
-                    self._latency.observe(sent.replica.replica_id, part.num_tokens, time.monotonic() - sent.at)
-                    self._breaker.close(sent.replica.replica_id)
-                    self.step.compute_seconds += seconds
-                    return partial_PD
-            if not part.sent and not self._send(part):
-                raise LaneTimeout("no replica is left")
+    def _hear(self, part: Part, timeout_s: float) -> Tensor | None:
+        """The first answer; None if it can't be used, or a replica is lost. Raises LaneTimeout or NotHeldError."""
+        try:
+            ticket, frame = self.lane.receive([sent.ticket for sent in part.sent], timeout_s)
+        except LaneTimeout:
+            raise
+        except LaneError as error:
+            sent = next(s for s in part.sent if s.ticket == error.ticket)
+            self._drop(part, sent)
+            self._give_up(sent.replica, "disconnected")
+            return None
+        sent = next(s for s in part.sent if s.ticket == ticket)
+        self._drop(part, sent)
+        self._num_bytes[self.lane.name_for(sent.replica), "received"] += len(frame)
+        try:
+            partial_PD, seconds = checked(frame, part)
+        except CorruptAnswerError as error:
+            logger.warning("replica %s: %s", sent.replica.replica_id, error, extra=self.step.extra)
+            self._give_up(sent.replica, "corrupt")
+            return None
+        self._latency.observe(sent.replica.replica_id, part.num_tokens, time.monotonic() - sent.at)
+        self._breaker.close(sent.replica.replica_id)
+        self.step.compute_seconds += seconds
+        return partial_PD
 
     def _drop(self, part: Part, sent: Sent) -> None:
         part.sent.remove(sent)

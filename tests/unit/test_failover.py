@@ -442,6 +442,7 @@ class SlowLane(ScriptedLane):
         self.now = 0.0
         self.free_at = dict.fromkeys("abcd", 0.0)
         self.done_at: dict[Ticket, float] = {}
+        self.lost: Sequence[str] = ()
 
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
         ticket = super().send(replica, message)
@@ -450,6 +451,9 @@ class SlowLane(ScriptedLane):
         return ticket
 
     def receive(self, tickets: Sequence[Ticket], timeout_s: float) -> tuple[Ticket, bytes]:
+        for ticket in tickets:
+            if ticket.replica in self.lost:
+                raise LaneError("disconnected", ticket)
         first = min(tickets, key=self.done_at.__getitem__)
         if self.done_at[first] > self.now + timeout_s:
             self.now += timeout_s
@@ -505,6 +509,16 @@ def test_a_replica_that_hangs_is_given_up_at_once(slow: SlowLane) -> None:
     for _ in range(50):
         assert torch.equal(compute(dispatcher), EXPECTED)
     assert slow.now - started < DEADLINE_FLOOR_S + 50 * 2 * 0.005
+    assert local_and_failovers(dispatcher) == (0, 1)
+
+
+def test_whoever_takes_over_from_a_lost_replica_has_all_the_time_that_it_needs(slow: SlowLane) -> None:
+    """The loss may be noticed late: other parts, or another micro-batch, have used the lost one's time up."""
+    dispatcher = make_slow(slow)
+    pending = dispatcher.dispatch(0, X, IDS, GATES)
+    slow.lost = [pending.parts[1].sent[0].replica.replica_id]
+    slow.now += 10 * DEADLINE_FLOOR_S
+    assert torch.equal(dispatcher.combine(pending), EXPECTED)
     assert local_and_failovers(dispatcher) == (0, 1)
 
 
