@@ -31,6 +31,12 @@ class Latency:
         before = known.get(bucket, seconds)
         known[bucket] = before + SMOOTHING * (seconds - before)
 
+    def between(self, replica_id: str, num_tokens: int, least: float, most: float) -> None:
+        """An answer has taken so long. Within these bounds, what was expected is believed."""
+        known = self._seconds.get(replica_id)
+        expected = _expected(known, num_tokens) if known else least
+        self.observe(replica_id, num_tokens, min(max(expected, least), most))
+
     def at_least(self, replica_id: str, num_tokens: int, seconds: float) -> None:
         """No answer has come for so long. Says nothing of a replica that is not expected to be faster."""
         if DEADLINE_FACTOR * seconds > self.deadline((replica_id,), num_tokens):

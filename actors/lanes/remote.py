@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,7 +226,7 @@ class RemoteDispatcher(Dispatcher):
     def _hear(self, part: Part, timeout_s: float) -> Tensor | None:
         """The first answer; None if it can't be used, or a replica is lost. Raises LaneTimeout or NotHeldError."""
         try:
-            ticket, frame = self.lane.receive([sent.ticket for sent in part.sent], timeout_s)
+            ticket, frame, was_waited_for = self._wait(part, timeout_s)
         except LaneTimeout:
             raise
         except LaneError as error:
@@ -242,10 +243,21 @@ class RemoteDispatcher(Dispatcher):
             logger.warning("replica %s: %s", sent.replica.replica_id, error, extra=self.step.extra)
             self._give_up(sent.replica, "corrupt")
             return None
-        self._latency.observe(sent.replica.replica_id, part.num_tokens, time.monotonic() - sent.at)
+        age = time.monotonic() - sent.at
+        self._latency.between(sent.replica.replica_id, part.num_tokens, age if was_waited_for else seconds, age)
         self._breaker.close(sent.replica.replica_id)
         self.step.compute_seconds += seconds
         return partial_PD
+
+    def _wait(self, part: Part, timeout_s: float) -> tuple[Any, wire.Buffer, bool]:
+        """As Lane.receive. True: the answer had not come when it was first looked for. False: it may have waited for
+        this front to read other answers, or to compute something, and its age says little of its replica.
+        """
+        tickets = [sent.ticket for sent in part.sent]
+        try:
+            return *self.lane.receive(tickets, 0.0), False
+        except LaneTimeout:
+            return *self.lane.receive(tickets, timeout_s), True
 
     def _drop(self, part: Part, sent: Sent) -> None:
         part.sent.remove(sent)

@@ -384,6 +384,20 @@ def test_what_was_not_answered_in_time_raises_the_deadline_by_steps() -> None:
     assert latency.deadline("a", 4) < DEADLINE_FACTOR * once, "it was frozen; it is not that slow"
 
 
+def test_bounds_of_an_answers_time_move_what_is_expected_no_further_than_into_them() -> None:
+    latency = Latency()
+    latency.between("a", 4, 0.05, 0.3)
+    assert latency.deadline("a", 4) == pytest.approx(0.4), "nothing is known: what the replica says that it computed"
+    latency.between("a", 4, 0.01, 60.0)
+    assert latency.deadline("a", 4) == pytest.approx(0.4), "0.05 may be right"
+    for _ in range(50):
+        latency.between("a", 4, 0.01, 0.04)
+    assert latency.deadline("a", 4) == pytest.approx(0.32, rel=0.01)
+    for _ in range(50):
+        latency.between("a", 4, 0.06, 0.09)
+    assert latency.deadline("a", 4) == pytest.approx(0.48, rel=0.01)
+
+
 def test_hedges_are_a_share_of_all_messages() -> None:
     budget = HedgeBudget()
     num_hedges = 0
@@ -520,6 +534,16 @@ def test_whoever_takes_over_from_a_lost_replica_has_all_the_time_that_it_needs(s
     slow.now += 10 * DEADLINE_FLOOR_S
     assert torch.equal(dispatcher.combine(pending), EXPECTED)
     assert local_and_failovers(dispatcher) == (0, 1)
+
+
+def test_what_a_front_waits_for_others_does_not_count_as_the_time_of_an_answer(slow: SlowLane) -> None:
+    """Parts are read in the order of groups: those of group 1 lie there meanwhile."""
+    dispatcher = make_slow(slow)
+    slow.seconds |= {"a": 0.3, "b": 0.3}
+    for _ in range(100):
+        compute(dispatcher)
+    assert dispatcher._latency.deadline("ab", 3) == pytest.approx(DEADLINE_FACTOR * 0.3, rel=0.01)
+    assert dispatcher._latency.deadline("cd", 3) == DEADLINE_FLOOR_S
 
 
 def test_a_replica_that_is_slow_among_fast_ones_is_left_alone(slow: SlowLane) -> None:
