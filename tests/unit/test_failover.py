@@ -14,6 +14,7 @@ from actors.lanes.failover import (
     DEADLINE_FACTOR,
     DEADLINE_FLOOR_S,
     FIRST_DEADLINE_S,
+    GUESSED_DEADLINE_S,
     HEDGE_BURST,
     HEDGE_SHARE,
     RELAPSE_S,
@@ -364,12 +365,16 @@ def test_deadlines_follow_what_was_observed() -> None:
         latency.observe("a", 4, 0.05)
     assert latency.deadline("a", 4) == pytest.approx(0.4, rel=0.01)
     assert latency.deadline("a", 1) == latency.deadline("a", 4), "a smaller batch is not expected to be faster"
-    assert latency.deadline("a", 512) == pytest.approx(0.4 * 2**7, rel=0.01)
+    assert latency.deadline("a", 8) == pytest.approx(0.8, rel=0.01), "a larger one may take longer in proportion"
+    assert latency.deadline("a", 512) == GUESSED_DEADLINE_S, "but this is a guess: a replica that hangs costs no more"
     assert latency.deadline("b", 4) == latency.deadline("a", 4), "of a replica that is new, the best guess"
     latency.observe("b", 4, 0.02)
     assert latency.deadline("ab", 4) == pytest.approx(0.16, rel=0.01), "of several, the fastest counts"
     latency.keep_only({"a"})
     assert latency.deadline("ab", 4) == pytest.approx(0.4, rel=0.01)
+    for _ in range(50):
+        latency.observe("a", 4, 0.5)
+    assert latency.deadline("a", 512) == pytest.approx(4.0, rel=0.01), "a larger batch is not expected to be faster"
 
 
 def test_what_was_not_answered_in_time_raises_the_deadline_by_steps() -> None:
