@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from actors.lanes import wire
+from actors.model.device import torch_dtype
 from actors.model.expert_half import ExpertStore, LayerExperts, NotHeld
 from cluster.messages import ReplicaSpec
 from cluster.metrics import Metrics
@@ -27,6 +28,7 @@ class Replica:
         self.read = read
         self.metrics = metrics
         self.num_tokens = 0
+        self._dtype = torch_dtype(spec.dtype)
         self._last_steps: dict[int, wire.StepId] = {}  # by front, those that the log has a line of
         self._computing = threading.Lock()
 
@@ -77,11 +79,23 @@ class Replica:
                 self._last_steps[step.front] = step
                 logger.debug("step begins at layer %d", dispatch.layer, extra={"step": str(step)})
 
+    def _check(self, dispatch: wire.Dispatch) -> None:
+        """Kernels believe that sizes are the model's, and read past the end of what is smaller. Raises ValueError."""
+        config = self.store.config
+        if dispatch.layer >= len(self.store.layers):
+            raise ValueError(f"layer {dispatch.layer} of {len(self.store.layers)}")
+        for what, sent, ours in (
+            ("hidden size", dispatch.x_TD.shape[1], config.hidden_size),
+            ("top-k", dispatch.ids_TK.shape[1], config.num_experts_per_tok),
+            ("type", dispatch.x_TD.dtype, self._dtype),
+        ):
+            if sent != ours:
+                raise ValueError(f"{what} {sent} was sent to a model of {what} {ours}")
+
     @torch.inference_mode()
     def _compute(self, dispatches: list[wire.Dispatch]) -> list[bytes]:
+        self._check(dispatches[0])
         layer = dispatches[0].layer
-        if layer >= len(self.store.layers):
-            raise ValueError(f"layer {layer} of {len(self.store.layers)}")
         with self._computing:
             started = time.monotonic()
             x_TD, ids_TK, gates_TK = (

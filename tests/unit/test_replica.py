@@ -21,6 +21,7 @@ CONFIG = GraniteMoeConfig.model_validate(
         "num_hidden_layers": 2,
         "num_attention_heads": 1,
         "num_local_experts": 2,
+        "num_experts_per_tok": 1,
     }
 )
 
@@ -55,6 +56,23 @@ def test_a_refusal_names_its_step(
     caplog.set_level(logging.INFO)
     assert wire.unpack_partial(replica.answer(frame)).status == status
     assert logged(caplog) == [(level, "front-0:17")]
+
+
+@pytest.mark.parametrize(
+    ("x", "ids", "text"),
+    [
+        (torch.ones(1, 2 * HIDDEN), [[0]], "hidden size 8 was sent to a model of hidden size 4"),
+        (torch.ones(1, HIDDEN), [[0, 0]], "top-k 2 was sent to a model of top-k 1"),
+        (torch.ones(1, HIDDEN).bfloat16(), [[0]], "type torch.bfloat16 was sent to a model of type torch.float32"),
+    ],
+)
+def test_a_dispatch_of_another_models_shape_is_refused(
+    replica: Replica, x: torch.Tensor, ids: list[list[int]], text: str
+) -> None:
+    """Native kernels would read past its end."""
+    frame = wire.pack_dispatch(0, x, torch.ones(1, len(ids[0]), dtype=x.dtype), torch.tensor(ids))
+    answer = wire.unpack_partial(replica.answer(frame))
+    assert (answer.status, answer.text) == (wire.FAILED, f"ValueError: {text}")
 
 
 def test_among_dispatches_that_are_computed_together_the_wrong_one_is_named(
