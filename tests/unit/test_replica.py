@@ -1,10 +1,12 @@
 """What a replica says of dispatches that it can't compute: to the front, and in its log."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from actors.expert import ExpertActor
 from actors.lanes import wire
 from actors.model.expert_half import ExpertStore, LayerExperts
 from actors.replica import Replica
@@ -83,6 +85,29 @@ def test_among_dispatches_that_are_computed_together_the_wrong_one_is_named(
     answers = replica.answer_batch([wire.unpack_dispatch(frame) for frame in frames])
     assert [wire.unpack_partial(answer).status for answer in answers] == [wire.OK, wire.NOT_HELD, wire.OK]
     assert logged(caplog) == [(logging.INFO, "front-1:4")]
+
+
+def test_a_computation_that_does_not_end_is_told_to_the_supervisor(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("actors.replica.time.monotonic", lambda: now[0])
+    supervision = SimpleNamespace(hear=lambda: None)
+    actor = SimpleNamespace(
+        spec=replica.spec, replica=replica, server=None, metrics=replica.metrics, supervision=supervision
+    )
+    reported = []
+
+    def hang(*_: torch.Tensor) -> torch.Tensor:
+        now[0] += 130.0
+        reported.append(ExpertActor.report(actor).stuck_seconds)
+        raise RuntimeError("the GPU has fallen off the bus")
+
+    assert replica.stuck_seconds == 0
+    monkeypatch.setattr(replica.store, "run", hang)
+    assert wire.unpack_partial(replica.answer(dispatch(1))).status == wire.FAILED
+    assert reported == [130.0]
+    assert replica.stuck_seconds == 0, "it has ended, though badly"
 
 
 def test_at_level_debug_each_step_of_each_front_has_one_line(
