@@ -115,10 +115,10 @@ class ExpertActor:
     @ray.method(concurrency_group="control")
     def report(self) -> ActorReport:
         self.supervision.hear()
-        tokens = self.replica.num_tokens if self.replica else 0
+        tokens, stuck = (self.replica.num_tokens, self.replica.stuck_seconds) if self.replica else (0, 0.0)
         if self.server:
             self.metrics.raise_to("lane_dropped_messages_total", self.server.num_dropped)
-        return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.samples())
+        return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.samples(), stuck_seconds=stuck)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

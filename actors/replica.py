@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from actors.lanes import wire
+from actors.model.device import torch_dtype
 from actors.model.expert_half import ExpertStore, LayerExperts, NotHeld
 from cluster.messages import ReplicaSpec
 from cluster.metrics import Metrics
@@ -27,8 +28,16 @@ class Replica:
         self.read = read
         self.metrics = metrics
         self.num_tokens = 0
+        self._dtype = torch_dtype(spec.dtype)
         self._last_steps: dict[int, wire.StepId] = {}  # by front, those that the log has a line of
         self._computing = threading.Lock()
+        self._began: float | None = None
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Since the computation that is running has begun; 0 while none is. For any thread."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def set_experts(self, layer: int, ids: tuple[int, ...]) -> int:
         """Hold exactly these experts of a layer; returns how many had to be read. Computation goes on meanwhile:
@@ -77,22 +86,41 @@ class Replica:
                 self._last_steps[step.front] = step
                 logger.debug("step begins at layer %d", dispatch.layer, extra={"step": str(step)})
 
+    def _check(self, dispatch: wire.Dispatch) -> None:
+        """Kernels believe that sizes are the model's, and read past the end of what is smaller. Raises ValueError."""
+        config = self.store.config
+        if dispatch.layer >= len(self.store.layers):
+            raise ValueError(f"layer {dispatch.layer} of {len(self.store.layers)}")
+        for what, sent, ours in (
+            ("hidden size", dispatch.x_TD.shape[1], config.hidden_size),
+            ("top-k", dispatch.ids_TK.shape[1], config.num_experts_per_tok),
+            ("type", dispatch.x_TD.dtype, self._dtype),
+        ):
+            if sent != ours:
+                raise ValueError(f"{what} {sent} was sent to a model of {what} {ours}")
+
     @torch.inference_mode()
     def _compute(self, dispatches: list[wire.Dispatch]) -> list[bytes]:
+        self._check(dispatches[0])
         layer = dispatches[0].layer
-        if layer >= len(self.store.layers):
-            raise ValueError(f"layer {layer} of {len(self.store.layers)}")
         with self._computing:
-            started = time.monotonic()
-            x_TD, ids_TK, gates_TK = (
-                _cat(parts) for parts in zip(*((d.x_TD, d.ids_TK, d.gates_TK) for d in dispatches), strict=True)
-            )
-            device = self.store.device
-            partial_TD = self.store.run(layer, x_TD.to(device), ids_TK.to(device).long(), gates_TK.to(device))
+            started = self._began = time.monotonic()
+            try:
+                partial_TD = self._run(layer, dispatches)
+            finally:
+                self._began = None
             seconds = time.monotonic() - started
-            self._count(len(x_TD), seconds)
-        parts = partial_TD.cpu().split([len(d.x_TD) for d in dispatches])
+            self._count(len(partial_TD), seconds)
+        parts = partial_TD.split([len(d.x_TD) for d in dispatches])
         return [wire.pack_partial(part, seconds) for part in parts]
+
+    def _run(self, layer: int, dispatches: list[wire.Dispatch]) -> torch.Tensor:
+        """On the CPU: a GPU has computed only once its result is here."""
+        x_TD, ids_TK, gates_TK = (
+            _cat(parts) for parts in zip(*((d.x_TD, d.ids_TK, d.gates_TK) for d in dispatches), strict=True)
+        )
+        device = self.store.device
+        return self.store.run(layer, x_TD.to(device), ids_TK.to(device).long(), gates_TK.to(device)).cpu()
 
     def _count(self, num_tokens: int, seconds: float) -> None:
         # Restarted replicas count on under the name of their slot: labels stay few.

@@ -315,7 +315,7 @@ class Fleet:
             if silent > HUNG_S:
                 self._give_up(member, "hung")
         elif report.stuck_seconds > STUCK_S:
-            self._give_up(member, f"stuck: its engine has not finished a turn for {report.stuck_seconds:.0f} s")
+            self._give_up(member, f"stuck: what it computes has not ended for {report.stuck_seconds:.0f} s")
         elif member.state == "ready":
             member.detail = ""
 

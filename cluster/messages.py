@@ -326,7 +326,7 @@ class ActorReport:
 
     `expert_counts[layer][expert]` are routed (token, choice) pairs; empty for expert replicas. `num_requests` are those
     that a front has not finished or whose outputs have not been acknowledged. `stuck_seconds`: since a front's engine
-    has last ended a step, or looked for work.
+    has last ended a step, or looked for work; since the computation that runs in an expert replica has begun.
     """
 
     actor_id: str

@@ -41,6 +41,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission: the last is the youngest
+        self.num_freed = 0  # blocks that sequences have given back
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
@@ -79,11 +80,15 @@ class Scheduler:
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.allocator.free(sequence.blocks)
+        self._remove(sequence)
         sequence.reset()
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.allocator.free(sequence.blocks)
+        self.num_freed += len(sequence.blocks)
 
     def _read_prompts(self, budget: int) -> list[Chunk]:
         prompts = self._prompts() if budget > 0 else []
@@ -106,6 +111,7 @@ class Scheduler:
         """What is being read or could be, the oldest first. While that one finds no room, nobody else takes any."""
         reading = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         prompts = sorted((*reading, *self.waiting), key=lambda sequence: sequence.arrived)
+        self._look_up(prompts[:1])
         return prompts if prompts and self._admit(prompts[0]) else [one for one in prompts if one.blocks]
 
     def _num_unread(self, sequence: Sequence) -> int:
@@ -134,14 +140,17 @@ class Scheduler:
         """
         if sequence.blocks:
             return True
-        if len(self.running) >= self.max_num_seqs:
+        if len(self.running) >= self.max_num_seqs or not self._may_fit(sequence):
             return False
         size = self.allocator.block_size
         hashes = (sequence.hash_of(index, size) for index in range(self._num_cacheable(sequence)))
         matched = self.allocator.match_prefix(hashes)
         missing = self._num_blocks(len(sequence.token_ids)) - len(matched)
-        if not self.allocator.can_allocate(missing):
+        lacking = missing - self.allocator.num_available
+        if lacking > 0:
             self.allocator.free(matched)
+            sequence.num_found = sequence.found_at_try = len(matched)
+            sequence.retry_at = self.num_freed + lacking
             return False
         self.waiting.remove(sequence)
         self.running.append(sequence)
@@ -151,6 +160,13 @@ class Scheduler:
         if sequence.num_cached is None:
             self._count_cached(sequence)
         return True
+
+    def _may_fit(self, sequence: Sequence) -> bool:
+        """False while fewer blocks have been given back, or found for it, than it lacked when it was last tried: to
+        match its whole prefix in every step would cost those that run the more, the longer it is.
+        """
+        newly_found = max(0, sequence.num_found - sequence.found_at_try)
+        return self.num_freed + newly_found >= sequence.retry_at
 
     def _count_cached(self, sequence: Sequence) -> None:
         """Once for each request: what a preempted or replayed sequence finds, it has mostly computed itself."""
@@ -184,8 +200,7 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Take the sequence out, wherever it is, and give its blocks back."""
         if sequence in self.running:
-            self.running.remove(sequence)
-            self.allocator.free(sequence.blocks)
+            self._remove(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.blocks = []

@@ -24,6 +24,8 @@ class Sequence:
     num_cached: int | None = None  # prompt tokens found in the prefix cache, at the first admission
     num_published: int = 0
     num_found: int = 0  # blocks of it, while it waits, that have been looked up in the prefix cache and were there
+    found_at_try: int = 0  # the same when there was last no room for it
+    retry_at: int = 0  # not before so many blocks have been given back in all, or more are found, can there be room
     num_routed: int = 0  # tokens whose experts have been reported
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None

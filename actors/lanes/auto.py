@@ -24,8 +24,10 @@ class AutoLane(Lane):
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         replicas = tuple(replicas)
-        self.fast.connect(replicas)
-        self.fallback.connect(replicas)
+        try:
+            self.fast.connect(replicas)
+        finally:  # what does not get through is sent over this one
+            self.fallback.connect(replicas)
 
     def name_for(self, replica: ReplicaAddress) -> str:
         return self._lane(replica).name
@@ -37,6 +39,7 @@ class AutoLane(Lane):
         greeting = self._greetings.get(replica.replica_id)
         if greeting and self.fast.is_alive(greeting):
             del self._greetings[replica.replica_id]
+        self.fast.close_retired()
         lane = self._lane(replica)
         return lane, lane.send(replica, message)
 

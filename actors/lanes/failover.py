@@ -8,6 +8,9 @@ DEADLINE_FLOOR_S = 0.1
 DEADLINE_FACTOR = 8.0
 # Before anything has been observed.
 FIRST_DEADLINE_S = 5.0
+# At most, for a number of tokens that was not observed yet, unless fewer take as long: what is extrapolated from one
+# token to hundreds comes to minutes.
+GUESSED_DEADLINE_S = 1.0
 SMOOTHING = 0.2
 REPROBE_S = (0.25, 5.0)  # first and longest pause between probes of a replica that was given up
 # A replica that is given up again so soon after it was taken back is left alone for longer.
@@ -30,6 +33,12 @@ class Latency:
         known = self._seconds.setdefault(replica_id, {})
         before = known.get(bucket, seconds)
         known[bucket] = before + SMOOTHING * (seconds - before)
+
+    def between(self, replica_id: str, num_tokens: int, least: float, most: float) -> None:
+        """An answer has taken so long. Within these bounds, what was expected is believed."""
+        known = self._seconds.get(replica_id)
+        expected = _expected(known, num_tokens) if known else least
+        self.observe(replica_id, num_tokens, min(max(expected, least), most))
 
     def at_least(self, replica_id: str, num_tokens: int, seconds: float) -> None:
         """No answer has come for so long. Says nothing of a replica that is not expected to be faster."""
@@ -54,7 +63,8 @@ def _expected(seconds: dict[int, float], num_tokens: int) -> float:
         return seconds[bucket]
     nearest = min(seconds, key=lambda known: (abs(known - bucket), known))
     # A larger batch may take longer in proportion; a smaller one must not be expected to be faster.
-    return seconds[nearest] * 2.0 ** max(0, bucket - nearest)
+    in_proportion = seconds[nearest] * 2.0 ** max(0, bucket - nearest)
+    return max(seconds[nearest], min(in_proportion, GUESSED_DEADLINE_S / DEADLINE_FACTOR))
 
 
 class HedgeBudget:

@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,7 +194,7 @@ class RemoteDispatcher(Dispatcher):
         while part.sent or self._send(part):
             may_hedge = bool(self._hedges) and self._choose(part) is not None
             try:
-                return self._first_good(part, self._patience(part, may_hedge))
+                partial_PD = self._hear(part, self._patience(part, may_hedge))
             except LaneTimeout:
                 self._give_up_late(part)
                 if not self._send(part):
@@ -202,6 +203,9 @@ class RemoteDispatcher(Dispatcher):
                     self._hedges.spend()
             except NotHeldError:
                 return self._reroute(part)
+            else:
+                if partial_PD is not None:
+                    return partial_PD
         return self._compute_here(part)
 
     def _patience(self, part: Part, may_hedge: bool) -> float:
@@ -219,33 +223,41 @@ class RemoteDispatcher(Dispatcher):
             self._latency.at_least(sent.replica.replica_id, part.num_tokens, time.monotonic() - sent.at)
             self._give_up(sent.replica, "timeout")
 
-    def _first_good(self, part: Part, timeout_s: float) -> Tensor:
-        """Wait for an answer that can be used. Raises LaneTimeout, also when no replica is left, or NotHeldError."""
-        while True:
-            try:
-                ticket, frame = self.lane.receive([sent.ticket for sent in part.sent], timeout_s)
-            except LaneTimeout:
-                raise
-            except LaneError as error:
-                sent = next(s for s in part.sent if s.ticket == error.ticket)
-                self._drop(part, sent)
-                self._give_up(sent.replica, "disconnected")
-            else:
-                sent = next(s for s in part.sent if s.ticket == ticket)
-                self._drop(part, sent)
-                self._num_bytes[self.lane.name_for(sent.replica), "received"] += len(frame)
-                try:
-                    partial_PD, seconds = checked(frame, part)
-                except CorruptAnswerError as error:
-                    logger.warning("replica %s: %s", sent.replica.replica_id, error, extra=self.step.extra)
-                    self._give_up(sent.replica, "corrupt")
-                else:
-                    self._latency.observe(sent.replica.replica_id, part.num_tokens, time.monotonic() - sent.at)
-                    self._breaker.close(sent.replica.replica_id)
-                    self.step.compute_seconds += seconds
-                    return partial_PD
-            if not part.sent and not self._send(part):
-                raise LaneTimeout("no replica is left")
+    def _hear(self, part: Part, timeout_s: float) -> Tensor | None:
+        """The first answer; None if it can't be used, or a replica is lost. Raises LaneTimeout or NotHeldError."""
+        try:
+            ticket, frame, was_waited_for = self._wait(part, timeout_s)
+        except LaneTimeout:
+            raise
+        except LaneError as error:
+            sent = next(s for s in part.sent if s.ticket == error.ticket)
+            self._drop(part, sent)
+            self._give_up(sent.replica, "disconnected")
+            return None
+        sent = next(s for s in part.sent if s.ticket == ticket)
+        self._drop(part, sent)
+        self._num_bytes[self.lane.name_for(sent.replica), "received"] += len(frame)
+        try:
+            partial_PD, seconds = checked(frame, part)
+        except CorruptAnswerError as error:
+            logger.warning("replica %s: %s", sent.replica.replica_id, error, extra=self.step.extra)
+            self._give_up(sent.replica, "corrupt")
+            return None
+        age = time.monotonic() - sent.at
+        self._latency.between(sent.replica.replica_id, part.num_tokens, age if was_waited_for else seconds, age)
+        self._breaker.close(sent.replica.replica_id)
+        self.step.compute_seconds += seconds
+        return partial_PD
+
+    def _wait(self, part: Part, timeout_s: float) -> tuple[Any, wire.Buffer, bool]:
+        """As Lane.receive. True: the answer had not come when it was first looked for. False: it may have waited for
+        this front to read other answers, or to compute something, and its age says little of its replica.
+        """
+        tickets = [sent.ticket for sent in part.sent]
+        try:
+            return *self.lane.receive(tickets, 0.0), False
+        except LaneTimeout:
+            return *self.lane.receive(tickets, timeout_s), True
 
     def _drop(self, part: Part, sent: Sent) -> None:
         part.sent.remove(sent)

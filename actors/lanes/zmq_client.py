@@ -1,8 +1,10 @@
 """The fast lane, the front's end: a connection per replica that stays open, raw frames, no Ray on the way."""
 
+import contextlib
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
 
@@ -30,24 +32,43 @@ class ZmqLane(Lane):
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
         self._links: dict[str, Link] = {}
+        self._exchanging = threading.Lock()  # connect() and probe() both put links in place
         # Links of replicas that have left: open until their last answer has come, closed by the thread that uses them.
         self._retired: list[tuple[str, Link]] = []
         self._numbers = itertools.count(1)
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         """send() to a replica that does not shake hands raises LaneError until it answers a probe."""
-        links: dict[str, Link] = {}
+        replicas, known = tuple(replicas), dict(self._links)
         new: dict[str, Link] = {}
         for replica in replicas:
-            known = self._links.get(replica.replica_id)
-            if known and known.is_connected:
-                links[replica.replica_id] = known
-            elif link := self._open(replica):
+            link = known.get(replica.replica_id)
+            if not (link and link.is_connected) and (link := self._open(replica)):
                 new[replica.replica_id] = link
         self._shake_hands(new)
-        links |= new
-        self._retired.extend((name, link) for name, link in self._links.items() if link is not links.get(name))
-        self._links = links
+        for name, link in new.items():
+            if link.is_connected:
+                self._put_in_place(name, known.get(name), link)
+            else:  # nobody else has seen it
+                link.close()
+        for name in set(self._links) - {replica.replica_id for replica in replicas}:
+            with self._exchanging:
+                self._retired.append((name, self._links[name]))
+                del self._links[name]
+
+    def _put_in_place(self, name: str, known: Link | None, link: Link) -> Link | None:
+        """The replica's link from now on: this one, unless another thread has put one in the place of the known one
+        meanwhile. That one may be in use already; this one is known to nobody, and closed.
+        """
+        with self._exchanging:
+            current = self._links.get(name)
+            if current is not known:
+                link.close()
+                return current
+            if known:
+                self._retired.append((name, known))
+            self._links[name] = link
+            return link
 
     def is_connected(self, replica_id: str) -> bool:
         link = self._links.get(replica_id)
@@ -69,20 +90,18 @@ class ZmqLane(Lane):
         poller = zmq.Poller()
         greeted: dict[zmq.Socket[bytes], tuple[Link, Ticket]] = {}
         for replica_id, link in links.items():
-            greeted[link.socket] = link, self._post(link, replica_id, HELLO)
-            poller.register(link.socket, zmq.POLLIN)
+            with contextlib.suppress(LaneError):  # whoever hangs up at once is not connected; the others may be
+                greeted[link.socket] = link, self._post(link, replica_id, HELLO)
+                poller.register(link.socket, zmq.POLLIN)
         deadline = time.monotonic() + HANDSHAKE_S
         while greeted and (remaining := deadline - time.monotonic()) > 0:
             for socket, _ in poller.poll(1 + int(remaining * 1000)):
                 link, ticket = greeted.pop(socket)
                 link.hear_greeting(ticket)
                 poller.unregister(socket)
-        for link, ticket in greeted.values():
-            link.waiting.discard(ticket.number)
 
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
-        if self._retired:
-            self._close_retired()
+        self.close_retired()
         link = self._links.get(replica.replica_id)
         if link is None or not link.is_connected:
             raise LaneError(f"replica {replica.replica_id} is not connected")
@@ -121,8 +140,8 @@ class ZmqLane(Lane):
 
     def _read(self, links: list[Link], timeout_s: float) -> None:
         """Take in what has come on the links; waits until something has, or a slice or the time is over."""
-        if len(links) == 1 and 1000 * timeout_s >= SLICE_MS:
-            links[0].take_in(wait=True)
+        if len(links) == 1 and (not timeout_s or 1000 * timeout_s >= SLICE_MS):
+            links[0].take_in(wait=timeout_s > 0)
             return
         poller = zmq.Poller()
         for link in links:
@@ -139,12 +158,14 @@ class ZmqLane(Lane):
         retired = (link for name, link in self._retired if name == ticket.replica_id and ticket.number in link.waiting)
         return next(retired, None)
 
-    def _close_retired(self) -> None:
-        for entry in tuple(self._retired):
-            _, link = entry
+    def close_retired(self) -> None:
+        """For the thread that sends: a socket belongs to it. Those that still owe an answer stay open."""
+        for _ in range(len(self._retired)):
+            name, link = self._retired.pop(0)
             link.take_in()
-            if not link.is_connected or not link.waiting:
-                self._retired.remove(entry)
+            if link.is_connected and link.waiting:
+                self._retired.append((name, link))
+            else:
                 link.close()
 
     def forget(self, ticket: Ticket) -> None:
@@ -154,18 +175,17 @@ class ZmqLane(Lane):
 
     def probe(self, replica: ReplicaAddress) -> Ticket:
         """Greets; over a new connection if there is none. is_alive() connects it."""
+        self.close_retired()
         link = self._links.get(replica.replica_id)
         if link is None or not link.is_connected:
             link = self._reopen(replica, link)
         return self._post(link, replica.replica_id, HELLO)
 
     def _reopen(self, replica: ReplicaAddress, lost: Link | None) -> Link:
-        link = self._open(replica)
+        opened = self._open(replica)
+        link = opened and self._put_in_place(replica.replica_id, lost, opened)
         if link is None:
             raise LaneError(f"replica {replica.replica_id} is not connected")
-        if lost:
-            self._retired.append((replica.replica_id, lost))
-        self._links[replica.replica_id] = link
         return link
 
     def is_alive(self, ticket: Ticket) -> bool:

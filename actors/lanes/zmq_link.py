@@ -58,8 +58,8 @@ class Link:
         """Read an answer, or else see whether the connection is lost. If told to wait, for SLICE_MS at most."""
         try:
             frames = self.socket.recv_multipart(0 if wait else zmq.DONTWAIT, copy=False)
-        except zmq.Again:
-            if not self.socket.poll(0, zmq.POLLOUT):
+        except zmq.ZMQError as error:
+            if not isinstance(error, zmq.Again) or not self.socket.poll(0, zmq.POLLOUT):
                 self.is_connected = False
             return
         if len(frames) == 2 and len(frames[0]) == NUMBER.size:
@@ -78,6 +78,7 @@ class Link:
         return self.is_connected
 
     def close(self) -> None:
+        self.is_connected = False
         self.socket.close(linger=0)
 
 

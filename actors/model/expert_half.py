@@ -143,6 +143,7 @@ class ExpertStore:
         layers: tuple[AnyExperts, ...],
         device: torch.device | None = None,
     ) -> None:
+        self.config = config
         self.layers = list(layers)
         self.activation = ACTIVATIONS[config.hidden_act]
         self.device = device or torch.device("cpu")

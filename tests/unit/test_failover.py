@@ -14,6 +14,7 @@ from actors.lanes.failover import (
     DEADLINE_FACTOR,
     DEADLINE_FLOOR_S,
     FIRST_DEADLINE_S,
+    GUESSED_DEADLINE_S,
     HEDGE_BURST,
     HEDGE_SHARE,
     RELAPSE_S,
@@ -364,12 +365,16 @@ def test_deadlines_follow_what_was_observed() -> None:
         latency.observe("a", 4, 0.05)
     assert latency.deadline("a", 4) == pytest.approx(0.4, rel=0.01)
     assert latency.deadline("a", 1) == latency.deadline("a", 4), "a smaller batch is not expected to be faster"
-    assert latency.deadline("a", 512) == pytest.approx(0.4 * 2**7, rel=0.01)
+    assert latency.deadline("a", 8) == pytest.approx(0.8, rel=0.01), "a larger one may take longer in proportion"
+    assert latency.deadline("a", 512) == GUESSED_DEADLINE_S, "but this is a guess: a replica that hangs costs no more"
     assert latency.deadline("b", 4) == latency.deadline("a", 4), "of a replica that is new, the best guess"
     latency.observe("b", 4, 0.02)
     assert latency.deadline("ab", 4) == pytest.approx(0.16, rel=0.01), "of several, the fastest counts"
     latency.keep_only({"a"})
     assert latency.deadline("ab", 4) == pytest.approx(0.4, rel=0.01)
+    for _ in range(50):
+        latency.observe("a", 4, 0.5)
+    assert latency.deadline("a", 512) == pytest.approx(4.0, rel=0.01), "a larger batch is not expected to be faster"
 
 
 def test_what_was_not_answered_in_time_raises_the_deadline_by_steps() -> None:
@@ -382,6 +387,20 @@ def test_what_was_not_answered_in_time_raises_the_deadline_by_steps() -> None:
     assert once > 0.8
     latency.at_least("a", 4, 60.0)
     assert latency.deadline("a", 4) < DEADLINE_FACTOR * once, "it was frozen; it is not that slow"
+
+
+def test_bounds_of_an_answers_time_move_what_is_expected_no_further_than_into_them() -> None:
+    latency = Latency()
+    latency.between("a", 4, 0.05, 0.3)
+    assert latency.deadline("a", 4) == pytest.approx(0.4), "nothing is known: what the replica says that it computed"
+    latency.between("a", 4, 0.01, 60.0)
+    assert latency.deadline("a", 4) == pytest.approx(0.4), "0.05 may be right"
+    for _ in range(50):
+        latency.between("a", 4, 0.01, 0.04)
+    assert latency.deadline("a", 4) == pytest.approx(0.32, rel=0.01)
+    for _ in range(50):
+        latency.between("a", 4, 0.06, 0.09)
+    assert latency.deadline("a", 4) == pytest.approx(0.48, rel=0.01)
 
 
 def test_hedges_are_a_share_of_all_messages() -> None:
@@ -442,6 +461,7 @@ class SlowLane(ScriptedLane):
         self.now = 0.0
         self.free_at = dict.fromkeys("abcd", 0.0)
         self.done_at: dict[Ticket, float] = {}
+        self.lost: Sequence[str] = ()
 
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
         ticket = super().send(replica, message)
@@ -450,6 +470,9 @@ class SlowLane(ScriptedLane):
         return ticket
 
     def receive(self, tickets: Sequence[Ticket], timeout_s: float) -> tuple[Ticket, bytes]:
+        for ticket in tickets:
+            if ticket.replica in self.lost:
+                raise LaneError("disconnected", ticket)
         first = min(tickets, key=self.done_at.__getitem__)
         if self.done_at[first] > self.now + timeout_s:
             self.now += timeout_s
@@ -506,6 +529,26 @@ def test_a_replica_that_hangs_is_given_up_at_once(slow: SlowLane) -> None:
         assert torch.equal(compute(dispatcher), EXPECTED)
     assert slow.now - started < DEADLINE_FLOOR_S + 50 * 2 * 0.005
     assert local_and_failovers(dispatcher) == (0, 1)
+
+
+def test_whoever_takes_over_from_a_lost_replica_has_all_the_time_that_it_needs(slow: SlowLane) -> None:
+    """The loss may be noticed late: other parts, or another micro-batch, have used the lost one's time up."""
+    dispatcher = make_slow(slow)
+    pending = dispatcher.dispatch(0, X, IDS, GATES)
+    slow.lost = [pending.parts[1].sent[0].replica.replica_id]
+    slow.now += 10 * DEADLINE_FLOOR_S
+    assert torch.equal(dispatcher.combine(pending), EXPECTED)
+    assert local_and_failovers(dispatcher) == (0, 1)
+
+
+def test_what_a_front_waits_for_others_does_not_count_as_the_time_of_an_answer(slow: SlowLane) -> None:
+    """Parts are read in the order of groups: those of group 1 lie there meanwhile."""
+    dispatcher = make_slow(slow)
+    slow.seconds |= {"a": 0.3, "b": 0.3}
+    for _ in range(100):
+        compute(dispatcher)
+    assert dispatcher._latency.deadline("ab", 3) == pytest.approx(DEADLINE_FACTOR * 0.3, rel=0.01)
+    assert dispatcher._latency.deadline("cd", 3) == DEADLINE_FLOOR_S
 
 
 def test_a_replica_that_is_slow_among_fast_ones_is_left_alone(slow: SlowLane) -> None:

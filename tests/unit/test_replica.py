@@ -1,10 +1,12 @@
 """What a replica says of dispatches that it can't compute: to the front, and in its log."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from actors.expert import ExpertActor
 from actors.lanes import wire
 from actors.model.expert_half import ExpertStore, LayerExperts
 from actors.replica import Replica
@@ -21,6 +23,7 @@ CONFIG = GraniteMoeConfig.model_validate(
         "num_hidden_layers": 2,
         "num_attention_heads": 1,
         "num_local_experts": 2,
+        "num_experts_per_tok": 1,
     }
 )
 
@@ -57,6 +60,23 @@ def test_a_refusal_names_its_step(
     assert logged(caplog) == [(level, "front-0:17")]
 
 
+@pytest.mark.parametrize(
+    ("x", "ids", "text"),
+    [
+        (torch.ones(1, 2 * HIDDEN), [[0]], "hidden size 8 was sent to a model of hidden size 4"),
+        (torch.ones(1, HIDDEN), [[0, 0]], "top-k 2 was sent to a model of top-k 1"),
+        (torch.ones(1, HIDDEN).bfloat16(), [[0]], "type torch.bfloat16 was sent to a model of type torch.float32"),
+    ],
+)
+def test_a_dispatch_of_another_models_shape_is_refused(
+    replica: Replica, x: torch.Tensor, ids: list[list[int]], text: str
+) -> None:
+    """Native kernels would read past its end."""
+    frame = wire.pack_dispatch(0, x, torch.ones(1, len(ids[0]), dtype=x.dtype), torch.tensor(ids))
+    answer = wire.unpack_partial(replica.answer(frame))
+    assert (answer.status, answer.text) == (wire.FAILED, f"ValueError: {text}")
+
+
 def test_among_dispatches_that_are_computed_together_the_wrong_one_is_named(
     replica: Replica, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,6 +85,29 @@ def test_among_dispatches_that_are_computed_together_the_wrong_one_is_named(
     answers = replica.answer_batch([wire.unpack_dispatch(frame) for frame in frames])
     assert [wire.unpack_partial(answer).status for answer in answers] == [wire.OK, wire.NOT_HELD, wire.OK]
     assert logged(caplog) == [(logging.INFO, "front-1:4")]
+
+
+def test_a_computation_that_does_not_end_is_told_to_the_supervisor(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("actors.replica.time.monotonic", lambda: now[0])
+    supervision = SimpleNamespace(hear=lambda: None)
+    actor = SimpleNamespace(
+        spec=replica.spec, replica=replica, server=None, metrics=replica.metrics, supervision=supervision
+    )
+    reported = []
+
+    def hang(*_: torch.Tensor) -> torch.Tensor:
+        now[0] += 130.0
+        reported.append(ExpertActor.report(actor).stuck_seconds)
+        raise RuntimeError("the GPU has fallen off the bus")
+
+    assert replica.stuck_seconds == 0
+    monkeypatch.setattr(replica.store, "run", hang)
+    assert wire.unpack_partial(replica.answer(dispatch(1))).status == wire.FAILED
+    assert reported == [130.0]
+    assert replica.stuck_seconds == 0, "it has ended, though badly"
 
 
 def test_at_level_debug_each_step_of_each_front_has_one_line(

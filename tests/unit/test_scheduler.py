@@ -188,6 +188,33 @@ def test_a_step_looks_up_only_so_much_for_those_that_wait(is_cached: bool) -> No
     assert 0 < sum(len(one.hashes) for one in waiting) <= MAX_LOOKUPS + num + tried
 
 
+def test_the_oldest_is_not_matched_again_before_there_may_be_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follow-up of a long conversation cost each step of the others as much as it has blocks."""
+    scheduler = make(num_blocks=16, budget=64)
+    scheduler.add(sequence("first", 40, max_tokens=1))
+    step(scheduler)
+    scheduler.add(sequence("other", 20, max_tokens=8, first=100))
+    step(scheduler)
+    tries: list[object] = []
+    match = scheduler.allocator.match_prefix
+    monkeypatch.setattr(scheduler.allocator, "match_prefix", lambda hashes: tries.append(hashes) or match(hashes))
+    scheduler.add(again := sequence("again", 60))
+    for _ in range(7):
+        assert step(scheduler) == [("other", 1)]
+    assert len(tries) == 1
+    step(scheduler)
+    assert (len(tries), again.num_cached) == (2, 36)
+
+
+def test_what_another_computes_meanwhile_makes_room() -> None:
+    scheduler = make(num_blocks=10, budget=8)
+    scheduler.add(sequence("a", 24, max_tokens=8))
+    scheduler.add(sequence("b", 25, max_tokens=1))
+    assert [step(scheduler) for _ in range(2)] == [[("a", 8)]] * 2, "both would need more blocks than there are"
+    assert step(scheduler) == [("a", 8)]
+    assert step(scheduler) == [("a", 1), ("b", 1)], "but not when they share them"
+
+
 def test_what_is_found_no_more_counts_as_unread() -> None:
     scheduler = make(num_blocks=20)
     scheduler.add(sequence("first", 40, max_tokens=1))

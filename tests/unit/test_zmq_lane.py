@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from actors.lanes import wire
 from actors.lanes.auto import AutoLane
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.zmq_client import HANDSHAKE_S, ZmqLane
-from actors.lanes.zmq_link import HELLO, NUMBER
+from actors.lanes.zmq_link import HELLO, NUMBER, Link, new_socket
 from actors.lanes.zmq_server import DIRECTORY, ZmqServer
 from cluster.expert_map import ReplicaAddress
 from cluster.leftovers import OwnedDirectory
@@ -336,6 +337,23 @@ def test_replicas_for_which_no_socket_is_left_are_left_out(lane: ZmqLane, tmp_pa
             lane.send(greeters.replicas[-1], MESSAGE)
 
 
+def test_a_replica_that_hangs_up_at_once_does_not_keep_others_from_being_connected(
+    lane: ZmqLane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_link = lane._open
+
+    def hang_up_on_r0(replica: ReplicaAddress) -> Link | None:
+        link = open_link(replica)
+        if link and replica.replica_id == "r0":
+            link.socket.disconnect(link.endpoint)
+        return link
+
+    monkeypatch.setattr(lane, "_open", hang_up_on_r0)
+    with Greeters(tmp_path, ["r0", "r1"]) as greeters:
+        lane.connect(greeters.replicas)
+        assert [lane.is_connected(r.replica_id) for r in greeters.replicas] == [False, True]
+
+
 def greets(lane: ZmqLane, target: ReplicaAddress) -> bool:
     """Whether a probe is answered well; an answer of any kind comes."""
     ticket = lane.probe(target)
@@ -389,13 +407,96 @@ def test_a_ticket_of_a_connection_that_was_replaced_is_lost_at_once(lane: ZmqLan
             lane.receive([ticket], 5)
 
 
+def test_a_connection_that_is_replaced_while_a_map_is_taken_stays(
+    lane: ZmqLane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that sends goes on while connect() waits for replicas to shake hands."""
+    with Greeters(tmp_path, ["r0"]) as greeters:
+        (target,) = greeters.replicas
+        lane.connect([target])
+        ticket = lane.send(target, MESSAGE)
+    probes = []
+
+    def notice_the_loss(new: object) -> None:
+        with pytest.raises(LaneError, match="disconnected"):
+            lane.receive([ticket], 5)
+        probes.append(lane.probe(target))
+
+    with Greeters(tmp_path, ["r0"]):
+        monkeypatch.setattr(lane, "_shake_hands", notice_the_loss)
+        lane.connect([target])
+        assert lane._links["r0"].socket.poll(5000), "the probe is answered"
+        assert lane.is_alive(probes[0])
+        lane.send(target, MESSAGE)
+
+
+def test_of_two_connections_that_are_opened_at_a_time_one_is_used_and_one_closed(
+    lane: ZmqLane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links: list[Link] = []
+
+    def probe_as_well(new: dict[str, Link]) -> None:
+        lane.probe(target)
+        links.extend([new["r0"], lane._links["r0"]])
+
+    with Greeters(tmp_path, ["r0"]) as greeters:
+        (target,) = greeters.replicas
+        monkeypatch.setattr(lane, "_shake_hands", probe_as_well)
+        lane.connect([target])
+    assert [link.socket.closed for link in links] == [True, False]
+    assert lane._links == {"r0": links[1]}
+
+
+def test_a_socket_that_is_closed_counts_as_a_lost_connection(server: ZmqServer, connect: Connect) -> None:
+    lane = connect()
+    ticket = lane.send(address(server, "ipc"), MESSAGE)
+    lane._links["r0"].close()
+    with pytest.raises(LaneError, match="disconnected"):
+        lane.receive([ticket], 5)
+    lane._links["r0"].take_in()
+    assert not lane.is_connected("r0")
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[zmq.Socket[bytes]]:
+    """All sockets that lanes open."""
+    sockets: list[zmq.Socket[bytes]] = []
+
+    def remember(*where: Any) -> zmq.Socket[bytes]:
+        sockets.append(new_socket(*where))
+        return sockets[-1]
+
+    monkeypatch.setattr("actors.lanes.zmq_client.new_socket", remember)
+    return sockets
+
+
+def num_open(opened: list[zmq.Socket[bytes]]) -> int:
+    return sum(not socket.closed for socket in opened)
+
+
+def test_maps_and_probes_in_vain_leave_no_sockets_behind(
+    lane: ZmqLane, tmp_path: Path, opened: list[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is sent over zmq meanwhile: all replicas are given up, or reached by another lane."""
+    monkeypatch.setattr("actors.lanes.zmq_client.HANDSHAKE_S", 0.01)
+    with Greeters(tmp_path, [""]) as silent:
+        for _ in range(5):
+            lane.connect(silent.replicas)
+        assert (len(opened), num_open(opened)) == (5, 0)
+        for _ in range(5):
+            lane.probe(silent.replicas[0])
+        assert (len(opened), num_open(opened)) == (10, 2), "the last, and the one that it replaced"
+
+
 class Everywhere(Lane):
     """Reaches every replica, and nobody answers."""
 
     name = "everywhere"
 
+    replicas: tuple[ReplicaAddress, ...] = ()
+
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
-        pass
+        self.replicas = tuple(replicas)
 
     def send(self, replica: ReplicaAddress, message: bytes) -> object:
         return object()
@@ -430,6 +531,31 @@ def test_auto_probes_over_the_lane_that_gets_through_and_returns_to_zmq_when_tha
         while auto.name_for(target) != "zmq":
             assert time.monotonic() < deadline
             auto.send(target, MESSAGE)
+
+
+def test_auto_connects_the_other_lane_even_if_zmq_fails(lane: ZmqLane, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(replicas: Iterable[ReplicaAddress]) -> None:
+        raise OSError("too many open files")
+
+    auto = AutoLane(lane, Everywhere())
+    monkeypatch.setattr(lane, "connect", fail)
+    target = ReplicaAddress("r0", 0, ())
+    with pytest.raises(OSError, match="too many open files"):
+        auto.connect([target])
+    assert auto.fallback.replicas == (target,)  # type: ignore[attr-defined]
+
+
+def test_auto_closes_connections_to_replicas_that_have_left_whichever_lane_it_uses(
+    lane: ZmqLane, tmp_path: Path, opened: list[zmq.Socket[bytes]]
+) -> None:
+    auto = AutoLane(lane, Everywhere())
+    elsewhere = ReplicaAddress("r1", 0, ())
+    with Greeters(tmp_path, ["r0"]) as greeters:
+        auto.connect([*greeters.replicas, elsewhere])
+        auto.connect([elsewhere])
+        assert num_open(opened) == 1, "connect() runs in another thread, and a socket is closed by the one that uses it"
+        auto.send(elsewhere, MESSAGE)
+        assert num_open(opened) == 0
 
 
 def test_auto_looks_at_both_lanes_even_without_time_left(server: ZmqServer, connect: Connect) -> None:
