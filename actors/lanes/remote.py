@@ -9,7 +9,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +28,8 @@ logger = logging.getLogger(__name__)
 MAP_WAIT_S = 2.0
 # Computing a part in the front costs more than waiting a little longer for the last replica that may answer.
 LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
+# An answer that is read faster had come before it was waited for.
+AT_ONCE_S = 0.0002
 
 # (layer, x, ids, gates) -> partial sums, without any replica
 Fallback = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -225,8 +226,9 @@ class RemoteDispatcher(Dispatcher):
 
     def _hear(self, part: Part, timeout_s: float) -> Tensor | None:
         """The first answer; None if it can't be used, or a replica is lost. Raises LaneTimeout or NotHeldError."""
+        asked = time.monotonic()
         try:
-            ticket, frame, was_waited_for = self._wait(part, timeout_s)
+            ticket, frame = self.lane.receive([sent.ticket for sent in part.sent], timeout_s)
         except LaneTimeout:
             raise
         except LaneError as error:
@@ -243,21 +245,13 @@ class RemoteDispatcher(Dispatcher):
             logger.warning("replica %s: %s", sent.replica.replica_id, error, extra=self.step.extra)
             self._give_up(sent.replica, "corrupt")
             return None
-        age = time.monotonic() - sent.at
-        self._latency.between(sent.replica.replica_id, part.num_tokens, age if was_waited_for else seconds, age)
+        age, waited = time.monotonic() - sent.at, time.monotonic() - asked
+        # One that lay there may have waited for this front to read other answers, or to compute something.
+        least = age if waited > AT_ONCE_S else seconds
+        self._latency.between(sent.replica.replica_id, part.num_tokens, least, age)
         self._breaker.close(sent.replica.replica_id)
         self.step.compute_seconds += seconds
         return partial_PD
-
-    def _wait(self, part: Part, timeout_s: float) -> tuple[Any, wire.Buffer, bool]:
-        """As Lane.receive. True: the answer had not come when it was first looked for. False: it may have waited for
-        this front to read other answers, or to compute something, and its age says little of its replica.
-        """
-        tickets = [sent.ticket for sent in part.sent]
-        try:
-            return *self.lane.receive(tickets, 0.0), False
-        except LaneTimeout:
-            return *self.lane.receive(tickets, timeout_s), True
 
     def _drop(self, part: Part, sent: Sent) -> None:
         part.sent.remove(sent)

@@ -140,8 +140,8 @@ class ZmqLane(Lane):
 
     def _read(self, links: list[Link], timeout_s: float) -> None:
         """Take in what has come on the links; waits until something has, or a slice or the time is over."""
-        if len(links) == 1 and (not timeout_s or 1000 * timeout_s >= SLICE_MS):
-            links[0].take_in(wait=timeout_s > 0)
+        if len(links) == 1 and 1000 * timeout_s >= SLICE_MS:
+            links[0].take_in(wait=True)
             return
         poller = zmq.Poller()
         for link in links:
