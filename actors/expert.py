@@ -13,6 +13,7 @@ import ray
 
 from actors.orphan import watch_for_orphanhood
 from actors.process import gently, limit_threads, release_free_memory
+from actors.readiness import show_ready
 from cluster.expert_map import Identity
 from cluster.logs import set_up_logs
 from cluster.messages import ActorReport, LoadProgress, ReadyReport, ReplicaSpec
@@ -48,6 +49,7 @@ class ExpertActor:
         endpoints = self._listen(self.replica)
         seconds = time.monotonic() - started
         self.ready = ReadyReport(self.spec.actor_id, *where_am_i(), self._total, seconds, endpoints=endpoints)
+        show_ready(self.spec.actor_id)
         return self.ready
 
     def _read(self) -> "Replica":

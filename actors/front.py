@@ -13,6 +13,7 @@ from actors.expert import where_am_i
 from actors.front_loop import FrontLoop
 from actors.orphan import watch_for_orphanhood
 from actors.process import gently, limit_threads
+from actors.readiness import show_ready
 from cluster.expert_map import ExpertMap, Identity
 from cluster.logs import set_up_logs
 from cluster.messages import (
@@ -58,6 +59,7 @@ class FrontActor:
         kv_tokens, kv_bytes = await asyncio.to_thread(self.loop.warm_up, others)
         self.loop.start(asyncio.get_running_loop())
         self.ready = replace(self.loaded, kv_cache_tokens=kv_tokens, kv_cache_bytes=kv_bytes)
+        show_ready(self.spec.actor_id)
         return self.ready
 
     async def identity(self) -> Identity | None:

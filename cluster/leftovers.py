@@ -18,16 +18,24 @@ logger = logging.getLogger(__name__)
 OWNER = ".owner"
 
 
+def hold(path: str) -> int:
+    """Make a file and lock it until the process ends, or the file descriptor that is returned is closed.
+
+    The file gets its name only once it is locked: nobody may take it for an orphan's in between.
+    """
+    nameless = path + ".new"
+    lock = os.open(nameless, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(nameless, path)
+    return lock
+
+
 class OwnedDirectory:
     """A new private directory, this process's until remove() or the end of the process."""
 
     def __init__(self, prefix: str, parent: str) -> None:
         self.path = tempfile.mkdtemp(prefix=prefix, dir=parent)  # 0700
-        # Under its name only once it is locked: a sweep in between must not take it for an orphan's.
-        nameless = os.path.join(self.path, OWNER + ".new")
-        self._lock: int | None = os.open(nameless, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        os.rename(nameless, os.path.join(self.path, OWNER))
+        self._lock: int | None = hold(os.path.join(self.path, OWNER))
 
     def remove(self) -> None:
         if self._lock is not None:

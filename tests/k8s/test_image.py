@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import tomllib
@@ -21,7 +22,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from deploy.demo import MODEL_DIR
-from tests.k8s.manifests import K8S, ROOT, containers, overlay, pod_templates
+from tests.e2e.servers import eventually
+from tests.k8s.heads import ray_head
+from tests.k8s.manifests import K8S, ROOT, containers, one, overlay, pod_templates, ray_groups
 
 BIN = K8S / "bin"
 PIN = r"([\w.-]+)==(\S+)( --hash=sha256:[0-9a-f]{64})?"
@@ -66,7 +69,7 @@ def test_the_image_runs_as_the_user_that_pods_ask_for() -> None:
 
 def test_pods_run_scripts_that_the_image_has() -> None:
     commands = set()
-    for name in ("cpu-demo", "gpu-single-node", "production"):
+    for name in ("gpu-single-node", "production"):
         for found in overlay(name):
             for _, template in pod_templates(found):
                 for container in containers(template):
@@ -109,7 +112,7 @@ def http(answers: dict[str, tuple[int, str]]) -> Iterator[int]:
     ],
 )
 def test_ready(raylet: str, health: int, kind: str, is_ready: bool) -> None:
-    with http({"/api/local_raylet_healthz": (200, raylet)}) as agent, http({"/health": (health, "{}")}) as serve:
+    with http({"/api/local_raylet_healthz": (200, raylet)}) as agent, http({"/ready": (health, "{}")}) as serve:
         ports = {"RAY_AGENT_PORT": str(agent), "SERVE_PORT": str(serve)}
         done = subprocess.run([BIN / "outcrop-ready", kind], env=os.environ | ports, check=False)
     assert (done.returncode == 0) is is_ready
@@ -131,14 +134,72 @@ def test_drain_waits_for_connections_but_not_for_ever(client_stays: bool) -> Non
     assert time.monotonic() - started >= (3 if client_stays else 1.5)
 
 
+HOLD = "import sys, time; from actors.readiness import show_in; show_in(*sys.argv[1:]); print(); time.sleep(600)"
+
+
+@pytest.mark.needs("wget")
+def test_a_pod_is_ready_while_an_actor_in_it_lives(tmp_path: Path) -> None:
+    """However it ends: the kernel takes its lock away."""
+    with http({"/api/local_raylet_healthz": (200, "success")}) as agent:
+        settings = os.environ | {"RAY_AGENT_PORT": str(agent), "RAY_SESSION": str(tmp_path)}
+
+        def is_ready() -> bool:
+            return subprocess.run([BIN / "outcrop-ready", "actor"], env=settings, check=False).returncode == 0
+
+        assert not is_ready(), "nothing has loaded"
+        command = [sys.executable, "-c", HOLD, str(tmp_path / "outcrop-ready")]
+        actors = [subprocess.Popen([*command, f"front-{n}"], cwd=ROOT, stdout=subprocess.PIPE) for n in range(2)]
+        try:
+            for actor in actors:
+                assert actor.stdout
+                actor.stdout.readline()
+            for actor, others_live in zip(actors, (True, False), strict=True):
+                assert is_ready()
+                actor.kill()
+                actor.wait()
+                assert is_ready() is others_live
+        finally:
+            for actor in actors:
+                actor.kill()
+
+
 def test_linger_lets_a_lone_pod_go_and_outlasts_the_head() -> None:
     with socket.create_server(("127.0.0.1", 0)) as head:
-        settings = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{head.getsockname()[1]}", "SETTLE_SECONDS": "0"}
+        settings = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{head.getsockname()[1]}", "ANSWERS": "2"}
         alone = subprocess.run([BIN / "outcrop-linger", "600"], env=settings, timeout=60, check=False)
         assert alone.returncode == 0
     started = time.monotonic()
     assert subprocess.run([BIN / "outcrop-linger", "4"], env=settings, timeout=60, check=False).returncode == 0
     assert time.monotonic() - started >= 3
+
+
+@pytest.fixture
+def head() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """With the environment that its pod has."""
+    spec = dict(ray_groups(one(overlay("production"), "RayService")))["head"]
+    env = spec["template"]["spec"]["containers"][0]["env"]
+    with ray_head(env={each["name"]: each["value"] for each in env if "value" in each}) as started:
+        yield started
+
+
+def test_pods_outlast_a_head_that_is_told_to_stop(head: tuple[subprocess.Popen[bytes], str]) -> None:
+    """It closes before a pod takes it for one that stays."""
+    ray, address = head
+    host, _, port = address.partition(":")
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) == 0
+
+    eventually(answers, "the head answers", 60)
+    settings = os.environ | {"RAY_ADDRESS": address, "ANSWERS": "5"}
+    staying = subprocess.Popen([BIN / "outcrop-linger", "12"], env=settings)
+    time.sleep(2.5)
+    ray.terminate()  # the pod hears of the end first
+    eventually(lambda: not answers(), "the head has closed", 2)
+    time.sleep(6)
+    assert staying.poll() is None
+    assert staying.wait(60) == 0
 
 
 @pytest.fixture
