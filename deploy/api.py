@@ -216,8 +216,18 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse(content, 200 if service.is_ready else 503)
 
 
+@open_routes.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 as long as requests are taken here, if only to wait for a front: whether a load balancer should send any."""
+    service = service_of(request)
+    content = {"state": service.state.state, "phase": service.state.phase}
+    return JSONResponse(content, 200 if service.takes_requests else 503)
+
+
 @open_routes.get("/metrics")
 async def metrics(request: Request) -> Response:
+    """Closes the connection: a pod that drains waits for those that are open, and Prometheus would keep its own."""
     service = service_of(request)
     text = await answer_of(service.supervisor.exposition(service.ingress_id, service.metrics.samples()))
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    headers = {"Connection": "close"}
+    return Response(text, headers=headers, media_type="text/plain; version=0.0.4; charset=utf-8")

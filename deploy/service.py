@@ -70,6 +70,7 @@ class Service:
         self.ingress_id = f"ingress-{uuid.uuid4().hex[:8]}"
         self.client = FrontClient(self.ingress_id, self.metrics, config.max_num_waiting)
         self.state = ClusterState("starting", "starting", "")
+        self._has_been_ready = False
         self._threads = ThreadPoolExecutor(MAX_THREADS, "requests")
         self._bodies = Sandbox("reading the body")
         template = self.tokenizer.template
@@ -93,11 +94,19 @@ class Service:
             logger.warning("the supervisor does not answer: %s", error or "timeout")
             if self.state.state == "ready":
                 self.state = replace(self.state, state="degraded", phase="the supervisor does not answer")
+        self._has_been_ready |= self.is_ready
 
     @property
     def is_ready(self) -> bool:
         """True if a generation could succeed now."""
         return self.state.state in SERVING and self.client.is_available
+
+    @property
+    def takes_requests(self) -> bool:
+        """True from the first time that a generation could succeed until the cluster ends: while no front is there,
+        requests wait for one.
+        """
+        return self.state.state in SERVING and self._has_been_ready
 
     async def generate(
         self,

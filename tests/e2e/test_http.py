@@ -35,6 +35,15 @@ class TestSmallEndpoints:
         response = http.get("/health")
         assert (response.status_code, response.json()["state"]) == (200, "ready")
 
+    def test_ready(self, http: httpx.Client) -> None:
+        response = http.get("/ready")
+        assert (response.status_code, response.json()["state"]) == (200, "ready")
+
+    def test_scrapers_keep_no_connection(self, http: httpx.Client) -> None:
+        """Through Serve's proxy: a pod that drains waits for connections that are open."""
+        assert http.get("/metrics").headers["connection"] == "close"
+        assert "connection" not in http.get("/health").headers
+
     def test_version(self, http: httpx.Client) -> None:
         assert http.get("/version").json() == {"version": version("outcrop")}
 

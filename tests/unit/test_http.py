@@ -33,6 +33,10 @@ class Link:
         raise RuntimeError("broken")
 
 
+class FrontIsThere:
+    is_open, is_draining, is_doubtful, outstanding_tokens = True, False, False, 0
+
+
 Open = Callable[..., Awaitable[httpx.AsyncClient]]
 
 
@@ -309,3 +313,29 @@ class TestTemplatesAreStopped:
         with open(f"/proc/{process.pid}/environ") as environ:
             assert "secret" not in environ.read()
         await sandbox.close()
+
+
+async def test_who_has_been_ready_takes_requests_until_the_end(open_api: Open) -> None:
+    """While no front is there, requests wait: a load balancer is to send them all the same."""
+    http = await open_api()
+    service: Service = http.service  # type: ignore[attr-defined]
+    service._follow.cancel()
+
+    async def ready(state: str, has_front: bool) -> tuple[int, int]:
+        service.supervisor.push_samples = answering(state)  # type: ignore[method-assign]
+        service.client.update = lambda _: None  # type: ignore[assignment,misc,return-value]
+        service.client._links = {"front-0": FrontIsThere()} if has_front else {}  # type: ignore[dict-item]
+        await service.refresh()
+        return (await http.get("/health")).status_code, (await http.get("/ready")).status_code
+
+    assert await ready("recovering", False) == (503, 503)
+    assert await ready("ready", True) == (200, 200)
+    assert await ready("recovering", False) == (503, 200)
+    assert await ready("stopping", False) == (503, 503)
+
+
+def answering(state: str) -> Callable[..., Awaitable[ClusterState]]:
+    async def push_samples(*_: Any) -> ClusterState:
+        return ClusterState(state, "a phase", "")  # type: ignore[arg-type]
+
+    return push_samples
