@@ -1,5 +1,6 @@
 """Rules of KubeRay, see rules.py."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 DURATION = re.compile(r"([1-9]\d*(h|m|s))+|[1-9]\d*")
 UPGRADE_TYPES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 RESOURCE_PARAMS = {"num-cpus", "num-gpus", "memory", "resources"}
+# KubeRay sets these on each pod where the template does not, and its Services select by them (common/pod.go, labelPod;
+# common/service.go, HeadServiceLabels).
+KUBERAY_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/created-by")
 
 
 def name_leaves_room(found: list[Object]) -> Iterator[str]:
@@ -61,21 +65,59 @@ def resources_are_named_once(found: list[Object]) -> Iterator[str]:
 
 
 def custom_resources_are_readable(found: list[Object]) -> Iterator[str]:
-    """Ray's autoscaler strips one pair of quotes and backslashes, then wants JSON with whole numbers."""
+    """KubeRay, Ray's autoscaler, the pod's shell and `ray start` read them: all agree on the group's `resources`."""
     for name, group in ray_groups(one(found, "RayService")):
-        text = group.get("rayStartParams", {}).get("resources")
         try:
-            if text is not None and (text[0] != text[-1] or text[0] not in "'\""):
-                raise ValueError("no quotes around the JSON: the shell of the pod would take it apart")
-            custom_resources(group)
-        except (AssertionError, ValueError, json.JSONDecodeError) as error:
-            yield f"{name}: rayStartParams.resources {text!r}: {error or 'not whole numbers'}"
+            by_autoscaler, by_kuberay = custom_resources(group), _as_kuberay_reads(group)
+        except (ArithmeticError, AssertionError, ValueError) as error:
+            yield f"{name}: custom resources: {error or 'not whole numbers'}"
+            continue
+        if by_autoscaler != by_kuberay:
+            yield f"{name}: KubeRay reads {by_kuberay}, Ray's autoscaler {by_autoscaler}"
 
 
 def custom_resources(group: Object) -> dict[str, int]:
     """A group's custom resources, as Ray's autoscaler reads them."""
     read = autoscaling_config._get_custom_resources
     return read(group.get("resources", {}), group.get("rayStartParams", {}), group.get("groupName", "head"))
+
+
+def _as_kuberay_reads(group: Object) -> dict[str, float]:
+    """common/pod.go, updateRayStartParamsResources and getResourcesMap. What it can't read keeps it from looking for
+    GPUs, and Ray starts without --num-gpus.
+    """
+    if given := group.get("resources"):
+        return {name: float(number) for name, number in given.items()}
+    text = group.get("rayStartParams", {}).get("resources", "{}").strip("'\"` ")
+    return {name: float(number) for name, number in json.loads(text).items()}
+
+
+def kuberay_finds_its_pods(found: list[Object]) -> Iterator[str]:
+    """Where a template overrides a label that KubeRay selects by, the Service of the head has no endpoints."""
+    for name, group in ray_groups(one(found, "RayService")):
+        for key in group["template"]["metadata"]["labels"]:
+            if key in KUBERAY_LABELS or key.startswith("ray.io/"):
+                yield f"{name}: label {key} is KubeRay's"
+
+
+def settings_start_a_new_cluster(found: list[Object]) -> Iterator[str]:
+    """KubeRay applies a change of serveConfigV2 alone in place, which is an outage: the head's template has its sum."""
+    spec = one(found, "RayService")["spec"]
+    template = spec["rayClusterConfig"]["headGroupSpec"]["template"]
+    known = template["metadata"].get("annotations", {}).get("outcrop-settings")
+    has_room = spec["upgradeStrategy"]["type"] != "None"
+    if has_room and known != hashlib.sha256(spec["serveConfigV2"].rstrip("\n").encode()).hexdigest():
+        yield "headGroupSpec.template: the annotation outcrop-settings is not the SHA-256 of serveConfigV2"
+
+
+def the_head_closes_at_once(found: list[Object]) -> Iterator[str]:
+    """On SIGTERM Ray drains a node for 30 s (ray/_private/node.py) while the head still answers: outcrop-linger would
+    take the end of a cluster for that of a pod.
+    """
+    head = dict(ray_groups(one(found, "RayService")))["head"]
+    env = {each["name"]: each.get("value") for each in head["template"]["spec"]["containers"][0].get("env", ())}
+    if env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") != "0":
+        yield "head: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S is not 0"
 
 
 def labels_are_labels(found: list[Object]) -> Iterator[str]:
@@ -160,6 +202,9 @@ RULES = (
     token_authentication_is_on,
     resources_are_named_once,
     custom_resources_are_readable,
+    kuberay_finds_its_pods,
+    settings_start_a_new_cluster,
+    the_head_closes_at_once,
     labels_are_labels,
     groups_make_sense,
     autoscaler_v2_owns_restarts,

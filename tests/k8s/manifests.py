@@ -1,4 +1,4 @@
-"""What the kustomizations under k8s/ render to, without a cluster."""
+"""What the chart and the kustomizations under k8s/ render to, without a cluster."""
 
 import shutil
 import subprocess
@@ -13,6 +13,12 @@ import yaml
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = ("cpu-demo", "cpu-demo-open", "gpu-single-node", "gpu-multi-node", "production")
+# Examples of values, the later ones on top, beside those that the overlays are made of.
+CHARTS = (
+    ("gpu-multi-node", "gfd"),
+    ("gpu-multi-node", "production", "gke", "exposed"),
+    ("gpu-multi-node", "production", "eks-karpenter", "spot"),
+)
 
 Object = dict[str, Any]
 
@@ -34,9 +40,25 @@ def rendered(directory: Path) -> str:
     return done.stdout
 
 
+@cache
+def rendered_chart(*examples: str) -> str:
+    """In a process of its own: Helm is a library in Go, which has its own ideas of signals and threads."""
+    done = subprocess.run([sys.executable, K8S / "render.py", *examples], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def objects(directory: Path) -> list[Object]:
     """Fresh copies: callers may change them."""
-    return [found for found in yaml.load_all(rendered(directory), yaml.CSafeLoader) if found]
+    return _loaded(rendered(directory))
+
+
+def chart(*examples: str) -> list[Object]:
+    return _loaded(rendered_chart(*examples))
+
+
+def _loaded(text: str) -> list[Object]:
+    return [found for found in yaml.load_all(text, yaml.CSafeLoader) if found]
 
 
 def overlay(name: str) -> list[Object]:

@@ -13,7 +13,7 @@ SERVICE = "RayService/outcrop"
 REDIS = "StatefulSet/outcrop-redis"
 SPEC = "spec.rayClusterConfig"
 HEAD = f"{SPEC}.headGroupSpec"
-INGRESS, FRONT, EXPERTS, OTHER_EXPERTS = (f"{SPEC}.workerGroupSpecs.{i}" for i in range(4))
+EXPERTS, FRONT, INGRESS = (f"{SPEC}.workerGroupSpecs.{i}" for i in range(3))
 POD, RAY = "template.spec", "template.spec.containers.0"
 GONE: Any = object()
 
@@ -39,7 +39,7 @@ TYPOS = [
     ("PodDisruptionBudget/outcrop-front", "apiVersion", "policy/v1beta1", "has no PodDisruptionBudget"),
     ("NetworkPolicy/outcrop-clients", "spec.ingress.0.form", [], "'form' was unexpected"),
     (REDIS, "spec.template.spec.securitycontext", {}, "'securitycontext' was unexpected"),
-    ("Job/outcrop-fetch-model", "spec.backoffLimits", 1, "'backoffLimits' was unexpected"),
+    ("Job/outcrop-fetch-model-544f4941", "spec.backoffLimits", 1, "'backoffLimits' was unexpected"),
     ("PodMonitor/outcrop", "spec.podMetricsEndpoints.0.intervall", "15s", "'intervall' was unexpected"),
     ("PodMonitor/outcrop", "spec.podMetricEndpoints", [], "'podMetricEndpoints' was unexpected"),
     ("ConfigMap/outcrop-dashboards", "datas", {}, "'datas' was unexpected"),
@@ -53,13 +53,19 @@ BREACHES: list[tuple[str, str, Any, str]] = [
     (SERVICE, f"{HEAD}.rayStartParams.num-cpus", GONE, "head_offers_no_cpu"),
     (SERVICE, f"{HEAD}.{RAY}.ports", [], "head_names_the_serve_port"),
     (SERVICE, f"{SPEC}.authOptions.mode", GONE, "token_authentication_is_on"),
-    (SERVICE, f"{FRONT}.resources", {"GPU": "1"}, "resources_are_named_once"),
-    (SERVICE, f"{FRONT}.rayStartParams.resources", '{"outcrop_front": 1}', "custom_resources_are_readable"),
-    (SERVICE, f"{FRONT}.rayStartParams.resources", '"{\\"outcrop_front\\": 0.5}"', "custom_resources_are_readable"),
+    (SERVICE, f"{FRONT}.rayStartParams.num-gpus", "1", "resources_are_named_once"),
+    (SERVICE, f"{HEAD}.rayStartParams.resources", '{"x": 1}', "custom_resources_are_readable"),
+    (SERVICE, f"{HEAD}.rayStartParams.resources", '"{\\"x\\": 1}"', "custom_resources_are_readable"),
+    (SERVICE, f"{HEAD}.rayStartParams.resources", "'{\"x\": 0.5}'", "custom_resources_are_readable"),
+    (SERVICE, f"{FRONT}.resources.outcrop_front", "0.5", "custom_resources_are_readable"),
+    (SERVICE, f"{FRONT}.resources.outcrop_front", "one", "custom_resources_are_readable"),
+    (SERVICE, f"{HEAD}.template.metadata.labels.app\\.kubernetes\\.io/name", "outcrop", "kuberay_finds_its_pods"),
+    (SERVICE, f"{HEAD}.template.metadata.annotations", {}, "settings_start_a_new_cluster"),
+    (SERVICE, f"{HEAD}.{RAY}.env.4.value", "30", "the_head_closes_at_once"),
     (SERVICE, f"{FRONT}.labels.outcrop-role", "front node", "labels_are_labels"),
     (SERVICE, f"{FRONT}.rayStartParams.labels", "a=b", "labels_are_labels"),
     (SERVICE, f"{FRONT}.replicas", 9, "groups_make_sense"),
-    (SERVICE, f"{OTHER_EXPERTS}.groupName", "experts-l4", "groups_make_sense"),
+    (SERVICE, f"{INGRESS}.groupName", "front", "groups_make_sense"),
     (SERVICE, f"{FRONT}.{POD}.restartPolicy", "Always", "autoscaler_v2_owns_restarts"),
     (SERVICE, f"{SPEC}.autoscalerOptions.version", GONE, "autoscaler_v2_owns_restarts"),
     (SERVICE, f"{HEAD}.{RAY}.env.1.name", "RAY_REDIS_ADDRESS", "redis_is_said_once"),
@@ -85,7 +91,7 @@ BREACHES: list[tuple[str, str, Any, str]] = [
         "workers_say_when_they_are_ready",
     ),
     (SERVICE, f"{INGRESS}.{RAY}.lifecycle", GONE, "pods_that_serve_drain"),
-    (SERVICE, f"{INGRESS}.{POD}.terminationGracePeriodSeconds", 300, "pods_that_serve_drain"),
+    (SERVICE, f"{INGRESS}.{POD}.terminationGracePeriodSeconds", 345, "pods_that_serve_drain"),
     (SERVICE, f"{FRONT}.{RAY}.lifecycle", GONE, "drains_outlive_the_head"),
     (SERVICE, f"{FRONT}.{RAY}.lifecycle.preStop.exec.command", ["outcrop-linger", "60"], "drains_outlive_the_head"),
     (SERVICE, f"{EXPERTS}.{RAY}.env.5.value", "60", "drains_outlive_the_head"),
@@ -98,14 +104,14 @@ BREACHES: list[tuple[str, str, Any, str]] = [
         "initializing_lasts_as_long_as_loading",
     ),
     (SERVICE, f"{EXPERTS}.replicas", 0, "actors_find_room"),
-    (SERVICE, f"{FRONT}.rayStartParams.resources", '"{\\"outcrop_fornt\\": 1}"', "actors_find_room"),
+    (SERVICE, f"{FRONT}.resources", {"outcrop_fornt": "1"}, "actors_find_room"),
     ("Service/outcrop-api", "spec.selector.outcrop-http", "yes", "services_lead_to_pods"),
     ("Service/outcrop-api", "spec.ports.0.targetPort", "http", "services_lead_to_pods"),
     ("PodDisruptionBudget/outcrop-expert", "spec.minAvailable", 4, "budgets_can_be_met"),
     ("PodDisruptionBudget/outcrop-expert", "spec.minAvailable", "50%", "budgets_can_be_met"),
     ("PodDisruptionBudget/outcrop-expert", "spec.selector.matchLabels.ray\\.io/cluster", "x", "budgets_can_be_met"),
     ("NetworkPolicy/outcrop-clients", "spec.podSelector.matchLabels.outcrop-http", "yes", "policies_cover_every_pod"),
-    (SERVICE, f"{FRONT}.template.metadata.labels.app\\.kubernetes\\.io/name", "x", "policies_cover_every_pod"),
+    (SERVICE, f"{FRONT}.template.metadata.labels.outcrop-instance", "x", "policies_cover_every_pod"),
     ("PodMonitor/outcrop", "spec.selector.matchLabels.outcrop-http", "yes", "monitors_lead_to_pods"),
     ("PodMonitor/outcrop", "spec.podMetricsEndpoints.0.port", "http", "monitors_lead_to_pods"),
     ("NetworkPolicy/outcrop-prometheus", "spec.ingress.0.ports.0.port", 8001, "who_has_to_gets_through"),
@@ -137,6 +143,7 @@ SERVE_TYPOS = [
     ("fronts: 2", "front: 2", "front=2 is unknown"),
     ("fronts: 2", "fronts: two", "fronts"),
     ("outcrop_front: 1", "outcrop_front: 1.5", "whole number"),
+    ("autoscale: true", "autoscale: maybe", "autoscale"),
 ]
 
 
@@ -169,9 +176,9 @@ def test_serve_typo(old: str, new: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "rule"),
     [
-        ("replica_resources: {outcrop_expert: 1}", "", "placement_is_all_or_nothing"),
+        ("replica_resources:\n        outcrop_expert: 1", "replica_resources: {}", "placement_is_all_or_nothing"),
         ("max_fronts: 4", "max_fronts: 5", "actors_find_room"),
-        ("threads_per_front: 4", "", "threads_and_cpus_are_stated"),
+        ("threads_per_front: 2", "", "threads_and_cpus_are_stated"),
         ("device: cuda", "device: auto", "threads_and_cpus_are_stated"),
     ],
 )

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from cluster.metrics import TABLE
+from tests.k8s.manifests import one, overlay
 
 GRAFANA = Path(__file__).parents[2] / "k8s/grafana"
 BOARDS = {name: json.loads((GRAFANA / name).read_text()) for name in ("overview.json", "experts.json")}
@@ -85,7 +85,8 @@ def test_the_datasource_is_the_viewers_choice(name: str) -> None:
 
 
 def test_the_sidecar_finds_every_dashboard() -> None:
-    made = yaml.safe_load((GRAFANA / "kustomization.yaml").read_text())
-    assert made["generatorOptions"]["labels"]["grafana_dashboard"] == "1"
-    (maps,) = made["configMapGenerator"]
-    assert {entry.partition("=")[2] for entry in maps["files"]} == set(BOARDS)
+    made = one(overlay("production"), "ConfigMap")
+    assert made["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert {name: json.loads(text) for name, text in made["data"].items()} == {
+        f"outcrop-{name}": board for name, board in BOARDS.items()
+    }

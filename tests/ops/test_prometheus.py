@@ -3,7 +3,6 @@
 import copy
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from cluster.metrics import PREFIX, TABLE
+from tests.k8s.manifests import overlay, title
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "k8s/prometheus"
@@ -93,17 +93,11 @@ def test_no_rule_counts_the_numbers_of_a_cluster_once_for_each_pod() -> None:
             assert not re.search(r"(?<!:)outcrop_", re.sub(once, "", rule["expr"])), rule
 
 
-def test_the_operators_rules_are_the_same() -> None:
-    checked = subprocess.run([sys.executable, PROMETHEUS / "generate.py", "--check"], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout
-    assert yaml.safe_load((PROMETHEUS / "prometheusrule.yaml").read_text())["spec"] == RULES
-
-
 def test_the_operator_scrapes_the_pods_of_the_service() -> None:
-    spec = yaml.safe_load((PROMETHEUS / "podmonitor.yaml").read_text())["spec"]
-    service = yaml.safe_load((ROOT / "k8s/base/service.yaml").read_text())["spec"]
-    assert spec["selector"]["matchLabels"] == service["selector"]
-    (endpoint,), (port,) = spec["podMetricsEndpoints"], service["ports"]
+    found = {title(each): each["spec"] for each in overlay("production") if "spec" in each}
+    monitor, service = found["PodMonitor/outcrop"], found["Service/outcrop-api"]
+    assert monitor["selector"]["matchLabels"] == service["selector"]
+    (endpoint,), (port,) = monitor["podMetricsEndpoints"], service["ports"]
     assert (endpoint["port"], endpoint["path"]) == (port["targetPort"], "/metrics")
 
 
