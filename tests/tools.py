@@ -8,7 +8,14 @@ import os
 import shutil
 import subprocess
 
-PACKAGES = {"chromium": "chromium", "g++": "g++", "prometheus": "prometheus", "promtool": "prometheus", "wget": "wget"}
+PACKAGES = {
+    "chromium": "chromium",
+    "g++": "g++",
+    "prometheus": "prometheus",
+    "redis-server": "redis-server",
+    "promtool": "prometheus",
+    "wget": "wget",
+}
 
 
 def missing() -> set[str]:
