@@ -70,6 +70,7 @@ class ClusterConfig(BaseModel):
     fronts: int = Field(1, description="Front actors (attention, router, KV cache).", ge=1, le=256)
     groups: int = Field(2, description="Expert groups; must divide the number of experts.", ge=1)
     replicas: int = Field(1, description="Expert replicas per group.", ge=1, le=256)
+    min_fronts: int = Field(1, description="Fewest fronts that scaling may ask for.", ge=1, le=256)
     max_fronts: int = Field(8, description="Most fronts that scaling may ask for.", ge=1, le=256)
     min_replicas: int = Field(1, description="Fewest expert replicas per group that scaling may ask for.", ge=1, le=256)
     max_replicas: int = Field(8, description="Most expert replicas per group that scaling may ask for.", ge=1, le=256)
@@ -205,6 +206,8 @@ class ClusterConfig(BaseModel):
             )
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        if self.min_fronts > self.max_fronts:
+            raise ValueError(f"min_fronts={self.min_fronts} is more than max_fronts={self.max_fronts}")
         if self.redundant_experts % self.groups:
             raise ValueError(
                 f"redundant_experts={self.redundant_experts} is no multiple of groups={self.groups}: each group gets "

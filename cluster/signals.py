@@ -68,7 +68,7 @@ class Autoscaler:
             fronts=fleet.wanted.fronts,
             ready=len(ready),
         )
-        limits = Limits(1, max(self.config.max_fronts, self.config.fronts))
+        limits = Limits(self.config.min_fronts, max(self.config.max_fronts, self.config.fronts))
         decision = scale_fronts(signals, limits, self._states.get(None, ScalingState()), totals.at, POLICY)
         self._states[None] = decision.state
         return decision.desired

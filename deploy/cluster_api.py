@@ -128,12 +128,14 @@ def _check_scale(body: ScaleRequest, config: ClusterConfig) -> None:
         last = config.groups - 1
         raise errors.invalid_request(f'group={body.group} is not there: choose 0 to {last}, or "all"', "group")
     _check_limits("replicas", body.replicas, config.min_replicas, max(config.max_replicas, config.replicas))
-    _check_limits("fronts", body.fronts, 1, max(config.max_fronts, config.fronts))
+    _check_limits("fronts", body.fronts, config.min_fronts, max(config.max_fronts, config.fronts))
 
 
 def _check_limits(name: str, number: int | None, least: int, most: int) -> None:
     if number is not None and not least <= number <= most:
-        raise errors.invalid_request(f"{name}={number} is outside {least} to {most}: see the setting max_{name}", name)
+        raise errors.invalid_request(
+            f"{name}={number} is outside {least} to {most}: see the settings min_{name} and max_{name}", name
+        )
 
 
 def _check_running(service: Service) -> None:

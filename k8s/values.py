@@ -128,7 +128,14 @@ class RedisImage(Strict):
     digest: str
 
 
+class SecurityContext(Strict):
+    runAsUser: int | None
+    runAsGroup: int | None
+    fsGroup: int | None
+
+
 class Redis(Strict):
+    securityContext: SecurityContext
     enabled: bool
     address: str
     image: RedisImage
@@ -151,6 +158,7 @@ class ServiceAccount(Strict):
 class Clients(Strict):
     namespaceLabel: str
     podLabel: str
+    cidrs: list[str]
 
 
 class Caller(Strict):
@@ -169,6 +177,10 @@ class Outside(Strict):
     ports: list[int]
 
 
+class Hub(Outside):
+    allPods: bool
+
+
 class Otlp(Strict):
     namespaceLabel: str
     ports: list[int]
@@ -181,7 +193,7 @@ class NetworkPolicies(Strict):
     prometheus: Caller
     dns: Dns
     apiServer: Outside
-    hub: Outside
+    hub: Hub
     otlp: Otlp
 
 
@@ -232,6 +244,7 @@ class Values(Strict):
     rayToken: RayToken
     models: Models
     redis: Redis
+    securityContext: SecurityContext
     disruptionBudgets: bool
     priorityClass: PriorityClass
     serviceAccount: ServiceAccount
@@ -255,6 +268,7 @@ def schema() -> Json:
     definitions["Settings"] = settings | {"title": "Settings"}
     properties = found["properties"]
     properties["settings"] = {"$ref": "#/$defs/Settings"}
-    properties["pools"] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/PoolDefaults"}}
+    pool = {"anyOf": [{"$ref": "#/$defs/PoolDefaults"}, {"type": "null"}]}  # null takes an example's pool away
+    properties["pools"] = {"type": "object", "additionalProperties": pool}
     properties["global"] = {"type": "object"}  # Helm gives it to a chart that is part of another one
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | found | {"$defs": definitions}

@@ -224,7 +224,10 @@ def test_fetch_model_downloads_checks_and_marks_once(
     fetch_model.fetch("owner/name", "abc", model)
     fetch_model.fetch("owner/name", "abc", model)
     assert calls == [("owner/name", "abc")]
-    fetch_model.wait(model)
+    fetch_model.wait("owner/name@abc", model)
+    with pytest.raises(SystemExit, match=r"holds owner/name@abc, not owner/name@def: give another directory"):
+        fetch_model.fetch("owner/name", "def", model)
+    assert len(calls) == 1, "pods may be reading it"
 
 
 def test_fetch_model_does_not_mark_what_can_not_be_served(

@@ -109,6 +109,7 @@ def test_other_settings_are_another_cluster_unless_in_place(render: Render) -> N
         return spec["rayClusterConfig"]["headGroupSpec"]["template"]["metadata"]
 
     assert head({}) != head({"settings": {"max_num_seqs": 8}})
+    assert head({}) != head({"pools": {"experts": {"maxReplicas": 20}}})
     in_place = {"upgrade": {"inPlace": True}}
     assert head(in_place) == head({"settings": {"max_num_seqs": 8}} | in_place)
 
@@ -126,4 +127,56 @@ def test_budgets_count_pods_not_actors(render: Render) -> None:
 
     assert least({}) == {"ingress": 1, "front": 1, "expert": 3, "redis": 1}
     assert least({"pools": {"experts": {"actors": 2, "gpus": 2}}})["expert"] == 1
-    assert "front" not in least({"settings": {"fronts": 1}}), "a budget of all would keep its node for ever"
+    assert "front" not in least({"settings": {"min_fronts": 1}}), "load may leave one, whose node would never drain"
+    assert least({"settings": {"min_replicas": 1}})["expert"] == 1
+
+
+def test_a_job_of_another_template_has_another_name(render: Render) -> None:
+    """The API server refuses to change one, and Helm would end there."""
+
+    def job(values: dict[str, Any]) -> tuple[str, Any]:
+        found = one(render(values), "Job")
+        return found["metadata"]["name"], found["spec"]["template"]
+
+    jobs = [job({}), job({}), job({"image": {"cpu": {"tag": "x"}}}), job({"models": {"fetch": {"revision": "abc"}}})]
+    jobs += [
+        job({"imagePullSecrets": ["x"]}),
+        job({"priorityClass": {"name": ""}}),
+        job({"securityContext": {"fsGroup": 1}}),
+    ]
+    assert jobs[0] == jobs[1]
+    assert len({name for name, _ in jobs}) == len(jobs) - 1
+
+
+def test_pods_wait_for_the_revision_that_is_wanted(render: Render) -> None:
+    found = render({"models": {"fetch": {"revision": "abc"}}})
+    for _, group in list(ray_groups(one(found, "RayService")))[1:]:
+        (waiting,) = group["template"]["spec"]["initContainers"]
+        assert waiting["command"][2] == "ibm-granite/granite-3.1-3b-a800m-instruct@abc"
+
+
+def test_pods_that_download_may_and_have_the_token(render: Render) -> None:
+    values = {"settings": {"model": "owner/name"}, "models": {"volume": {"enabled": False}, "fetch": {"by": None}}}
+    found = render(values)
+    for name, group in ray_groups(one(found, "RayService")):
+        has_token = "HF_TOKEN" in {each["name"] for each in group["template"]["spec"]["containers"][0]["env"]}
+        assert has_token is (name != "head")
+    (policy,) = (each["spec"] for each in found if title(each) == "NetworkPolicy/outcrop-hub")
+    assert policy["podSelector"]["matchExpressions"][0]["values"] == ["redis"]
+
+
+def test_users_load_balancers_and_pools_may_be_others(render: Render) -> None:
+    """OpenShift gives users by namespace; load balancers have no labels; not everybody wants an example's pool."""
+    nobody = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
+    found = render(
+        {
+            "securityContext": nobody,
+            "redis": {"securityContext": nobody},
+            "networkPolicies": {"clients": {"cidrs": ["10.0.0.0/8"]}},
+            "pools": {"experts": None, "others": {"role": "expert", "gpus": 1}},
+        }
+    )
+    assert "runAsUser" not in yaml.safe_dump_all(found)
+    (clients,) = (each["spec"] for each in found if title(each) == "NetworkPolicy/outcrop-clients")
+    assert {"ipBlock": {"cidr": "10.0.0.0/8"}} in clients["ingress"][0]["from"]
+    assert [name for name, _ in ray_groups(one(found, "RayService"))] == ["head", "front", "ingress", "others"]

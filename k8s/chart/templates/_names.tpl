@@ -37,9 +37,20 @@ outcrop-http: "true"
 {{- /* Pools by name, complete, as YAML. */ -}}
 {{- define "outcrop.pools" -}}
 {{- range $name, $given := .Values.pools | default (dict "all" dict) }}
+{{- if kindIs "map" $given }}
 {{ $name }}:
   {{- mergeOverwrite (deepCopy $.Values.poolDefaults) (deepCopy $given) | toYaml | nindent 2 }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "outcrop.counts" -}}
+{{- range $name, $pool := include "outcrop.pools" . | fromYaml }}{{ $name }} {{ $pool.minReplicas }} {{ $pool.maxReplicas }} {{ end -}}
+{{- end -}}
+
+{{- /* "true" where pods download their model themselves. */ -}}
+{{- define "outcrop.usesHub" -}}
+{{- if and (not .Values.models.volume.enabled) (ne .Values.settings.model "demo") }}true{{ end -}}
 {{- end -}}
 
 {{- /* "true" where each kind of actor has pods of its own. */ -}}

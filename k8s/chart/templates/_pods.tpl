@@ -1,9 +1,9 @@
 {{- /* Parts of pods. */ -}}
 {{- define "outcrop.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: 1000
-runAsGroup: 1000
-fsGroup: 1000
+{{- with .Values.securityContext }}
+{{ toYaml . }}
+{{- end }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
@@ -82,8 +82,7 @@ imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 command: {{ .command | toJson }}
 {{- if not .readOnly }}
 env:
-  - name: HF_TOKEN
-    valueFrom: {secretKeyRef: {name: {{ .root.Values.models.fetch.tokenSecret.name }}, key: {{ .root.Values.models.fetch.tokenSecret.key }}, optional: true}}
+  {{- include "outcrop.hubToken" .root | nindent 2 }}
 {{- end }}
 securityContext:
   {{- include "outcrop.containerSecurity" .root | nindent 2 }}
@@ -99,7 +98,31 @@ volumeMounts:
   - {name: models, mountPath: /models{{ if .readOnly }}, readOnly: true{{ end }}}
 {{- end -}}
 
+{{- define "outcrop.hubToken" -}}
+- name: HF_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ .Values.models.fetch.tokenSecret.name }}, key: {{ .Values.models.fetch.tokenSecret.key }}, optional: true}}
+{{- end -}}
+
 {{- define "outcrop.fetchCommand" -}}
 {{- $fetch := .Values.models.fetch -}}
 {{- list "outcrop-fetch-model" (required "models.fetch.hubId is missing" $fetch.hubId) $fetch.revision .Values.settings.model | toJson -}}
 {{- end -}}
+
+{{- /* The pod of the Job that downloads. */ -}}
+{{- define "outcrop.fetchTemplate" -}}
+metadata:
+  labels:
+    {{- include "outcrop.podLabels" (dict "root" . "component" "fetch-model") | nindent 4 }}
+spec:
+  {{- include "outcrop.podCommon" . | nindent 2 }}
+  restartPolicy: OnFailure
+  automountServiceAccountToken: false
+  {{- with .Values.serviceAccount.workers }}
+  serviceAccountName: {{ . }}
+  {{- end }}
+  containers:
+    - name: fetch-model
+      {{- include "outcrop.fetchContainer" (dict "root" . "gpus" 0 "readOnly" false "command" (include "outcrop.fetchCommand" . | fromJsonArray)) | nindent 6 }}
+  volumes:
+    {{- include "outcrop.modelVolume" . | nindent 4 }}
+{{- end }}

@@ -71,7 +71,7 @@
       initContainers:
         - name: {{ eq $by "job" | ternary "wait-for-model" "fetch-model" }}
           {{- if eq $by "job" }}
-          {{- include "outcrop.fetchContainer" (dict "root" $root "gpus" $pool.gpus "readOnly" true "command" (list "outcrop-fetch-model" "--wait" $root.Values.settings.model)) | nindent 10 }}
+          {{- include "outcrop.fetchContainer" (dict "root" $root "gpus" $pool.gpus "readOnly" true "command" (list "outcrop-fetch-model" "--wait" (printf "%s@%s" $root.Values.models.fetch.hubId $root.Values.models.fetch.revision) $root.Values.settings.model)) | nindent 10 }}
           {{- else }}
           {{- include "outcrop.fetchContainer" (dict "root" $root "gpus" $pool.gpus "readOnly" false "command" (include "outcrop.fetchCommand" $root | fromJsonArray)) | nindent 10 }}
           {{- end }}
@@ -95,6 +95,9 @@
             - {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: {{ max 600 (add $drain $rayDrain 30) | quote }}}
             {{- if $root.Values.models.volume.enabled }}
             - {name: HF_HUB_OFFLINE, value: "1"}
+            {{- end }}
+            {{- if include "outcrop.usesHub" $root }}
+            {{- include "outcrop.hubToken" $root | nindent 12 }}
             {{- end }}
             {{- with $pool.env }}
             {{- toYaml . | nindent 12 }}
