@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -104,6 +105,22 @@ class TestRefused:
         with pytest.raises(APIError) as caught:
             parse_body(b'{"promt": "x"}', CompletionRequest)
         assert (caught.value.param, caught.value.code) == ("promt", "unknown_parameter")
+
+    def test_many_strings_under_a_long_key_take_little_memory(self) -> None:
+        raw = b'{"%s": [%s], "x": "\\u0041"}' % (b"k" * 20_000, b",".join([b'""'] * 2_000))
+        tracemalloc.start()
+        with pytest.raises(APIError):
+            parse_body(raw, CompletionRequest)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 100 * len(raw), "a path for each of them would take 1,500 times as much"
+
+    def test_a_path_is_shown_cut(self) -> None:
+        raw = b'{"%s": ' % (b"k" * 5_000) * 90 + rb'"\ud800"' + b"}" * 90
+        with pytest.raises(APIError, match="half of a surrogate pair") as caught:
+            parse_body(raw, CompletionRequest)
+        assert caught.value.param is not None
+        assert caught.value.param == ".".join(["k" * 100] * 90)[:400]
 
     @given(raw=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
     def test_any_bytes_are_refused_or_understood(self, raw: bytes) -> None:
