@@ -136,5 +136,5 @@ def _describe(details: ErrorDetails, param: str, model: type[BaseModel]) -> str:
 def _hint(details: ErrorDetails, model: type[BaseModel]) -> str:
     if len(details["loc"]) != 1:
         return ""
-    close = difflib.get_close_matches(str(details["loc"][0]), model.model_fields, n=1)
+    close = difflib.get_close_matches(_shown(details["loc"]), model.model_fields, n=1)
     return f": did you mean {close[0]!r}?" if close else ""

@@ -1,6 +1,7 @@
 """What the API accepts and refuses, and what the engine is asked to do for it."""
 
 import contextlib
+import difflib
 import json
 import tracemalloc
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cluster.config import ClusterConfig
 from cluster.messages import SamplingParams
@@ -114,6 +116,23 @@ class TestRefused:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 100 * len(raw), "a path for each of them would take 1,500 times as much"
+
+    def test_thousands_of_errors_are_as_good_as_some(self) -> None:
+        content = {"messages": [{}] * 3000} | {str(n): n for n in range(1000)}
+        with pytest.raises(ValidationError) as caught:
+            ChatCompletionRequest.model_validate(content)
+        assert [error["loc"] for error in caught.value.errors()] == [
+            ("messages", 0, "role"),
+            ("messages", 0, "content"),
+            ("0",),
+        ]
+
+    def test_a_long_name_is_not_compared_with_every_field(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        compared: list[str] = []
+        monkeypatch.setattr(difflib, "get_close_matches", lambda word, *_, **__: compared.append(word) or [])
+        with pytest.raises(APIError, match="unknown field"):
+            completion(**{"t" * 5000: 1})
+        assert compared == ["t" * 100]
 
     def test_a_path_is_shown_cut(self) -> None:
         raw = b'{"%s": ' % (b"k" * 5_000) * 90 + rb'"\ud800"' + b"}" * 90
