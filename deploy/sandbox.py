@@ -137,19 +137,6 @@ class Sandbox:
         return f"{self._what} has ended its process with code {code}"
 
 
-def join_pieces(pieces: list[bytes]) -> Any:
-    """The JSON value that was read. For a thread: between pieces others get their turn."""
-    whole, *rest = pieces
-    content = json.loads(whole)
-    for piece in rest:
-        path, items = json.loads(piece)
-        target = content
-        for key in path:
-            target = target[key]
-        target += items
-    return content
-
-
 def _checked(answer: list[bytes]) -> list[bytes]:
     error, *frames = answer
     if error:

@@ -19,13 +19,14 @@ from cluster.metrics import Metrics
 from cluster.model_config import read_model_config
 from deploy.front_client import FrontClient
 from deploy.generation import Generation, Plan
+from deploy.json_pieces import join_pieces
 from deploy.openai.choices import Choice
 from deploy.openai.errors import context_length_exceeded, invalid_request, model_not_found, overloaded, unavailable
 from deploy.openai.parsing import check_content, parse_body
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, Message
 from deploy.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from deploy.request_trace import RequestTrace
-from deploy.sandbox import Sandbox, SandboxBusy, SandboxError, join_pieces
+from deploy.sandbox import Sandbox, SandboxBusy, SandboxError
 from deploy.text import NO_TEMPLATE, Tokenizer
 
 T = TypeVar("T")

@@ -187,6 +187,8 @@ LARGE = {
     "prompt ids": (COMPLETIONS, {"prompt": IDS["tokens"]}, "prompt", "maximum context length"),
     "fields": (COMPLETIONS, {str(n): n for n in range(500_000)}, None, "fields"),
     "objects": (COMPLETIONS, {"prompt": [{}] * 1_000_000}, None, "more than 10000"),
+    "lists": (COMPLETIONS, {"prompt": [[1] * 1000] * 900}, "prompt", "900 choices"),
+    "key": (COMPLETIONS, {"k" * 700_000: [1] * 700_000}, None, "a key of 700000 characters"),
     "long numbers": (COMPLETIONS, {"prompt": [10**4000] * 1500}, "prompt", "must be a string"),
 }
 
