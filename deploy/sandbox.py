@@ -21,7 +21,7 @@ MAX_PROCESSES = 4
 CPU_S = 2.0
 # For a place among these processes, and for an answer: a process ends by itself long before, unless it is frozen.
 PLACE_S = 10.0
-ANSWER_S = 60.0
+ANSWER_S = 20.0
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "TZ")
 
 
@@ -32,6 +32,10 @@ class SandboxError(Exception):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class _LostError(SandboxError):
+    """A process has not answered. That may be because of what it was asked, or of something else."""
 
 
 class SandboxBusy(Exception):  # noqa: N818 - an answer, not a failure
@@ -90,12 +94,17 @@ class Sandbox:
         try:
             while self._idle and self._idle[-1].returncode is not None:
                 self._idle.pop()  # ended unasked: the machine was out of memory
-            process = self._idle.pop() if self._idle else await self._start()
-            answer = await self._exchange(process, request)
-            self._idle.append(process)
-            return answer
+            try:
+                return await self._answer(self._idle.pop() if self._idle else await self._start(), request)
+            except _LostError:  # whatever killed or froze it: another one gives the same answer
+                return await self._answer(await self._start(), request)
         finally:
             self._places.release()
+
+    async def _answer(self, process: Process, request: bytes) -> list[bytes]:
+        answer = await self._exchange(process, request)
+        self._idle.append(process)
+        return answer
 
     async def _start(self) -> Process:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -123,18 +132,18 @@ class Sandbox:
                 await process.stdin.drain()
                 return [await _frame(process.stdout) for _ in range(await _number(process.stdout))]
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
-            raise SandboxError(await self._end(process)) from None
+            raise await self._end(process) from None
 
-    async def _end(self, process: Process) -> str:
+    async def _end(self, process: Process) -> SandboxError:
         """End a process that has not answered, unless it has ended already. Returns why."""
         try:
             code = await asyncio.wait_for(process.wait(), 1.0)
         except TimeoutError:
             process.kill()
-            return f"{self._what} has not ended within {ANSWER_S:g} s"
+            return _LostError(f"{self._what} has not ended within {ANSWER_S:g} s")
         if code == -signal.SIGPROF:
-            return f"{self._what} takes more than {self._cpu_s:g} s of a processor"
-        return f"{self._what} has ended its process with code {code}"
+            return SandboxError(f"{self._what} takes more than {self._cpu_s:g} s of a processor")
+        return _LostError(f"{self._what} has ended its process with code {code}")
 
 
 def _checked(answer: list[bytes]) -> list[bytes]:

@@ -11,11 +11,8 @@ import pytest
 from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig
 from cluster.messages import ClusterState
-from cluster.model_config import ModelError
 from deploy.api import create_api
 from deploy.demo import expand_demo
-from deploy.openai.chat_template import ChatTemplate
-from deploy.sandbox import Sandbox, SandboxError
 from deploy.service import Service
 
 COMPLETIONS = "/v1/completions"
@@ -234,80 +231,3 @@ class TestNobodyWaits:
         read = await service.parse(json.dumps({"messages": messages}).encode(), TokenizeRequest)
         assert read.messages is not None
         assert len(read.messages[0].content) == 600_001
-
-
-FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-TOO_MUCH = {
-    "loops": (FOREVER, "of a processor"),
-    "macro": (
-        "{% macro m(n) %}{% for i in range(9) %}{{ m(n + 1) if n < 99 }}{% endfor %}{% endmacro %}{{ m(0) }}",
-        "of a processor",
-    ),
-    "power": ("{% set n = messages | length + 8 %}{{ (n ** (n ** n)) % 7 }}", "of a processor"),
-    "text": ("{{ messages[0].content * 10 ** 12 }}", "OverflowError|MemoryError|memory"),
-    "filter": ("{{ messages[0].content | center(10 ** 11) }}", "MemoryError|memory"),
-    "join": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "characters"),
-    "list": (
-        "{% set ns = namespace(a=[0]) %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
-        "Memory|of a processor",
-    ),
-}
-
-
-class TestTemplatesAreStopped:
-    @pytest.mark.parametrize("name", TOO_MUCH)
-    async def test_whatever_they_do(self, name: str) -> None:
-        source, told = TOO_MUCH[name]
-        sandbox = Sandbox("messages", ChatTemplate(source, {}).arguments(), cpu_s=0.5)
-        work = sandbox.render(messages=[{"role": "user", "content": "hi"}])
-        with pytest.raises(SandboxError, match=f"messages.*({told})"):
-            await work
-        await sandbox.close()
-
-    @pytest.mark.parametrize("source", ["{{ 9 ** (9 ** 9) % 7 }}", "{{ 'x' | nofilter }}"])
-    async def test_while_they_are_compiled(self, source: str) -> None:
-        sandbox = Sandbox("the template", ChatTemplate(source, {}).arguments(), cpu_s=0.5)
-        with pytest.raises(ModelError, match="template"):
-            await sandbox.warm_up()
-
-    async def test_others_go_on(self) -> None:
-        source = "{% if messages[0].content == 'forever' %}" + FOREVER + "{% endif %}{{ messages[0].content }}"
-        sandbox = Sandbox("messages", ChatTemplate(source, {}).arguments())
-        await sandbox.warm_up()
-        await sandbox.warm_up()
-        hanging = asyncio.create_task(sandbox.render(messages=[{"role": "user", "content": "forever"}]))
-        for text in ("a", "naïve 東京 😀", "c" * 300_000):
-            assert await sandbox.render(messages=[{"role": "user", "content": text}]) == text
-            assert not hanging.done()
-        with pytest.raises(SandboxError):
-            await hanging
-        assert await sandbox.render(messages=[{"role": "user", "content": "afterwards"}]) == "afterwards"
-        await sandbox.close()
-
-    async def test_who_leaves_takes_the_answer_along(self) -> None:
-        sandbox = Sandbox("messages", ChatTemplate("{{ messages[0].content }}", {}).arguments())
-        await sandbox.warm_up()
-        for text in ("a", "b", "c"):
-            leaver = asyncio.create_task(sandbox.render(messages=[{"role": "user", "content": "left"}]))
-            await asyncio.sleep(0)
-            leaver.cancel()
-            assert await sandbox.render(messages=[{"role": "user", "content": text}]) == text
-        await sandbox.close()
-
-    async def test_a_process_that_ended_unasked_is_replaced(self) -> None:
-        sandbox = Sandbox("messages", ChatTemplate("{{ messages[0].content }}", {}).arguments())
-        await sandbox.warm_up()
-        [process] = sandbox._idle
-        process.kill()
-        await process.wait()
-        assert await sandbox.render(messages=[{"role": "user", "content": "a"}]) == "a"
-        await sandbox.close()
-
-    async def test_templates_know_no_secret(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("OUTCROP_API_KEY", "secret")
-        sandbox = Sandbox("messages", ChatTemplate("x", {}).arguments())
-        await sandbox.warm_up()
-        [process] = sandbox._idle
-        with open(f"/proc/{process.pid}/environ") as environ:
-            assert "secret" not in environ.read()
-        await sandbox.close()
