@@ -20,9 +20,10 @@ from deploy.front_client import Overloaded, Unavailable
 from deploy.generation import Generation, GenerationFailed
 from deploy.http import read_request, require_key, service_of
 from deploy.openai import errors
+from deploy.openai.answer_json import Rows, dump
 from deploy.openai.choices import ChoiceDelta
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from deploy.openai.responses import SSE_DONE, ChatResponder, CompletionResponder, Usage, dump, sse
+from deploy.openai.responses import SSE_DONE, ChatResponder, CompletionResponder, Usage, sse
 from deploy.page import HEADERS, PAGE
 from deploy.request_id import RequestId
 from deploy.service import Service
@@ -91,16 +92,17 @@ async def _answer(
 
 async def _whole(service: Service, generation: Generation, responder: CompletionResponder | ChatResponder) -> Response:
     deltas: list[list[ChoiceDelta]] = [[] for _ in generation.choices]
+    size = 0
     try:
         async for delta in generation.deltas():
             deltas[delta.index].append(delta)
+            size += delta.size
     except GenerationFailed as error:
         logger.error("request failed: %s", error, extra={"request_id": responder.request_id})
         raise errors.internal(responder.id) from None
     finally:
         generation.close()
     usage = Usage.of(generation.choices, responder.request.n)
-    size = sum(delta.size for choice in deltas for delta in choice)
     content = await service.run(size, lambda: dump(responder.response(deltas, usage)))
     return Response(content, media_type="application/json")
 
@@ -186,9 +188,9 @@ async def tokenize(request: Request) -> Response:
         tokens = await service.encode(body.prompt or "", body.add_special_tokens is not False)
 
     def answer() -> bytes:
-        strings = [service.tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
+        strings = Rows(tokens, service.tokenizer.id_to_token) if body.return_token_strs else None
         told = {"count": len(tokens), "max_model_len": service.max_model_len}
-        return dump(told | {"tokens": tokens, "token_strs": strings})
+        return dump(told | {"tokens": Rows(tokens, int), "token_strs": strings})
 
     return Response(await service.run(len(tokens), answer), media_type="application/json")
 

@@ -11,6 +11,9 @@ from cluster.messages import FinishReason, RequestOutput, RoutedExperts, Samplin
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.text import IncrementalDetokenizer, StopChecker, Tokenizer
 
+# A token with its log-probability takes as long to write as so many characters of text, and more.
+LOGPROB_CHARS = 10
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
@@ -42,13 +45,21 @@ class ChoiceDelta:
 
     @property
     def size(self) -> int:
-        """How much there is to write."""
-        return len(self.text) + len(self.rows) + len(self.prompt_token_ids) + len(self.prompt_logprobs or ())
+        """How much there is to write, in characters."""
+        rows = len(self.rows) * _num_logprobs(self.rows[-1].logprob) if self.rows else 0
+        scores = len(self.prompt_logprobs) * _num_logprobs(self.prompt_logprobs[-1]) if self.prompt_logprobs else 0
+        routed = len(self.routed_experts.data) if self.routed_experts else 0
+        return len(self.text) + len(self.prompt_token_ids) + LOGPROB_CHARS * (rows + scores) + routed
 
     @property
     def is_empty(self) -> bool:
         """Nothing to tell a client, such as text that may still become a stop string."""
         return not (self.text or self.token_ids or self.rows or self.is_first or self.finish_reason)
+
+
+def _num_logprobs(scored: TokenLogprob | None) -> int:
+    """Of a token and its alternatives. All tokens of an answer have as many."""
+    return 1 + (len(scored.top) if scored else 0)
 
 
 class Choice:
