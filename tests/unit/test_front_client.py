@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayError
 
-from cluster.messages import RequestOutput, SamplingParams, Submitted
+from actors import mailboxes
+from cluster.messages import RequestOutput, SamplingParams, Submitted, TokenLogprob
 from cluster.metrics import Metrics
 from deploy import front_client, front_link
 from deploy.front_client import FrontClient, Overloaded, Unavailable
@@ -231,6 +232,26 @@ async def test_an_answer_that_is_lost_comes_again(monkeypatch: pytest.MonkeyPatc
         front.say(front.taken[0], 8, end="length")
         assert await reading == [5, 6, 7, 8]
         assert found.num_replays == 0
+
+
+async def test_scores_in_parts_arrive_as_one_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A front is lost among them: the next one sends all of them again."""
+    monkeypatch.setattr(mailboxes, "MAX_LOGPROBS", 2)
+    scores = (None, *(TokenLogprob(token, -1.0, 1) for token in range(6)))
+    async with cluster(monkeypatch, a=FakeFront()) as found:
+        dying = found.fronts["a"]
+        stream = await found.client.submit("r", PROMPT, PARAMS)
+        mailbox = dying.mailboxes.get(dying.taken[0].lease)
+        assert mailbox is not None
+        mailbox.put([RequestOutput(dying.taken[0].request_id, prompt_logprobs=scores[:3], is_part=True)])
+        await until(lambda: len(stream._scores) == 3)
+        await found.lose("a")
+        await found.has(b=FakeFront())
+        front = found.fronts["b"]
+        await until(lambda: bool(front.taken))
+        front.say(front.taken[0], 5, end="length", prompt_logprobs=scores)
+        outputs = [output async for output in stream]
+        assert [(output.token_ids, output.prompt_logprobs) for output in outputs] == [((5,), scores)]
 
 
 async def test_a_dead_front_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
