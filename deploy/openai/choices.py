@@ -9,7 +9,8 @@ from itertools import accumulate
 
 from cluster.messages import FinishReason, RequestOutput, RoutedExperts, SamplingParams, TokenLogprob
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
-from deploy.text import IncrementalDetokenizer, StopChecker, Tokenizer
+from deploy.stop_strings import StopChecker
+from deploy.text import IncrementalDetokenizer, Tokenizer
 
 # A token with its log-probability takes as long to write as so many characters of text, and more.
 LOGPROB_CHARS = 10
