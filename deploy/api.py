@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PING_S = 15
+# Tokens that /tokenize lists, even where the context is shorter: people ask how much too long a text is.
+MAX_LISTED = 1_000_000
 
 
 def create_api(service: Service, tracing: "Tracing | None" = None) -> FastAPI:
@@ -183,9 +185,10 @@ async def tokenize(request: Request) -> Response:
     service.check_model(body.model)
     if body.messages is not None:
         text = await service.render(body.messages, body.add_generation_prompt, body.continue_final_message)
-        tokens = await service.encode(text, bool(body.add_special_tokens))
+        with_special = bool(body.add_special_tokens)
     else:
-        tokens = await service.encode(body.prompt or "", body.add_special_tokens is not False)
+        text, with_special = body.prompt or "", body.add_special_tokens is not False
+    tokens = await service.encode(text, with_special, most=max(MAX_LISTED, service.max_model_len))
 
     def answer() -> bytes:
         strings = Rows(tokens, service.tokenizer.id_to_token) if body.return_token_strs else None
@@ -196,10 +199,11 @@ async def tokenize(request: Request) -> Response:
 
 
 @open_routes.post("/detokenize", dependencies=[Depends(require_key)])
-async def detokenize(request: Request) -> dict[str, str]:
+async def detokenize(request: Request) -> Response:
     service, body = service_of(request), await read_request(request, DetokenizeRequest)
     service.check_model(body.model)
-    return {"prompt": await service.decode(body.tokens)}
+    text = await service.decode(body.tokens)
+    return Response(await service.run(len(text), lambda: dump({"prompt": text})), media_type="application/json")
 
 
 @open_routes.get("/version")

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from cluster.messages import SamplingParams
 from cluster.metrics import Metrics
@@ -18,6 +19,14 @@ logger = logging.getLogger(__name__)
 
 class GenerationFailed(RuntimeError):  # noqa: N818
     """A front could not finish a sequence; the message is the front's."""
+
+
+# Does work of some size, where it holds up nobody.
+Run = Callable[[int, Callable[[], ChoiceDelta]], Awaitable[ChoiceDelta]]
+
+
+async def run_here(size: int, work: Callable[[], ChoiceDelta]) -> ChoiceDelta:
+    return work()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,7 @@ class Generation:
         metrics: Metrics,
         request_id: str,
         trace: RequestTrace | None = None,
+        run: Run = run_here,
     ) -> None:
         self.request_id = request_id
         self.choices = [plan.choice for plan in plans]
@@ -46,6 +56,7 @@ class Generation:
         self._client = client
         self._metrics = metrics
         self._trace = trace
+        self._run = run
         self._started = time.monotonic()
         self._streams: list[OutputStream] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -113,7 +124,7 @@ class Generation:
                 arrived.put_nowait(GenerationFailed(output.error))
                 return
             last = self._observe(last, bool(output.token_ids))
-            delta = choice.feed(output)
+            delta = await self._run(choice.effort(output), partial(choice.feed, output))
             if not delta.is_empty:
                 arrived.put_nowait(delta)
             if choice.finish_reason is not None:

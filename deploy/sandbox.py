@@ -14,6 +14,7 @@ from asyncio.subprocess import PIPE, Process
 from typing import Any
 
 from cluster.model_config import ModelError
+from deploy.openai.answer_json import dump
 from deploy.sandbox_main import READ, RENDER, SET_UP
 
 MAX_PROCESSES = 4
@@ -42,6 +43,11 @@ class SandboxBusy(Exception):  # noqa: N818 - an answer, not a failure
     """No place became free in time."""
 
 
+def rendering(messages: list[dict[str, str]], **options: bool) -> bytes:
+    """The arguments of ChatTemplate.render() for a sandbox. Takes as long as the messages are."""
+    return RENDER + dump({"messages": messages} | options)
+
+
 class Sandbox:
     """Processes that are started when they are needed, and kept. They end with this one.
 
@@ -52,15 +58,15 @@ class Sandbox:
     def __init__(self, what: str, template: dict[str, Any] | None = None, cpu_s: float = CPU_S) -> None:
         self._what = what
         self._cpu_s = cpu_s
-        self._set_up = None if template is None else SET_UP + _dump(template)
+        self._set_up = None if template is None else SET_UP + dump(template)
         self._places = asyncio.Semaphore(MAX_PROCESSES)
         self._idle: list[Process] = []
         self._tasks: set[asyncio.Task[list[bytes]]] = set()
 
-    async def render(self, **arguments: Any) -> str:
-        """ChatTemplate.render(). Raises SandboxError or SandboxBusy."""
-        [text] = await self._ask(RENDER + _dump(arguments))
-        return text.decode()
+    async def render(self, request: bytes) -> bytes:
+        """ChatTemplate.render(), asked for by rendering(): UTF-8. Raises SandboxError or SandboxBusy."""
+        [text] = await self._ask(request)
+        return text
 
     async def read_json(self, raw: bytes) -> list[bytes]:
         """A body, in pieces for join_pieces(). Raises SandboxError or SandboxBusy."""
@@ -159,7 +165,3 @@ async def _number(stream: asyncio.StreamReader) -> int:
 
 async def _frame(stream: asyncio.StreamReader) -> bytes:
     return await stream.readexactly(await _number(stream))
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()

@@ -23,6 +23,12 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 CONTEXT_TOKENS = 8
 
 
+class TooManyTokens(ValueError):  # noqa: N818 - the text's fault
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"{num_tokens} tokens")
+        self.num_tokens = num_tokens
+
+
 class Tokenizer:
     """tokenizer.json and the chat template of a checkpoint. tokenizer.json alone decides how text is split."""
 
@@ -62,11 +68,15 @@ class Tokenizer:
         special_tokens = _special_tokens(model_dir)
         return cls(backend, special_tokens, load_chat_template(model_dir, special_tokens, chat_template))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """Raises TooManyTokens where there are more than `most`: listing millions of them would take long."""
         if len(text) < SHORT:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        # A batch lets go of the interpreter's lock, so that in a thread it holds up nobody.
-        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            found = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        else:  # a batch lets go of the interpreter's lock, so that in a thread it holds up nobody
+            [found] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if most is not None and len(found) > most:
+            raise TooManyTokens(len(found))
+        return found.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         if len(ids) < SHORT:

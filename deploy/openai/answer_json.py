@@ -78,7 +78,7 @@ def _is_long(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_is_long, value.values()))
     if isinstance(value, list):
-        return any(map(_is_long, value))
+        return len(value) > PIECE_ROWS or any(map(_is_long, value))
     if isinstance(value, str):
         return len(value) > PIECE_CHARS
     return isinstance(value, Base64) or (isinstance(value, Rows) and len(value) > PIECE_ROWS)

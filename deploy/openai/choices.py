@@ -63,10 +63,17 @@ def _num_logprobs(scored: TokenLogprob | None) -> int:
     return 1 + (len(scored.top) if scored else 0)
 
 
+def spell_prompt(prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """What each token of a prompt adds to its text; special tokens too: the client sent them."""
+    # Not flushed: the detokeniser of the output completes a character that the prompt begins.
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+    return [detokenizer.feed(token_id) for token_id in prompt_token_ids]
+
+
 class Choice:
     """Feed it every RequestOutput of its sequence, in order. `must_abort`: it ended here, but not at the front yet.
 
-    To make one takes as long as the prompt is, if the prompt is echoed.
+    `echoed`: what spell_prompt() says, for a request that wants an echo.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Choice:
         prompt_token_ids: Sequence[int],
         tokenizer: Tokenizer,
         eos_token_ids: Sequence[int] = (),
+        echoed: Sequence[str] = (),
     ) -> None:
         self.index = index
         self.prompt_token_ids = tuple(prompt_token_ids)
@@ -93,10 +101,15 @@ class Choice:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, skip_special_tokens=request.skip_special_tokens, prompt_ids=self.prompt_token_ids
         )
-        self._echoed = self._spell_prompt() if request.is_echo else []
+        self._echoed = echoed
         self._is_started = False
         self._offset = 0
         self._routed: list[RoutedExperts] = []
+
+    def effort(self, output: RequestOutput) -> int:
+        """How long feed() takes with it, in the unit of ChoiceDelta.size: prompts are echoed, routed experts joined."""
+        echoed = 0 if self._is_started else LOGPROB_CHARS * len(self._echoed)
+        return echoed + len(output.token_ids) + len(self._routed)
 
     def feed(self, output: RequestOutput) -> ChoiceDelta:
         """What the client may see of it. Outputs after the end are ignored: an abort takes a moment to arrive."""
@@ -122,12 +135,6 @@ class Choice:
             stop_reason=self.stop_reason,
             routed_experts=self._all_routed(),
         )
-
-    def _spell_prompt(self) -> list[str]:
-        """What each token of the prompt adds to its text; special tokens too: the client sent them."""
-        # Not flushed: the detokeniser of the output completes a character that the prompt begins.
-        detokenizer = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=False)
-        return [detokenizer.feed(token_id) for token_id in self.prompt_token_ids]
 
     def _echo(self, output: RequestOutput) -> tuple[str, list[TokenRow]]:
         """The prompt as text and, where log-probabilities are asked for, its rows."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.unit.fake_actors import checkpoint, cluster
+from tests.unit.fake_supervisor import open_api
 
-__all__ = ["checkpoint", "cluster"]
+__all__ = ["checkpoint", "cluster", "open_api"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -90,6 +90,26 @@ async def test_a_client_that_leaves_meanwhile_takes_its_choices_back() -> None:
         await eventually(lambda: len(front.aborted) == 3)
 
 
+async def test_what_takes_long_to_take_in_is_done_elsewhere() -> None:
+    """A prompt that is echoed comes with the first output; `run` knows how long that takes."""
+    front, sizes = Handle(), list[int]()
+
+    async def run(size: int, work: Callable[[], ChoiceDelta]) -> ChoiceDelta:
+        sizes.append(size)
+        return work()
+
+    echoing = parse_body(b'{"prompt": "Hi", "echo": true}', CompletionRequest)
+    async with generation(1, a=front) as request:
+        request._run = run
+        request.choices[0]._request = echoing
+        request.choices[0]._echoed = ["a"] * 500
+        await request.submit()
+        front.say(front.taken[0], 5)
+        front.say(front.taken[0], 6, end="length")
+        assert (await read(request))[0].text.startswith("a" * 500)
+        assert sizes[0] > 10 * 500 > sizes[1]
+
+
 async def test_a_choice_that_fails_unexpectedly_ends_its_request() -> None:
     """Whatever is wrong in what a front says, the client gets an answer."""
     front = Handle()

@@ -1,54 +1,11 @@
-"""The HTTP side around a cluster that is not there: who is answered, what is counted, what holds up nobody."""
-
-import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+"""The HTTP side around a cluster that is not there: who is answered, and what is counted."""
 
 import httpx
 import pytest
 
-from cluster.checkpoint import resolve_model
-from cluster.config import ClusterConfig
-from cluster.messages import ClusterState
-from deploy.api import create_api
-from deploy.demo import expand_demo
-from deploy.service import Service
+from tests.unit.fake_supervisor import COMPLETIONS, JSON, Open
 
-COMPLETIONS = "/v1/completions"
-JSON = {"Content-Type": "application/json"}
 GOOD = b'{"prompt": "Hi"}'
-
-
-class Link:
-    """A supervisor that knows no front, and fails when it is asked for metrics."""
-
-    async def push_samples(self, ingress_id: str, samples: tuple[Any, ...]) -> ClusterState:
-        return ClusterState("starting", "loading", "")
-
-    async def exposition(self, ingress_id: str, samples: tuple[Any, ...]) -> bytes:
-        raise RuntimeError("broken")
-
-
-Open = Callable[..., Awaitable[httpx.AsyncClient]]
-
-
-@pytest.fixture
-async def open_api() -> AsyncIterator[Open]:
-    services: list[Service] = []
-
-    async def start(**settings: Any) -> httpx.AsyncClient:
-        config = expand_demo(ClusterConfig(model="demo", **settings))
-        services.append(Service(config, resolve_model(config.model), Link()))  # type: ignore[arg-type]
-        app = create_api(services[-1])
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
-        client.service = services[-1]  # type: ignore[attr-defined]
-        return client
-
-    yield start
-    for service in services:
-        await service.close()
 
 
 def failed(http: httpx.AsyncClient, reason: str) -> float:
@@ -167,67 +124,3 @@ class TestFailuresAreCounted:
         for body in (b"{", b"{}", b'{"prompt": 1}'):
             assert (await http.post(COMPLETIONS, content=body, headers=JSON)).status_code == 400
         assert [failed(http, reason) for reason in ("engine", "overloaded", "unavailable", "internal")] == [0] * 4
-
-
-async def turns_during(work: Awaitable[Any]) -> tuple[Any, int]:
-    """The result, and how often the event loop came round meanwhile."""
-    turns, task = 0, asyncio.ensure_future(work)
-    while not task.done():
-        turns += 1
-        await asyncio.sleep(0.001)
-    return task.result(), turns
-
-
-IDS = {"tokens": list(range(10)) * 250_000}
-LARGE = {
-    "ids": ("/detokenize", IDS, "tokens", "max_model_len"),
-    "prompt ids": (COMPLETIONS, {"prompt": IDS["tokens"]}, "prompt", "maximum context length"),
-    "fields": (COMPLETIONS, {str(n): n for n in range(500_000)}, None, "fields"),
-    "objects": (COMPLETIONS, {"prompt": [{}] * 1_000_000}, None, "more than 10000"),
-    "lists": (COMPLETIONS, {"prompt": [[1] * 1000] * 900}, "prompt", "900 choices"),
-    "key": (COMPLETIONS, {"k" * 700_000: [1] * 700_000}, None, "a key of 700000 characters"),
-    "long numbers": (COMPLETIONS, {"prompt": [10**4000] * 1500}, "prompt", "must be a string"),
-}
-
-
-class TestNobodyWaits:
-    """Counts turns of the event loop, not time: a call that holds the interpreter's lock leaves it two or three."""
-
-    @pytest.mark.parametrize("name", LARGE)
-    async def test_for_large_bodies(self, open_api: Open, name: str) -> None:
-        path, body, param, told = LARGE[name]
-        content = json.dumps(body, separators=(",", ":")).encode()
-        assert 2**20 < len(content) < 8 * 2**20
-        http = await open_api()
-        answer, turns = await turns_during(http.post(path, content=content, headers=JSON))
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"]) == (400, param)
-        assert told in error["message"]
-        assert turns > 8
-
-    @pytest.mark.parametrize("work", ["encode", "decode"])
-    async def test_for_long_texts(self, open_api: Open, work: str) -> None:
-        http = await open_api()
-        service: Service = http.service  # type: ignore[attr-defined]
-        text = "The quick brown fox jumps over the lazy dog. " * 20_000
-        ids = service.tokenizer.encode(text)
-        arguments = {"encode": lambda: service.tokenizer.encode(text), "decode": lambda: service.tokenizer.decode(ids)}
-        result, turns = await turns_during(service.run(len(ids), arguments[work]))
-        assert result == {"encode": ids, "decode": text}[work]
-        assert turns > 8
-
-    async def test_a_large_body_means_what_it_says(self, open_api: Open) -> None:
-        """Read in pieces as at once: nested lists, odd characters, numbers of any size."""
-        from deploy.openai.requests import CompletionRequest, TokenizeRequest
-
-        service: Service = (await open_api()).service  # type: ignore[attr-defined]
-        prompts = [list(range(50_000)), [2**70], [7] * 60_000]
-        found = await service.parse(json.dumps({"prompt": prompts, "n": 1}).encode(), CompletionRequest)
-        assert found.prompt == prompts
-        texts = ['naïve 東京 😀 \u2028\0"\\'] * 30_000
-        found = await service.parse(json.dumps({"prompt": texts}, ensure_ascii=False).encode(), CompletionRequest)
-        assert found.prompt == texts
-        messages = [{"role": "user", "content": [{"type": "text", "text": "x" * 300_000}] * 2}]
-        read = await service.parse(json.dumps({"messages": messages}).encode(), TokenizeRequest)
-        assert read.messages is not None
-        assert len(read.messages[0].content) == 600_001

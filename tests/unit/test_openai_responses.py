@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from cluster.config import ClusterConfig
 from cluster.messages import RequestOutput, RoutedExperts, TokenLogprob
 from deploy.openai.answer_json import dump
-from deploy.openai.choices import Choice, ChoiceDelta, merge
+from deploy.openai.choices import Choice, ChoiceDelta, merge, spell_prompt
 from deploy.openai.parsing import parse_body
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.openai.responses import ChatResponder, CompletionResponder, Usage, sse
@@ -46,10 +45,10 @@ def chat(**fields: Any) -> ChatCompletionRequest:
 
 def choice_of(request: Request, prompt: Sequence[int] = PROMPT, index: int = 0) -> Choice:
     params = to_sampling_params(
-        request, max_model_len=500, prompt_len=len(prompt), eos_token_ids=(EOS,),
-        vocab_size=TOKENIZER.vocab_size, limits=ClusterConfig(model="demo"),
-    )  # fmt: skip
-    return Choice(index, request, params, prompt, TOKENIZER, (EOS,))
+        request, max_model_len=500, prompt_len=len(prompt), eos_token_ids=(EOS,), vocab_size=TOKENIZER.vocab_size
+    )
+    echoed = spell_prompt(prompt, TOKENIZER) if request.is_echo else ()
+    return Choice(index, request, params, prompt, TOKENIZER, (EOS,), echoed)
 
 
 def scored(token_id: int, num_top: int = 2) -> TokenLogprob:

@@ -10,7 +10,7 @@ import pytest
 from cluster.model_config import ModelError
 from deploy import sandbox as sandbox_module
 from deploy.openai.chat_template import ChatTemplate
-from deploy.sandbox import Sandbox, SandboxError
+from deploy.sandbox import Sandbox, SandboxError, rendering
 
 FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TOO_MUCH = {
@@ -30,12 +30,16 @@ TOO_MUCH = {
 }
 
 
+async def render(sandbox: Sandbox, content: str) -> str:
+    return (await sandbox.render(rendering([{"role": "user", "content": content}]))).decode()
+
+
 class TestTemplatesAreStopped:
     @pytest.mark.parametrize("name", TOO_MUCH)
     async def test_whatever_they_do(self, name: str) -> None:
         source, told = TOO_MUCH[name]
         sandbox = Sandbox("messages", ChatTemplate(source, {}).arguments(), cpu_s=0.5)
-        work = sandbox.render(messages=[{"role": "user", "content": "hi"}])
+        work = render(sandbox, "hi")
         with pytest.raises(SandboxError, match=f"messages.*({told})"):
             await work
         await sandbox.close()
@@ -51,23 +55,23 @@ class TestTemplatesAreStopped:
         sandbox = Sandbox("messages", ChatTemplate(source, {}).arguments())
         await sandbox.warm_up()
         await sandbox.warm_up()
-        hanging = asyncio.create_task(sandbox.render(messages=[{"role": "user", "content": "forever"}]))
+        hanging = asyncio.create_task(render(sandbox, "forever"))
         for text in ("a", "naïve 東京 😀", "c" * 300_000):
-            assert await sandbox.render(messages=[{"role": "user", "content": text}]) == text
+            assert await render(sandbox, text) == text
             assert not hanging.done()
         with pytest.raises(SandboxError):
             await hanging
-        assert await sandbox.render(messages=[{"role": "user", "content": "afterwards"}]) == "afterwards"
+        assert await render(sandbox, "afterwards") == "afterwards"
         await sandbox.close()
 
     async def test_who_leaves_takes_the_answer_along(self) -> None:
         sandbox = Sandbox("messages", ChatTemplate("{{ messages[0].content }}", {}).arguments())
         await sandbox.warm_up()
         for text in ("a", "b", "c"):
-            leaver = asyncio.create_task(sandbox.render(messages=[{"role": "user", "content": "left"}]))
+            leaver = asyncio.create_task(render(sandbox, "left"))
             await asyncio.sleep(0)
             leaver.cancel()
-            assert await sandbox.render(messages=[{"role": "user", "content": text}]) == text
+            assert await render(sandbox, text) == text
         await sandbox.close()
 
     async def test_a_process_that_ended_unasked_is_replaced(self) -> None:
@@ -76,7 +80,7 @@ class TestTemplatesAreStopped:
         [process] = sandbox._idle
         process.kill()
         await process.wait()
-        assert await sandbox.render(messages=[{"role": "user", "content": "a"}]) == "a"
+        assert await render(sandbox, "a") == "a"
         await sandbox.close()
 
     @pytest.mark.parametrize("when", ["idle", "at work", "frozen"])
@@ -94,7 +98,7 @@ class TestTemplatesAreStopped:
             return await start()
 
         monkeypatch.setattr(sandbox, "_start", start_another)
-        rendering = asyncio.create_task(sandbox.render(messages=[{"role": "user", "content": "a"}]))
+        rendering = asyncio.create_task(render(sandbox, "a"))
         while sandbox._idle:
             await asyncio.sleep(0)
         if when == "at work":
@@ -114,7 +118,7 @@ class TestTemplatesAreStopped:
 
         monkeypatch.setattr(sandbox, "_start", start_and_kill)
         with pytest.raises(SandboxError, match="messages has ended its process with code -9"):
-            await sandbox.render(messages=[{"role": "user", "content": "a"}])
+            await render(sandbox, "a")
         assert len(started) == 2
 
     async def test_templates_know_no_secret(self, monkeypatch: pytest.MonkeyPatch) -> None:
