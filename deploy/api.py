@@ -14,7 +14,7 @@ from sse_starlette import EventSourceResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from deploy.cluster_api import answer_of, cluster_routes
+from deploy.cluster_api import cluster_routes, seen
 from deploy.failures import handle_failures, unexpected
 from deploy.front_client import Overloaded, Unavailable
 from deploy.generation import Generation, GenerationFailed
@@ -225,5 +225,5 @@ async def health(request: Request) -> JSONResponse:
 @open_routes.get("/metrics")
 async def metrics(request: Request) -> Response:
     service = service_of(request)
-    text = await answer_of(service.supervisor.exposition(service.ingress_id, service.metrics.samples()))
+    text = await seen(service.supervisor.exposition(service.ingress_id, service.metrics.samples()))
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
