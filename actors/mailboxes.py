@@ -44,8 +44,9 @@ class Mailbox:
         """
         self.last_seen = self._clock()
         self._forget(acknowledged)
-        try:
-            await asyncio.wait_for(self._filled.wait(), timeout)
+        try:  # not wait_for(), which begins to wait only in a later turn: another poll may have emptied the box by then
+            async with asyncio.timeout(timeout):
+                await self._filled.wait()
         except TimeoutError:
             pass
         finally:

@@ -135,8 +135,10 @@ class FrontClient:
         left = deadline - time.monotonic()
         if left <= 0:
             raise Unavailable
+        # Not wait_for(), which begins to wait in a later turn: the next one to wait may have cleared the event by then.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._links_changed.wait(), min(left, pause) if self.is_available else left)
+            async with asyncio.timeout(min(left, pause) if self.is_available else left):
+                await self._links_changed.wait()
 
     def _on_end(self, link: FrontLink, ending: Ending) -> None:
         """Replay elsewhere what a link has lost, but for streams that are being offered: whoever does that goes on."""

@@ -1,6 +1,7 @@
 """Which front takes a request, and what happens while none does: fronts that answer as told, without Ray."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -109,6 +110,18 @@ async def test_a_front_that_is_ready_again_after_all_takes_who_waits(monkeypatch
         await until(lambda: found.client._num_held == 1)
         found.client.update(fronts_state(a=found.fronts["a"]))
         await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_front_that_opens_wakes_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that begin to wait in that very turn, while another one begins after them."""
+    monkeypatch.setattr(front_client, "FRONT_WAIT_S", 60.0)
+    async with cluster(monkeypatch) as found:
+        deadline = time.monotonic() + 60
+        waiting = asyncio.create_task(found.client._wait_for_front(deadline, 0.1))
+        asyncio.get_running_loop().call_soon(found.client._links_changed.set)
+        another = asyncio.create_task(found.client._wait_for_front(deadline, 0.1))
+        await asyncio.wait_for(waiting, 5)
+        another.cancel()
 
 
 @pytest.mark.parametrize("answer", [None, DRAINING, LOST])
