@@ -6,6 +6,7 @@ that takes its place: sampling depends on seed and position only, so it continue
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import logging
 import random
@@ -51,6 +52,7 @@ class FrontClient:
         self._links: dict[str, FrontLink] = {}
         self._links_changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._context = contextvars.copy_context()
 
     def update(self, state: ClusterState) -> None:
         """Talk to exactly the fronts that the supervisor says serve; those that drain get no new requests."""
@@ -73,7 +75,7 @@ class FrontClient:
 
     def _connect(self, name: str, handle: Any) -> None:
         link = self._links[name] = FrontLink(name, handle, self.ingress_id, self._on_end)
-        link.start(on_open=self._links_changed.set)
+        link.start(self._links_changed.set, self._spawn)
 
     @property
     def is_available(self) -> bool:
@@ -154,10 +156,12 @@ class FrontClient:
                 stream.num_losses += ending == "lost"
                 self._spawn(self._replay(stream))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """In a context of the client's own: with a request, Ray cancels the calls that were made on its behalf."""
+        task = asyncio.get_running_loop().create_task(work, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _replay(self, stream: OutputStream) -> None:
         """Continue a stream elsewhere, or end it with an error: nobody waits for a stream without a front."""

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 Refusal = Literal["full", "draining", "lost"]
 # How a link ends: the front is gone or can't be reached, has left by plan, or has ended the lease of this ingress.
 Ending = Literal["lost", "left", "dropped"]
+
+# Starts a task that belongs to no request.
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 # A poll is answered within 10 s (actors/front.py). This many may fail in a row before the front counts as lost.
 POLL_TIMEOUT_S = 20.0
@@ -60,8 +63,8 @@ class FrontLink:
         """True for a moment after the front has said so."""
         return time.monotonic() < self._full_until
 
-    def start(self, on_open: Callable[[], None]) -> None:
-        self._tasks = asyncio.create_task(self._follow(on_open)), asyncio.create_task(self._send_aborts())
+    def start(self, on_open: Callable[[], None], spawn: Spawn) -> None:
+        self._tasks = spawn(self._follow(on_open)), spawn(self._send_aborts())
 
     def end(self, ending: Ending) -> None:
         """Give the front up, once. Streams that it has are `on_end`'s business."""

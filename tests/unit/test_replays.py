@@ -1,6 +1,7 @@
 """How requests survive what is lost on its way, and how they end where they can't. Fronts answer as told."""
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,25 @@ async def test_scores_in_parts_arrive_as_one_output(monkeypatch: pytest.MonkeyPa
         front.say(front.taken[0], 5, end="length", prompt_logprobs=scores)
         outputs = [output async for output in stream]
         assert [(output.token_ids, output.prompt_logprobs) for output in outputs] == [((5,), scores)]
+
+
+async def test_links_and_replays_belong_to_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GET /v1/cluster brings news of fronts, and its client leaves: Ray cancels the calls made in its context."""
+    asked_by: contextvars.ContextVar[str] = contextvars.ContextVar("asked_by", default="nobody")
+    calls: list[tuple[str, str]] = []
+
+    def heard(name: str) -> FakeFront:
+        front = FakeFront()
+        for method in ("open", "poll", "close", "submit"):
+            front.before[method] = lambda *_, method=method: calls.append((f"{name}.{method}", asked_by.get()))
+        return front
+
+    async with cluster(monkeypatch, a=heard("a")) as found:
+        await found.client.submit("r", PROMPT, PARAMS)
+        asked_by.set("a request")
+        await found.has(b=heard("b"))
+        await until(lambda: {"b.open", "b.poll", "b.submit", "a.close"} <= {call for call, _ in calls})
+        assert {by for _, by in calls} == {"nobody"}
 
 
 async def test_a_dead_front_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
