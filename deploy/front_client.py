@@ -51,22 +51,39 @@ class FrontClient:
         self._offers = itertools.count()
         self._links: dict[str, FrontLink] = {}
         self._links_changed = asyncio.Event()
+        self._known = ClusterState("starting", "starting", "")
+        self._sought: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._context = contextvars.copy_context()
 
     def update(self, state: ClusterState) -> None:
         """Talk to exactly the fronts that the supervisor says serve; those that drain get no new requests."""
+        self._known = state
         serving = {*state.fronts, *state.draining}
         for name in serving:
-            if name not in self._links:
-                try:
-                    self._connect(name, ray.get_actor(name, state.namespace))
-                except ValueError:
-                    continue  # gone again; the next state will say so
-            self._set_draining(self._links[name], name in state.draining)
+            if link := self._links.get(name):
+                self._set_draining(link, name in state.draining)
+            elif name not in self._sought:
+                self._sought.add(name)
+                self._spawn(self._seek(name, state.namespace))
         for name in set(self._links) - serving:
             logger.warning("front %s has left the cluster", name)
             self._links[name].end("left")
+
+    async def _seek(self, name: str, namespace: str) -> None:
+        """Connect with a front, if it still serves when it is found. Ray looks it up in a call that blocks."""
+        try:
+            handle = await asyncio.to_thread(ray.get_actor, name, namespace)
+        except ValueError:
+            return  # gone again; the next state will say so
+        except Exception as error:  # the next state lets us try again
+            logger.warning("front %s could not be looked up: %s", name, error)
+            return
+        finally:
+            self._sought.discard(name)
+        if name in (*self._known.fronts, *self._known.draining):
+            self._connect(name, handle)
+            self._set_draining(self._links[name], name in self._known.draining)
 
     def _set_draining(self, link: FrontLink, is_draining: bool) -> None:
         if link.is_draining and not is_draining:  # a new supervisor did not know it at first

@@ -37,7 +37,7 @@ class Cluster:
         """From now on these are its fronts."""
         self.fronts = fronts
         self.client.update(fronts_state(**fronts))
-        await until(lambda: all(link.is_open for link in self.client._links.values()))
+        await until(lambda: {name for name, link in self.client._links.items() if link.is_open} == set(fronts))
 
     async def lose(self, name: str) -> None:
         """The actor dies: whatever is asked of it fails. Returns when the client has noticed."""

@@ -1,7 +1,9 @@
 """Which front takes a request, and what happens while none does: fronts that answer as told, without Ray."""
 
 import asyncio
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -122,6 +124,46 @@ async def test_a_front_that_opens_wakes_all_that_wait(monkeypatch: pytest.Monkey
         another = asyncio.create_task(found.client._wait_for_front(deadline, 0.1))
         await asyncio.wait_for(waiting, 5)
         another.cancel()
+
+
+async def test_fronts_are_looked_up_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once at a time, though Ray may not answer for long; who has left when it does is not connected."""
+    looked_up, answering = list[str](), threading.Event()
+
+    def look_up(name: str, namespace: str) -> FakeFront:
+        assert threading.current_thread() is not threading.main_thread()
+        looked_up.append(name)
+        answering.wait(5)
+        return FakeFront()
+
+    async with cluster(monkeypatch) as found:
+        monkeypatch.setattr(front_client.ray, "get_actor", look_up)
+        for _ in range(3):
+            found.client.update(fronts_state(a=FakeFront(), b=FakeFront()))
+            await until(lambda: len(looked_up) == 2)
+        found.client.update(replace(fronts_state(), draining=("b",)))
+        answering.set()
+        await until(lambda: not found.client._sought)
+        assert {name: link.is_draining for name, link in found.client._links.items()} == {"b": True}
+        assert sorted(looked_up) == ["a", "b"]
+
+
+async def test_a_front_that_is_not_found_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(monkeypatch) as found:
+        for error in (ValueError("no such actor"), RuntimeError("no GCS")):
+            monkeypatch.setattr(front_client.ray, "get_actor", failing(error))
+            found.client.update(fronts_state(a=FakeFront()))
+            await until(lambda: not found.client._sought)
+        monkeypatch.setattr(front_client.ray, "get_actor", lambda *_: found.fronts["a"])
+        await found.has(a=FakeFront())
+        await found.client.submit("r", PROMPT, PARAMS)
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: str) -> None:
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize("answer", [None, DRAINING, LOST])

@@ -49,8 +49,7 @@ async def generation(n: int, **fronts: FakeFront) -> AsyncIterator[Generation]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(front_client.ray, "get_actor", lambda name, namespace: fronts[name])
         client.update(fronts_state(**fronts))
-    while len(client._open_links()) < len(fronts):
-        await asyncio.sleep(0)
+        await eventually(lambda: len(client._open_links()) == len(fronts))
     choices = [Choice(i, REQUEST, PARAMS, (1, 2), TOKENIZER) for i in range(n)]
     yield Generation([Plan(choice, (1, 2), PARAMS) for choice in choices], client, Metrics(), "r")
     await client.close()
