@@ -40,7 +40,7 @@ class Unavailable(Exception):  # noqa: N818
 
 class FrontClient:
     """Belongs to one event loop. `ingress_id` names this ingress to the fronts. While no front takes requests, no more
-    than `max_held` wait for one.
+    than `max_held` wait for one, and as many for the answer of each.
     """
 
     def __init__(self, ingress_id: str, metrics: Metrics, max_held: int) -> None:
@@ -91,7 +91,7 @@ class FrontClient:
         link.is_draining = is_draining
 
     def _connect(self, name: str, handle: Any) -> None:
-        link = self._links[name] = FrontLink(name, handle, self.ingress_id, self._on_end)
+        link = self._links[name] = FrontLink(name, handle, self.ingress_id, self._on_end, self._max_held)
         link.start(self._links_changed.set, self._spawn)
 
     @property

@@ -40,9 +40,18 @@ END_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 class FrontLink:
-    """Belongs to one event loop. `on_end` is called once, when the front is lost or has dropped this ingress."""
+    """Belongs to one event loop. `on_end` is called once, when the front is lost or has dropped this ingress. No more
+    than `max_unanswered` new requests wait for the front's answer.
+    """
 
-    def __init__(self, name: str, handle: Any, ingress_id: str, on_end: "Callable[[FrontLink, Ending], None]") -> None:
+    def __init__(
+        self,
+        name: str,
+        handle: Any,
+        ingress_id: str,
+        on_end: "Callable[[FrontLink, Ending], None]",
+        max_unanswered: int,
+    ) -> None:
         self.name = name
         self.handle = handle
         self.lease = f"{ingress_id}-{uuid.uuid4().hex}"
@@ -55,13 +64,15 @@ class FrontLink:
         self._is_ended = False
         self._num_received = 0
         self._full_until = 0.0
+        self._max_unanswered = max_unanswered
+        self._num_unanswered = 0
         self._aborts: asyncio.Queue[str] = asyncio.Queue()
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
     @property
     def is_full(self) -> bool:
-        """True for a moment after the front has said so."""
-        return time.monotonic() < self._full_until
+        """True for a moment after the front has said so, and while too many offers wait for its answer."""
+        return time.monotonic() < self._full_until or self._num_unanswered >= self._max_unanswered
 
     def start(self, on_open: Callable[[], None], spawn: Spawn) -> None:
         self._tasks = spawn(self._follow(on_open)), spawn(self._send_aborts())
@@ -93,6 +104,7 @@ class FrontLink:
         request = stream.next_offer(request_id, self.lease)
         self._add(stream)
         stream.front, stream.offered = self.name, time.monotonic()
+        self._num_unanswered += 1
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 answer: Submitted = await self.handle.submit.remote(request)
@@ -104,6 +116,8 @@ class FrontLink:
             self.is_doubtful = isinstance(error, TimeoutError)
             self._take_back(stream)  # it may have taken it, and only the answer was lost
             return "lost"
+        finally:
+            self._num_unanswered -= 1
         if not answer.accepted:
             return self._refused(stream, answer)
         if not self.is_open:  # it was lost since it has answered; with the lease, it ends what it took

@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from cluster.messages import SamplingParams, Submitted
 from deploy import front_client, front_link
 from deploy.front_client import Overloaded, Unavailable
+from deploy.output_stream import OutputStream
 from tests.unit.fake_front import ACCEPTED, DRAINING, FULL, LOST, FakeFront, fronts_state
 from tests.unit.front_cluster import cluster, until
 
@@ -83,6 +84,21 @@ async def test_a_front_that_never_answers_holds_nobody(monkeypatch: pytest.Monke
         await found.client.submit("r", PROMPT, PARAMS)
         assert len(b.taken) == 1
         await until(lambda: len(a.aborted) == 1)
+
+
+async def test_only_so_many_wait_for_a_front_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are told at once that all is full, and may try again."""
+    async with cluster(monkeypatch, max_held=2, a=FakeFront()) as found:
+        a = found.fronts["a"]
+        a.wait["submit"] = asyncio.Event()
+        asking = [asyncio.create_task(found.client.submit("r", PROMPT, PARAMS)) for _ in range(1000)]
+        await until(lambda: sum(task.done() for task in asking) == 998)
+        assert len(found.client._links["a"].streams) == 2
+        a.wait["submit"].set()
+        results = await asyncio.gather(*asking, return_exceptions=True)
+        assert [type(result) for result in results] == [OutputStream] * 2 + [Overloaded] * 998
+        await found.client.submit("r", PROMPT, PARAMS)
+        assert len(a.taken) == 3
 
 
 async def test_a_front_that_may_hang_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
