@@ -15,9 +15,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from deploy.cluster_api import cluster_routes, seen
-from deploy.failures import handle_failures, unexpected
+from deploy.failures import count, handle_failures, unexpected
 from deploy.front_client import Overloaded, Unavailable
-from deploy.generation import Generation, GenerationFailed
+from deploy.generation import Generation, GenerationFailed, GenerationGivenUp
 from deploy.http import read_request, require_key, service_of
 from deploy.openai import errors
 from deploy.openai.answer_json import Rows, dump
@@ -101,7 +101,7 @@ async def _whole(service: Service, generation: Generation, responder: Completion
             size += delta.size
     except GenerationFailed as error:
         logger.error("request failed: %s", error, extra={"request_id": responder.request_id})
-        raise errors.internal(responder.id) from None
+        raise _error_of(error, responder.id) from None
     finally:
         generation.close()
     usage = Usage.of(generation.choices, responder.request.n)
@@ -139,12 +139,20 @@ async def _events(
         yield SSE_DONE
     except GenerationFailed as error:
         logger.error("request failed in its stream: %s", error, extra={"request_id": responder.request_id})
-        yield sse(errors.internal(responder.id).body())
+        failure = _error_of(error, responder.id)
+        count(service, failure)
+        yield sse(failure.body())
     except TaskCancelledError:
         raise
     except Exception as error:
         unexpected(service, f"in the stream of {responder.request_id}", error)
         yield sse(errors.internal(responder.id).body())
+
+
+def _error_of(error: GenerationFailed, response_id: str) -> errors.APIError:
+    if isinstance(error, GenerationGivenUp):
+        return errors.unavailable("The front of this request was lost, and no other one has come in time")
+    return errors.internal(response_id)
 
 
 def _chunk(responder: CompletionResponder | ChatResponder, delta: ChoiceDelta) -> bytes:

@@ -194,6 +194,7 @@ class FrontClient:
                     return
                 await self._wait_for_front(deadline, pause)
         except Unavailable:
+            stream.is_given_up = True
             stream.fail(f"no front has come back within {FRONT_WAIT_S:g} s")
         except Exception as error:
             logger.exception("a request could not be replayed")

@@ -29,6 +29,10 @@ async def run_here(size: int, work: Callable[[], ChoiceDelta]) -> ChoiceDelta:
     return work()
 
 
+class GenerationGivenUp(GenerationFailed):
+    """Its front was lost, and none has come back in time: it may succeed later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One choice to generate."""
@@ -120,8 +124,7 @@ class Generation:
             if self._trace:
                 self._trace.observe(choice.index, stream, output)
             if output.error is not None:
-                self._metrics.inc("requests_failed_total", reason="engine")
-                arrived.put_nowait(GenerationFailed(output.error))
+                arrived.put_nowait(self._failure(output.error, stream.is_given_up))
                 return
             last = self._observe(last, bool(output.token_ids))
             delta = await self._run(choice.effort(output), partial(choice.feed, output))
@@ -131,6 +134,12 @@ class Generation:
                 self._finished(choice, choice.finish_reason, stream.front)
                 break
         stream.close()
+
+    def _failure(self, error: str, is_given_up: bool) -> GenerationFailed:
+        if is_given_up:
+            return GenerationGivenUp(error)  # counted as any other 503
+        self._metrics.inc("requests_failed_total", reason="engine")
+        return GenerationFailed(error)
 
     def _finished(self, choice: Choice, reason: str, front: str) -> None:
         seconds = time.monotonic() - self._started

@@ -16,6 +16,7 @@ class OutputStream:
         self.is_complete = False  # its last output has come
         self.is_finished = False  # and has been read
         self.is_closed = False
+        self.is_given_up = False  # no front has come back for it
         self.num_losses = 0
         self.on_close: Callable[[], None] | None = None
         self.front, self.offered = "", 0.0  # which it was last offered to, and when

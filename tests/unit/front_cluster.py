@@ -3,10 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
 
 from cluster.messages import RequestOutput
 from cluster.metrics import Metrics
@@ -41,11 +39,7 @@ class Cluster:
 
     async def lose(self, name: str) -> None:
         """The actor dies: whatever is asked of it fails. Returns when the client has noticed."""
-
-        def die(*args: Any) -> None:
-            raise ActorDiedError
-
-        self.fronts.pop(name).before |= dict.fromkeys(("poll", "submit", "abort", "close", "open"), die)
+        self.fronts.pop(name).die()
         await until(lambda: name not in self.client._links)
 
     @property

@@ -1,9 +1,15 @@
 """The HTTP side around a cluster that is not there: who is answered, and what is counted."""
 
+import asyncio
+
 import httpx
 import pytest
 
+from deploy import front_client
+from deploy.service import Service
+from tests.unit.fake_front import FakeFront, fronts_state
 from tests.unit.fake_supervisor import COMPLETIONS, JSON, Open
+from tests.unit.front_cluster import until
 
 GOOD = b'{"prompt": "Hi"}'
 
@@ -113,6 +119,28 @@ class TestFailuresAreCounted:
         http = await open_api()
         assert (await http.get("/health")).status_code == 503
         assert failed(http, "unavailable") == 0
+
+    @pytest.mark.parametrize("is_stream", [False, True])
+    async def test_a_front_that_is_lost_for_long(
+        self, open_api: Open, monkeypatch: pytest.MonkeyPatch, short_waits: None, is_stream: bool
+    ) -> None:
+        front = FakeFront()
+        monkeypatch.setattr(front_client.ray, "get_actor", lambda *_: front)
+        http = await open_api()
+        service: Service = http.service  # type: ignore[attr-defined]
+        service._follow.cancel()
+        service.state = fronts_state(a=front)
+        service.client.update(service.state)
+        body = {"prompt": "Hi", "stream": is_stream, "max_tokens": 9}
+        asking = asyncio.create_task(http.post(COMPLETIONS, json=body))
+        await until(lambda: bool(front.taken))
+        front.say(front.taken[0], 5)
+        front.die()
+        answer = await asyncio.wait_for(asking, 5)
+        assert answer.status_code == (200 if is_stream else 503)
+        assert '"code":"unavailable"' in answer.text
+        assert "[DONE]" not in answer.text
+        assert [failed(http, reason) for reason in ("unavailable", "engine", "internal")] == [1, 0, 0]
 
     async def test_an_error_of_ours(self, open_api: Open) -> None:
         http = await open_api()
