@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 IDLE_WAIT_S = 1.0
 SETTLE_S = 30.0
 EXPIRE_PERIOD_S = 1.0
+# A request may be so late behind its abort: an ingress waits for 10 s for the answer to one.
+ABORTED_S = 30.0
 # An engine that fails this often in a row will not recover.
 MAX_FAILED_TURNS = 20
 FAILED_TURN_PAUSE_S = 0.1
@@ -48,6 +50,7 @@ class FrontLoop:
         self._inbox: deque[Callable[[Engine], None]] = deque()
         self._wake = threading.Event()
         self._lease_of: dict[str, str] = {}
+        self._aborted: dict[str, float] = {}  # requests that are not known, and since when
         self.mailboxes = Mailboxes()
         self.is_draining = False
         self._last_turn: float | None = None
@@ -90,7 +93,7 @@ class FrontLoop:
 
     def submit(self, request: GenerationRequest) -> Submitted:
         assert self.engine is not None
-        if self.mailboxes.get(request.lease) is None:
+        if self.mailboxes.get(request.lease) is None or request.request_id in self._aborted:
             return Submitted(False, "dropped")
         if self.is_draining:
             return Submitted(False, "draining")
@@ -104,6 +107,9 @@ class FrontLoop:
         return Submitted(True, num_waiting=num_waiting)
 
     def abort(self, request_ids: tuple[str, ...]) -> None:
+        """A request that has not come yet is not taken when it comes: calls may overtake each other."""
+        unknown = (request_id for request_id in request_ids if request_id not in self._lease_of)
+        self._aborted |= dict.fromkeys(unknown, time.monotonic())
         self._tell(lambda engine: self._abort(engine, request_ids))
 
     def _abort(self, engine: "Engine", request_ids: tuple[str, ...]) -> None:
@@ -120,6 +126,8 @@ class FrontLoop:
         for lease in self.mailboxes.expire():
             logger.warning("%s has been silent for too long: its requests are aborted", lease)
             self.close_lease(lease)
+        kept_since = time.monotonic() - ABORTED_S
+        self._aborted = {name: since for name, since in self._aborted.items() if since >= kept_since}
         self._event_loop.call_later(EXPIRE_PERIOD_S, self._expire_leases)
 
     def settle(self) -> None:

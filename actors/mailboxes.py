@@ -8,12 +8,15 @@ nobody polls for a while ends, and whoever polls it later is told so, instead of
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from cluster.messages import Delivery, RequestOutput
 
 # An ingress polls all the time. One that is silent for this long is gone, and so are its clients.
 LEASE_S = 30.0
+# What a message holds of them: packing and unpacking one keeps a process from all else for some milliseconds.
+MAX_LOGPROBS = 5000
 
 Clock = Callable[[], float]
 
@@ -31,20 +34,32 @@ class Mailbox:
         return len(self._outputs)
 
     def put(self, outputs: list[RequestOutput]) -> None:
-        self._outputs += outputs
+        for output in outputs:
+            self._outputs += _in_parts(output)
         self._filled.set()
 
     async def take(self, acknowledged: int, timeout: float) -> Delivery:
-        """Forget outputs up to the number `acknowledged`, and give all later ones once there are any."""
+        """Forget outputs up to the number `acknowledged`, and give later ones once there are any: all, or as many as a
+        message may hold.
+        """
         self.last_seen = self._clock()
         self._forget(acknowledged)
-        try:
-            await asyncio.wait_for(self._filled.wait(), timeout)
+        try:  # not wait_for(), which begins to wait only in a later turn: another poll may have emptied the box by then
+            async with asyncio.timeout(timeout):
+                await self._filled.wait()
         except TimeoutError:
             pass
         finally:
             self.last_seen = self._clock()
-        return Delivery(self._num_acknowledged + 1, tuple(self._outputs))
+        return Delivery(self._num_acknowledged + 1, tuple(self._first_outputs()))
+
+    def _first_outputs(self) -> Iterator[RequestOutput]:
+        room = MAX_LOGPROBS
+        for n, output in enumerate(self._outputs):
+            room -= output.num_logprobs
+            if n and room < 0:
+                return
+            yield output
 
     def _forget(self, acknowledged: int) -> None:
         while self._outputs and self._num_acknowledged < acknowledged:
@@ -52,6 +67,17 @@ class Mailbox:
             self._num_acknowledged += 1
         if not self._outputs:
             self._filled.clear()
+
+
+def _in_parts(output: RequestOutput) -> list[RequestOutput]:
+    """One output, or several of which none has too many log-probabilities."""
+    scores = output.prompt_logprobs or ()
+    if output.num_logprobs <= MAX_LOGPROBS or len(scores) < 2:
+        return [output]
+    size = max(1, MAX_LOGPROBS * len(scores) // output.num_logprobs)
+    *parts, last = (scores[at : at + size] for at in range(0, len(scores), size))
+    firsts = [RequestOutput(output.request_id, prompt_logprobs=part, is_part=True) for part in parts]
+    return [*firsts, replace(output, prompt_logprobs=last)]
 
 
 class Mailboxes:

@@ -130,7 +130,8 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What a step added to one sequence. Prompt log-probabilities come with the first output of a request.
+    """What a step added to one sequence. Prompt log-probabilities come with the first output of a request; on their way
+    those of a long prompt come in parts, which hold nothing else, before it.
 
     `routed_experts` are those of the tokens computed since the last output: the ingress may end a sequence at any.
     """
@@ -144,6 +145,13 @@ class RequestOutput:
     routed_experts: RoutedExperts | None = None
     error: str | None = None
     timing: Timing | None = None
+    is_part: bool = False
+
+    @property
+    def num_logprobs(self) -> int:
+        """Of tokens and their alternatives; all tokens have as many."""
+        kinds = (self.prompt_logprobs or (), self.logprobs)
+        return sum(len(scores) * (1 + len(scores[-1].top if scores[-1] else ())) for scores in kinds if scores)
 
 
 @dataclass(frozen=True, slots=True)

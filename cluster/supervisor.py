@@ -66,6 +66,7 @@ class Supervisor:
         self._autoscaler = Autoscaler(config)
         self._rebalancer: Rebalancer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._collecting: asyncio.Task[None] | None = None
         self._context = contextvars.copy_context()
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ class Supervisor:
         """Wait, not too long, until the fronts have answered what they have accepted."""
         deadline = time.monotonic() + FINISH_S
         while self._fleet and time.monotonic() < deadline:
-            await self._fleet.collect()
+            await self._collect(self._fleet)
             if not any(m.report and m.report.num_requests for m in self._fleet.listening()):
                 return
             await asyncio.sleep(WATCH_PERIOD_S)
@@ -124,7 +125,7 @@ class Supervisor:
 
     def _use(self, fleet: Fleet) -> None:
         homes = fleet.expert_map.homes
-        self._fleet = fleet
+        self._fleet, self._collecting = fleet, None
         self._load = ExpertLoad(len(homes), len(homes[0]), self.config.load_window_s)
         self._rebalancer = Rebalancer(self.config, self._load)
 
@@ -274,6 +275,17 @@ class Supervisor:
         logger.info("%s is ready, %.1f s after its start", member.spec.actor_id, time.monotonic() - started)
 
     async def _collect(self, fleet: Fleet) -> None:
+        """Learn how everyone is. Who asks while somebody does waits for the same reports: however many ask, every
+        member is asked once at a time.
+        """
+        if self._collecting is None or self._collecting.done():
+            self._collecting = self._spawn(self._collect_now(fleet))
+        collecting = self._collecting
+        await asyncio.wait([collecting])  # who leaves does not break it off
+        if not collecting.cancelled():  # as it is when the supervisor stops
+            collecting.result()
+
+    async def _collect_now(self, fleet: Fleet) -> None:
         await fleet.collect()
         fleet.keep(self.reports.take_gone())
         if self._load:

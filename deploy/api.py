@@ -14,15 +14,16 @@ from sse_starlette import EventSourceResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from deploy.cluster_api import answer_of, cluster_routes
-from deploy.failures import handle_failures, unexpected
+from deploy.cluster_api import cluster_routes, seen
+from deploy.failures import count, handle_failures, unexpected
 from deploy.front_client import Overloaded, Unavailable
-from deploy.generation import Generation, GenerationFailed
+from deploy.generation import Generation, GenerationFailed, GenerationGivenUp
 from deploy.http import read_request, require_key, service_of
 from deploy.openai import errors
+from deploy.openai.answer_json import Rows, dump
 from deploy.openai.choices import ChoiceDelta
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from deploy.openai.responses import SSE_DONE, ChatResponder, CompletionResponder, Usage, dump, sse
+from deploy.openai.responses import SSE_DONE, ChatResponder, CompletionResponder, Usage, sse
 from deploy.page import HEADERS, PAGE
 from deploy.request_id import RequestId
 from deploy.service import Service
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PING_S = 15
+# Tokens that /tokenize lists, even where the context is shorter: people ask how much too long a text is.
+MAX_LISTED = 1_000_000
 
 
 def create_api(service: Service, tracing: "Tracing | None" = None) -> FastAPI:
@@ -91,16 +94,17 @@ async def _answer(
 
 async def _whole(service: Service, generation: Generation, responder: CompletionResponder | ChatResponder) -> Response:
     deltas: list[list[ChoiceDelta]] = [[] for _ in generation.choices]
+    size = 0
     try:
         async for delta in generation.deltas():
             deltas[delta.index].append(delta)
+            size += delta.size
     except GenerationFailed as error:
         logger.error("request failed: %s", error, extra={"request_id": responder.request_id})
-        raise errors.internal(responder.id) from None
+        raise _error_of(error, responder.id) from None
     finally:
         generation.close()
     usage = Usage.of(generation.choices, responder.request.n)
-    size = sum(delta.size for choice in deltas for delta in choice)
     content = await service.run(size, lambda: dump(responder.response(deltas, usage)))
     return Response(content, media_type="application/json")
 
@@ -135,12 +139,20 @@ async def _events(
         yield SSE_DONE
     except GenerationFailed as error:
         logger.error("request failed in its stream: %s", error, extra={"request_id": responder.request_id})
-        yield sse(errors.internal(responder.id).body())
+        failure = _error_of(error, responder.id)
+        count(service, failure)
+        yield sse(failure.body())
     except TaskCancelledError:
         raise
     except Exception as error:
         unexpected(service, f"in the stream of {responder.request_id}", error)
         yield sse(errors.internal(responder.id).body())
+
+
+def _error_of(error: GenerationFailed, response_id: str) -> errors.APIError:
+    if isinstance(error, GenerationGivenUp):
+        return errors.unavailable("The front of this request was lost, and no other one has come in time")
+    return errors.internal(response_id)
 
 
 def _chunk(responder: CompletionResponder | ChatResponder, delta: ChoiceDelta) -> bytes:
@@ -181,23 +193,25 @@ async def tokenize(request: Request) -> Response:
     service.check_model(body.model)
     if body.messages is not None:
         text = await service.render(body.messages, body.add_generation_prompt, body.continue_final_message)
-        tokens = await service.encode(text, bool(body.add_special_tokens))
+        with_special = bool(body.add_special_tokens)
     else:
-        tokens = await service.encode(body.prompt or "", body.add_special_tokens is not False)
+        text, with_special = body.prompt or "", body.add_special_tokens is not False
+    tokens = await service.encode(text, with_special, most=max(MAX_LISTED, service.max_model_len))
 
     def answer() -> bytes:
-        strings = [service.tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
+        strings = Rows(tokens, service.tokenizer.id_to_token) if body.return_token_strs else None
         told = {"count": len(tokens), "max_model_len": service.max_model_len}
-        return dump(told | {"tokens": tokens, "token_strs": strings})
+        return dump(told | {"tokens": Rows(tokens, int), "token_strs": strings})
 
     return Response(await service.run(len(tokens), answer), media_type="application/json")
 
 
 @open_routes.post("/detokenize", dependencies=[Depends(require_key)])
-async def detokenize(request: Request) -> dict[str, str]:
+async def detokenize(request: Request) -> Response:
     service, body = service_of(request), await read_request(request, DetokenizeRequest)
     service.check_model(body.model)
-    return {"prompt": await service.decode(body.tokens)}
+    text = await service.decode(body.tokens)
+    return Response(await service.run(len(text), lambda: dump({"prompt": text})), media_type="application/json")
 
 
 @open_routes.get("/version")
@@ -228,6 +242,6 @@ async def ready(request: Request) -> JSONResponse:
 async def metrics(request: Request) -> Response:
     """Closes the connection: a pod that drains waits for those that are open, and Prometheus would keep its own."""
     service = service_of(request)
-    text = await answer_of(service.supervisor.exposition(service.ingress_id, service.metrics.samples()))
+    text = await seen(service.supervisor.exposition(service.ingress_id, service.metrics.samples()))
     headers = {"Connection": "close"}
     return Response(text, headers=headers, media_type="text/plain; version=0.0.4; charset=utf-8")

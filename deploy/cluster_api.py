@@ -1,5 +1,6 @@
 """The routes of operators: what the cluster is, which experts are busy, scale, rebalance."""
 
+import asyncio
 from collections.abc import Awaitable
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
@@ -14,7 +15,7 @@ from deploy.http import read_body, read_request, require_key, service_of
 from deploy.openai import errors
 from deploy.openai.fields import refuse
 from deploy.openai.requests import Strict
-from deploy.service import SERVING, Service
+from deploy.service import REFRESH_TIMEOUT_S, SERVING, Service
 
 T = TypeVar("T")
 cluster_routes = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
@@ -70,7 +71,7 @@ async def cluster(request: Request) -> dict[str, Any]:
 
 @cluster_routes.get("/experts")
 async def experts(request: Request) -> dict[str, Any]:
-    answer = await answer_of(service_of(request).supervisor.experts())
+    answer = await seen(service_of(request).supervisor.experts())
     if not answer:
         raise errors.unavailable("The expert map is not known yet")
     return answer
@@ -94,7 +95,8 @@ async def rebalance(request: Request) -> dict[str, Any]:
     if service.config.lane == "local":
         raise errors.invalid_request("lane='local' has all experts in the front: there is nothing to rebalance")
     _check_running(service)
-    report = await answer_of(service.supervisor.rebalance(body.dry_run, body.force))
+    asked = service.supervisor.rebalance(body.dry_run, body.force)
+    report = await (seen(asked) if body.dry_run else answer_of(asked))
     if report.error:
         raise errors.conflict(report.error)
     return {
@@ -108,6 +110,15 @@ async def rebalance(request: Request) -> dict[str, Any]:
         "map_version": report.map_version,
         "seconds": report.seconds,
     }
+
+
+async def seen(asked: Awaitable[T]) -> T:
+    """answer_of() for who only looks. Raises APIError (503) if the supervisor hangs, too."""
+    try:
+        async with asyncio.timeout(REFRESH_TIMEOUT_S):
+            return await answer_of(asked)
+    except TimeoutError:
+        raise errors.unavailable(f"The supervisor has not answered within {REFRESH_TIMEOUT_S:g} s: ask again") from None
 
 
 async def answer_of(asked: Awaitable[T]) -> T:

@@ -35,10 +35,9 @@ def json_error(error: APIError) -> JSONResponse:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    # Not what is only looked at: pages and probes ask again and again while a cluster loads. What a front could not
-    # finish has been counted where it was learnt.
-    if request.method == "POST" and error.status in REASONS:
-        _count(request.app.state.service, REASONS[error.status])
+    # Not what is only looked at: pages and probes ask again and again while a cluster loads.
+    if request.method == "POST":
+        count(request.app.state.service, error)
     return json_error(error)
 
 
@@ -66,6 +65,12 @@ def unexpected(service: "Service", where: str, error: Exception) -> None:
     """An error of ours: its request fails, and operators must hear of it."""
     logger.exception("unexpected error %s", where, exc_info=error)
     _count(service, "internal")
+
+
+def count(service: "Service", error: APIError) -> None:
+    """What a front could not finish has been counted where it was learnt."""
+    if error.status in REASONS:
+        _count(service, REASONS[error.status])
 
 
 def _count(service: "Service", reason: str) -> None:

@@ -6,6 +6,7 @@ that takes its place: sampling depends on seed and position only, so it continue
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import logging
 import random
@@ -39,7 +40,7 @@ class Unavailable(Exception):  # noqa: N818
 
 class FrontClient:
     """Belongs to one event loop. `ingress_id` names this ingress to the fronts. While no front takes requests, no more
-    than `max_held` wait for one.
+    than `max_held` wait for one, and as many for the answer of each.
     """
 
     def __init__(self, ingress_id: str, metrics: Metrics, max_held: int) -> None:
@@ -50,21 +51,39 @@ class FrontClient:
         self._offers = itertools.count()
         self._links: dict[str, FrontLink] = {}
         self._links_changed = asyncio.Event()
+        self._known = ClusterState("starting", "starting", "")
+        self._sought: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._context = contextvars.copy_context()
 
     def update(self, state: ClusterState) -> None:
         """Talk to exactly the fronts that the supervisor says serve; those that drain get no new requests."""
+        self._known = state
         serving = {*state.fronts, *state.draining}
         for name in serving:
-            if name not in self._links:
-                try:
-                    self._connect(name, ray.get_actor(name, state.namespace))
-                except ValueError:
-                    continue  # gone again; the next state will say so
-            self._set_draining(self._links[name], name in state.draining)
+            if link := self._links.get(name):
+                self._set_draining(link, name in state.draining)
+            elif name not in self._sought:
+                self._sought.add(name)
+                self._spawn(self._seek(name, state.namespace))
         for name in set(self._links) - serving:
             logger.warning("front %s has left the cluster", name)
             self._links[name].end("left")
+
+    async def _seek(self, name: str, namespace: str) -> None:
+        """Connect with a front, if it still serves when it is found. Ray looks it up in a call that blocks."""
+        try:
+            handle = await asyncio.to_thread(ray.get_actor, name, namespace)
+        except ValueError:
+            return  # gone again; the next state will say so
+        except Exception as error:  # the next state lets us try again
+            logger.warning("front %s could not be looked up: %s", name, error)
+            return
+        finally:
+            self._sought.discard(name)
+        if name in (*self._known.fronts, *self._known.draining):
+            self._connect(name, handle)
+            self._set_draining(self._links[name], name in self._known.draining)
 
     def _set_draining(self, link: FrontLink, is_draining: bool) -> None:
         if link.is_draining and not is_draining:  # a new supervisor did not know it at first
@@ -72,8 +91,8 @@ class FrontClient:
         link.is_draining = is_draining
 
     def _connect(self, name: str, handle: Any) -> None:
-        link = self._links[name] = FrontLink(name, handle, self.ingress_id, self._on_end)
-        link.start(on_open=self._links_changed.set)
+        link = self._links[name] = FrontLink(name, handle, self.ingress_id, self._on_end, self._max_held)
+        link.start(self._links_changed.set, self._spawn)
 
     @property
     def is_available(self) -> bool:
@@ -135,8 +154,10 @@ class FrontClient:
         left = deadline - time.monotonic()
         if left <= 0:
             raise Unavailable
+        # Not wait_for(), which begins to wait in a later turn: the next one to wait may have cleared the event by then.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._links_changed.wait(), min(left, pause) if self.is_available else left)
+            async with asyncio.timeout(min(left, pause) if self.is_available else left):
+                await self._links_changed.wait()
 
     def _on_end(self, link: FrontLink, ending: Ending) -> None:
         """Replay elsewhere what a link has lost, but for streams that are being offered: whoever does that goes on."""
@@ -152,10 +173,12 @@ class FrontClient:
                 stream.num_losses += ending == "lost"
                 self._spawn(self._replay(stream))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """In a context of the client's own: with a request, Ray cancels the calls that were made on its behalf."""
+        task = asyncio.get_running_loop().create_task(work, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _replay(self, stream: OutputStream) -> None:
         """Continue a stream elsewhere, or end it with an error: nobody waits for a stream without a front."""
@@ -171,6 +194,7 @@ class FrontClient:
                     return
                 await self._wait_for_front(deadline, pause)
         except Unavailable:
+            stream.is_given_up = True
             stream.fail(f"no front has come back within {FRONT_WAIT_S:g} s")
         except Exception as error:
             logger.exception("a request could not be replayed")

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ Refusal = Literal["full", "draining", "lost"]
 # How a link ends: the front is gone or can't be reached, has left by plan, or has ended the lease of this ingress.
 Ending = Literal["lost", "left", "dropped"]
 
+# Starts a task that belongs to no request.
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+
 # A poll is answered within 10 s (actors/front.py). This many may fail in a row before the front counts as lost.
 POLL_TIMEOUT_S = 20.0
 MAX_FAILED_POLLS = 2
@@ -37,9 +40,18 @@ END_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 class FrontLink:
-    """Belongs to one event loop. `on_end` is called once, when the front is lost or has dropped this ingress."""
+    """Belongs to one event loop. `on_end` is called once, when the front is lost or has dropped this ingress. No more
+    than `max_unanswered` new requests wait for the front's answer.
+    """
 
-    def __init__(self, name: str, handle: Any, ingress_id: str, on_end: "Callable[[FrontLink, Ending], None]") -> None:
+    def __init__(
+        self,
+        name: str,
+        handle: Any,
+        ingress_id: str,
+        on_end: "Callable[[FrontLink, Ending], None]",
+        max_unanswered: int,
+    ) -> None:
         self.name = name
         self.handle = handle
         self.lease = f"{ingress_id}-{uuid.uuid4().hex}"
@@ -52,16 +64,18 @@ class FrontLink:
         self._is_ended = False
         self._num_received = 0
         self._full_until = 0.0
+        self._max_unanswered = max_unanswered
+        self._num_unanswered = 0
         self._aborts: asyncio.Queue[str] = asyncio.Queue()
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
     @property
     def is_full(self) -> bool:
-        """True for a moment after the front has said so."""
-        return time.monotonic() < self._full_until
+        """True for a moment after the front has said so, and while too many offers wait for its answer."""
+        return time.monotonic() < self._full_until or self._num_unanswered >= self._max_unanswered
 
-    def start(self, on_open: Callable[[], None]) -> None:
-        self._tasks = asyncio.create_task(self._follow(on_open)), asyncio.create_task(self._send_aborts())
+    def start(self, on_open: Callable[[], None], spawn: Spawn) -> None:
+        self._tasks = spawn(self._follow(on_open)), spawn(self._send_aborts())
 
     def end(self, ending: Ending) -> None:
         """Give the front up, once. Streams that it has are `on_end`'s business."""
@@ -90,6 +104,7 @@ class FrontLink:
         request = stream.next_offer(request_id, self.lease)
         self._add(stream)
         stream.front, stream.offered = self.name, time.monotonic()
+        self._num_unanswered += 1
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 answer: Submitted = await self.handle.submit.remote(request)
@@ -101,6 +116,8 @@ class FrontLink:
             self.is_doubtful = isinstance(error, TimeoutError)
             self._take_back(stream)  # it may have taken it, and only the answer was lost
             return "lost"
+        finally:
+            self._num_unanswered -= 1
         if not answer.accepted:
             return self._refused(stream, answer)
         if not self.is_open:  # it was lost since it has answered; with the lease, it ends what it took

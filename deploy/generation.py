@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from cluster.messages import SamplingParams
 from cluster.metrics import Metrics
@@ -18,6 +19,18 @@ logger = logging.getLogger(__name__)
 
 class GenerationFailed(RuntimeError):  # noqa: N818
     """A front could not finish a sequence; the message is the front's."""
+
+
+# Does work of some size, where it holds up nobody.
+Run = Callable[[int, Callable[[], ChoiceDelta]], Awaitable[ChoiceDelta]]
+
+
+async def run_here(size: int, work: Callable[[], ChoiceDelta]) -> ChoiceDelta:
+    return work()
+
+
+class GenerationGivenUp(GenerationFailed):
+    """Its front was lost, and none has come back in time: it may succeed later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +52,7 @@ class Generation:
         metrics: Metrics,
         request_id: str,
         trace: RequestTrace | None = None,
+        run: Run = run_here,
     ) -> None:
         self.request_id = request_id
         self.choices = [plan.choice for plan in plans]
@@ -46,6 +60,7 @@ class Generation:
         self._client = client
         self._metrics = metrics
         self._trace = trace
+        self._run = run
         self._started = time.monotonic()
         self._streams: list[OutputStream] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -109,17 +124,22 @@ class Generation:
             if self._trace:
                 self._trace.observe(choice.index, stream, output)
             if output.error is not None:
-                self._metrics.inc("requests_failed_total", reason="engine")
-                arrived.put_nowait(GenerationFailed(output.error))
+                arrived.put_nowait(self._failure(output.error, stream.is_given_up))
                 return
             last = self._observe(last, bool(output.token_ids))
-            delta = choice.feed(output)
+            delta = await self._run(choice.effort(output), partial(choice.feed, output))
             if not delta.is_empty:
                 arrived.put_nowait(delta)
             if choice.finish_reason is not None:
                 self._finished(choice, choice.finish_reason, stream.front)
                 break
         stream.close()
+
+    def _failure(self, error: str, is_given_up: bool) -> GenerationFailed:
+        if is_given_up:
+            return GenerationGivenUp(error)  # counted as any other 503
+        self._metrics.inc("requests_failed_total", reason="engine")
+        return GenerationFailed(error)
 
     def _finished(self, choice: Choice, reason: str, front: str) -> None:
         seconds = time.monotonic() - self._started

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
-from cluster.messages import GenerationRequest, RequestOutput
+from cluster.messages import GenerationRequest, RequestOutput, TokenLogprob
 
 
 class OutputStream:
@@ -16,13 +16,21 @@ class OutputStream:
         self.is_complete = False  # its last output has come
         self.is_finished = False  # and has been read
         self.is_closed = False
+        self.is_given_up = False  # no front has come back for it
         self.num_losses = 0
         self.on_close: Callable[[], None] | None = None
         self.front, self.offered = "", 0.0  # which it was last offered to, and when
         self._emitted = list(request.output_token_ids)
+        self._scores: list[TokenLogprob | None] = []  # parts of what the first output will bring
         self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
 
     def put(self, output: RequestOutput) -> None:
+        if output.prompt_logprobs:
+            self._scores += output.prompt_logprobs
+        if output.is_part:
+            return
+        if self._scores:
+            output, self._scores = replace(output, prompt_logprobs=tuple(self._scores)), []
         self._emitted += output.token_ids
         self.is_complete = output.finish_reason is not None
         self._queue.put_nowait(output)
@@ -34,6 +42,7 @@ class OutputStream:
         """The request as it is offered now: it continues what was emitted. Late outputs of an older offer have another
         id, so they don't fit it.
         """
+        self._scores = []
         self.request = replace(self.request, request_id=request_id, lease=lease, output_token_ids=tuple(self._emitted))
         return self.request
 

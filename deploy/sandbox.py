@@ -14,6 +14,7 @@ from asyncio.subprocess import PIPE, Process
 from typing import Any
 
 from cluster.model_config import ModelError
+from deploy.openai.answer_json import dump
 from deploy.sandbox_main import READ, RENDER, SET_UP
 
 MAX_PROCESSES = 4
@@ -21,7 +22,7 @@ MAX_PROCESSES = 4
 CPU_S = 2.0
 # For a place among these processes, and for an answer: a process ends by itself long before, unless it is frozen.
 PLACE_S = 10.0
-ANSWER_S = 60.0
+ANSWER_S = 20.0
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "TZ")
 
 
@@ -34,8 +35,17 @@ class SandboxError(Exception):
         self.code = code
 
 
+class _LostError(SandboxError):
+    """A process has not answered. That may be because of what it was asked, or of something else."""
+
+
 class SandboxBusy(Exception):  # noqa: N818 - an answer, not a failure
     """No place became free in time."""
+
+
+def rendering(messages: list[dict[str, str]], **options: bool) -> bytes:
+    """The arguments of ChatTemplate.render() for a sandbox. Takes as long as the messages are."""
+    return RENDER + dump({"messages": messages} | options)
 
 
 class Sandbox:
@@ -48,15 +58,15 @@ class Sandbox:
     def __init__(self, what: str, template: dict[str, Any] | None = None, cpu_s: float = CPU_S) -> None:
         self._what = what
         self._cpu_s = cpu_s
-        self._set_up = None if template is None else SET_UP + _dump(template)
+        self._set_up = None if template is None else SET_UP + dump(template)
         self._places = asyncio.Semaphore(MAX_PROCESSES)
         self._idle: list[Process] = []
         self._tasks: set[asyncio.Task[list[bytes]]] = set()
 
-    async def render(self, **arguments: Any) -> str:
-        """ChatTemplate.render(). Raises SandboxError or SandboxBusy."""
-        [text] = await self._ask(RENDER + _dump(arguments))
-        return text.decode()
+    async def render(self, request: bytes) -> bytes:
+        """ChatTemplate.render(), asked for by rendering(): UTF-8. Raises SandboxError or SandboxBusy."""
+        [text] = await self._ask(request)
+        return text
 
     async def read_json(self, raw: bytes) -> list[bytes]:
         """A body, in pieces for join_pieces(). Raises SandboxError or SandboxBusy."""
@@ -90,12 +100,17 @@ class Sandbox:
         try:
             while self._idle and self._idle[-1].returncode is not None:
                 self._idle.pop()  # ended unasked: the machine was out of memory
-            process = self._idle.pop() if self._idle else await self._start()
-            answer = await self._exchange(process, request)
-            self._idle.append(process)
-            return answer
+            try:
+                return await self._answer(self._idle.pop() if self._idle else await self._start(), request)
+            except _LostError:  # whatever killed or froze it: another one gives the same answer
+                return await self._answer(await self._start(), request)
         finally:
             self._places.release()
+
+    async def _answer(self, process: Process, request: bytes) -> list[bytes]:
+        answer = await self._exchange(process, request)
+        self._idle.append(process)
+        return answer
 
     async def _start(self) -> Process:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -123,31 +138,18 @@ class Sandbox:
                 await process.stdin.drain()
                 return [await _frame(process.stdout) for _ in range(await _number(process.stdout))]
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
-            raise SandboxError(await self._end(process)) from None
+            raise await self._end(process) from None
 
-    async def _end(self, process: Process) -> str:
+    async def _end(self, process: Process) -> SandboxError:
         """End a process that has not answered, unless it has ended already. Returns why."""
         try:
             code = await asyncio.wait_for(process.wait(), 1.0)
         except TimeoutError:
             process.kill()
-            return f"{self._what} has not ended within {ANSWER_S:g} s"
+            return _LostError(f"{self._what} has not ended within {ANSWER_S:g} s")
         if code == -signal.SIGPROF:
-            return f"{self._what} takes more than {self._cpu_s:g} s of a processor"
-        return f"{self._what} has ended its process with code {code}"
-
-
-def join_pieces(pieces: list[bytes]) -> Any:
-    """The JSON value that was read. For a thread: between pieces others get their turn."""
-    whole, *rest = pieces
-    content = json.loads(whole)
-    for piece in rest:
-        path, items = json.loads(piece)
-        target = content
-        for key in path:
-            target = target[key]
-        target += items
-    return content
+            return SandboxError(f"{self._what} takes more than {self._cpu_s:g} s of a processor")
+        return _LostError(f"{self._what} has ended its process with code {code}")
 
 
 def _checked(answer: list[bytes]) -> list[bytes]:
@@ -163,7 +165,3 @@ async def _number(stream: asyncio.StreamReader) -> int:
 
 async def _frame(stream: asyncio.StreamReader) -> bytes:
     return await stream.readexactly(await _number(stream))
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()

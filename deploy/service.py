@@ -19,14 +19,15 @@ from cluster.metrics import Metrics
 from cluster.model_config import read_model_config
 from deploy.front_client import FrontClient
 from deploy.generation import Generation, Plan
-from deploy.openai.choices import Choice
+from deploy.json_pieces import join_pieces
+from deploy.openai.choices import Choice, spell_prompt
 from deploy.openai.errors import context_length_exceeded, invalid_request, model_not_found, overloaded, unavailable
 from deploy.openai.parsing import check_content, parse_body
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, Message
 from deploy.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from deploy.request_trace import RequestTrace
-from deploy.sandbox import Sandbox, SandboxBusy, SandboxError, join_pieces
-from deploy.text import NO_TEMPLATE, Tokenizer
+from deploy.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
+from deploy.text import NO_TEMPLATE, Tokenizer, TooManyTokens
 
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
@@ -43,6 +44,8 @@ REFRESH_TIMEOUT_S = 5.0
 # either, which json.loads() does with larger bodies: they are read in a sandbox.
 LONG = 10_000
 LARGE_BODY = 200_000
+# To tokenise a character, or to spell a token, takes as long as to write so many; so many stand around a message.
+ENCODED_CHARS, SPELT_CHARS, MESSAGE_CHARS = 10, 10, 50
 MAX_THREADS = 4
 
 
@@ -123,13 +126,14 @@ class Service:
         prompts = await self._prompts(request)
         if trace:
             trace.tokenised(started)
-        plans = await self.run(sum(map(len, prompts)), lambda: self._plans(request, prompts))
+        spelt = SPELT_CHARS * sum(map(len, prompts)) if request.is_echo else 0
+        plans = await self.run(spelt, lambda: self._plans(request, prompts))
         if trace:
             trace.begin(request.n, [plan.choice for plan in plans], plans[0].params)
         # Without a front for the moment, requests wait for the one that is being restarted.
         if self.state.state not in SERVING:
             raise unavailable(f"The model is not ready: {self.state.phase}")
-        generation = Generation(plans, self.client, self.metrics, request_id, trace)
+        generation = Generation(plans, self.client, self.metrics, request_id, trace, self.run)
         await generation.submit()
         return generation
 
@@ -164,30 +168,41 @@ class Service:
         if isinstance(request, ChatCompletionRequest):
             text = await self.render(request.messages, request.add_generation_prompt, request.continue_final_message)
             return [await self.encode(text, add_special_tokens=False, param="messages")]
-        return [await self.encode(p) if isinstance(p, str) else tuple(p) for p in request.prompt]
+        size = sum(map(len, request.prompt))
+        return [await self.encode(p, size=size) if isinstance(p, str) else tuple(p) for p in request.prompt]
 
     async def render(self, messages: list[Message], add_generation_prompt: bool, continue_final_message: bool) -> str:
         """Raises APIError (400)."""
         if self._templates is None:
             raise invalid_request(NO_TEMPLATE, "messages")
-        rendering = self._templates.render(
-            messages=[message.for_template() for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-        )
-        return await _sandboxed(rendering, "messages")
+        size = sum(MESSAGE_CHARS + len(message.content) for message in messages)
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        asked = await self.run(size, lambda: rendering([message.for_template() for message in messages], **options))
+        text = await _sandboxed(self._templates.render(asked), "messages")
+        return await self.run(len(text), text.decode)
 
-    async def encode(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> tuple[int, ...]:
-        """Raises APIError (400), before it has tokenised anything, if the text can't fit whatever its tokens are."""
+    async def encode(
+        self, text: str, add_special_tokens: bool = True, param: str = "prompt", size: int = 0, most: int = 0
+    ) -> tuple[int, ...]:
+        """`size`: characters of all texts that are encoded one after the other. Raises APIError (400) where there are
+        more tokens than `most`, or than fit; before it has tokenised anything, if that is so whatever the tokens are.
+        """
         self._check_fits(len(text) // self.tokenizer.longest_token, param)
-        return await self.run(len(text), lambda: tuple(self.tokenizer.encode(text, add_special_tokens)))
+        most = most or self.max_model_len
+        try:
+            return await self.run(
+                ENCODED_CHARS * max(size, len(text)),
+                lambda: tuple(self.tokenizer.encode(text, add_special_tokens, most)),
+            )
+        except TooManyTokens as error:
+            raise context_length_exceeded(self.max_model_len, error.num_tokens, 0, param) from None
 
     async def decode(self, tokens: list[int]) -> str:
         """Raises APIError (400)."""
         if len(tokens) > self.max_model_len:
             limit = f"max_model_len={self.max_model_len}"
             raise invalid_request(f"tokens: {len(tokens)} token ids are more than {limit}: send fewer", "tokens")
-        check_token_ids(tokens, self.model.vocab_size, "tokens")
+        await self.run(len(tokens), lambda: check_token_ids(tokens, self.model.vocab_size, "tokens"))
         return await self.run(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def _check_fits(self, least: int, param: str) -> None:
@@ -196,13 +211,18 @@ class Service:
             raise context_length_exceeded(self.max_model_len, least, 0, param)
 
     def _plans(self, request: CompletionRequest | ChatCompletionRequest, prompts: list[tuple[int, ...]]) -> list[Plan]:
-        return [self._plan(request, prompt, at, n) for at, prompt in enumerate(prompts) for n in range(request.n)]
+        plans: list[Plan] = []
+        for prompt in prompts:
+            echoed = spell_prompt(prompt, self.tokenizer) if request.is_echo else []
+            plans += [self._plan(request, prompt, echoed, len(plans) + n, n) for n in range(request.n)]
+        return plans
 
     def _plan(
         self,
         request: CompletionRequest | ChatCompletionRequest,
         prompt: tuple[int, ...],
-        at: int,
+        echoed: list[str],
+        index: int,
         n: int,
     ) -> Plan:
         params = to_sampling_params(
@@ -211,10 +231,9 @@ class Service:
             prompt_len=len(prompt),
             eos_token_ids=self.model.eos_token_ids,
             vocab_size=self.model.vocab_size,
-            limits=self.config,
             choice_index=n,
         )
-        choice = Choice(at * request.n + n, request, params, prompt, self.tokenizer, self.model.eos_token_ids)
+        choice = Choice(index, request, params, prompt, self.tokenizer, self.model.eos_token_ids, echoed)
         return Plan(choice, prompt, params)
 
 

@@ -1,4 +1,4 @@
-"""Text to tokens and back: tokenizer, incremental detokenisation and stop strings. Knows no engine and no HTTP."""
+"""Text to tokens and back: tokenizer and incremental detokenisation. Knows no engine and no HTTP."""
 
 import codecs
 import re
@@ -21,6 +21,12 @@ MAX_TOKENIZER_BYTES = 256 * 2**20
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # A UTF-8 character has at most 4 bytes, so its beginning lies within the last 4 tokens; a few more cost nothing.
 CONTEXT_TOKENS = 8
+
+
+class TooManyTokens(ValueError):  # noqa: N818 - the text's fault
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"{num_tokens} tokens")
+        self.num_tokens = num_tokens
 
 
 class Tokenizer:
@@ -62,11 +68,15 @@ class Tokenizer:
         special_tokens = _special_tokens(model_dir)
         return cls(backend, special_tokens, load_chat_template(model_dir, special_tokens, chat_template))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """Raises TooManyTokens where there are more than `most`: listing millions of them would take long."""
         if len(text) < SHORT:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        # A batch lets go of the interpreter's lock, so that in a thread it holds up nobody.
-        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            found = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        else:  # a batch lets go of the interpreter's lock, so that in a thread it holds up nobody
+            [found] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if most is not None and len(found) > most:
+            raise TooManyTokens(len(found))
+        return found.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         if len(ids) < SHORT:
@@ -190,44 +200,6 @@ class _WindowDecoder:
         self._window = self._window[-1:]
         self._shown = len(self._tokenizer.decode(self._window, skip_special_tokens=False))
         return delta
-
-
-class StopChecker:
-    """Cuts a text at the stop string that is complete first, however the text is split into deltas.
-
-    Of several that end at the same place the one that begins first counts. `matched` is the stop string found.
-    """
-
-    def __init__(self, stop: Sequence[str], include_stop: bool = False) -> None:
-        self._stop = tuple(stop)
-        self._include_stop = include_stop
-        self._held = ""
-        self.matched: str | None = None
-
-    def feed(self, delta: str) -> str:
-        """The text that may be shown now: no stop string can begin in it any more."""
-        if self.matched is not None:
-            return ""
-        text = self._held + delta
-        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            end, start, self.matched = min(found)
-            self._held = ""
-            return text[: end if self._include_stop else start]
-        shown = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[shown:]
-        return text[:shown]
-
-    def flush(self) -> str:
-        """What was held back, when the text has ended without a stop string."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _special_tokens(model_dir: Path) -> dict[str, str]:

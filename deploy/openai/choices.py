@@ -9,7 +9,11 @@ from itertools import accumulate
 
 from cluster.messages import FinishReason, RequestOutput, RoutedExperts, SamplingParams, TokenLogprob
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
-from deploy.text import IncrementalDetokenizer, StopChecker, Tokenizer
+from deploy.stop_strings import StopChecker
+from deploy.text import IncrementalDetokenizer, Tokenizer
+
+# A token with its log-probability takes as long to write as so many characters of text, and more.
+LOGPROB_CHARS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +46,11 @@ class ChoiceDelta:
 
     @property
     def size(self) -> int:
-        """How much there is to write."""
-        return len(self.text) + len(self.rows) + len(self.prompt_token_ids) + len(self.prompt_logprobs or ())
+        """How much there is to write, in characters."""
+        rows = len(self.rows) * _num_logprobs(self.rows[-1].logprob) if self.rows else 0
+        scores = len(self.prompt_logprobs) * _num_logprobs(self.prompt_logprobs[-1]) if self.prompt_logprobs else 0
+        routed = len(self.routed_experts.data) if self.routed_experts else 0
+        return len(self.text) + len(self.prompt_token_ids) + LOGPROB_CHARS * (rows + scores) + routed
 
     @property
     def is_empty(self) -> bool:
@@ -51,10 +58,22 @@ class ChoiceDelta:
         return not (self.text or self.token_ids or self.rows or self.is_first or self.finish_reason)
 
 
+def _num_logprobs(scored: TokenLogprob | None) -> int:
+    """Of a token and its alternatives. All tokens of an answer have as many."""
+    return 1 + (len(scored.top) if scored else 0)
+
+
+def spell_prompt(prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """What each token of a prompt adds to its text; special tokens too: the client sent them."""
+    # Not flushed: the detokeniser of the output completes a character that the prompt begins.
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+    return [detokenizer.feed(token_id) for token_id in prompt_token_ids]
+
+
 class Choice:
     """Feed it every RequestOutput of its sequence, in order. `must_abort`: it ended here, but not at the front yet.
 
-    To make one takes as long as the prompt is, if the prompt is echoed.
+    `echoed`: what spell_prompt() says, for a request that wants an echo.
     """
 
     def __init__(
@@ -65,6 +84,7 @@ class Choice:
         prompt_token_ids: Sequence[int],
         tokenizer: Tokenizer,
         eos_token_ids: Sequence[int] = (),
+        echoed: Sequence[str] = (),
     ) -> None:
         self.index = index
         self.prompt_token_ids = tuple(prompt_token_ids)
@@ -81,10 +101,15 @@ class Choice:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, skip_special_tokens=request.skip_special_tokens, prompt_ids=self.prompt_token_ids
         )
-        self._echoed = self._spell_prompt() if request.is_echo else []
+        self._echoed = echoed
         self._is_started = False
         self._offset = 0
         self._routed: list[RoutedExperts] = []
+
+    def effort(self, output: RequestOutput) -> int:
+        """How long feed() takes with it, in the unit of ChoiceDelta.size: prompts are echoed, routed experts joined."""
+        echoed = 0 if self._is_started else LOGPROB_CHARS * len(self._echoed)
+        return echoed + len(output.token_ids) + len(self._routed)
 
     def feed(self, output: RequestOutput) -> ChoiceDelta:
         """What the client may see of it. Outputs after the end are ignored: an abort takes a moment to arrive."""
@@ -110,12 +135,6 @@ class Choice:
             stop_reason=self.stop_reason,
             routed_experts=self._all_routed(),
         )
-
-    def _spell_prompt(self) -> list[str]:
-        """What each token of the prompt adds to its text; special tokens too: the client sent them."""
-        # Not flushed: the detokeniser of the output completes a character that the prompt begins.
-        detokenizer = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=False)
-        return [detokenizer.feed(token_id) for token_id in self.prompt_token_ids]
 
     def _echo(self, output: RequestOutput) -> tuple[str, list[TokenRow]]:
         """The prompt as text and, where log-probabilities are asked for, its rows."""

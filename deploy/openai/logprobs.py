@@ -1,6 +1,5 @@
-"""Log-probabilities and routed experts in the shapes that OpenAI and vLLM gave them. Plain dicts, ready for JSON."""
+"""Log-probabilities and routed experts in the shapes that OpenAI and vLLM gave them. For dump()."""
 
-import base64
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cluster.messages import RoutedExperts, TokenLogprob
+from deploy.openai.answer_json import Base64, Rows
 from deploy.openai.choices import TokenRow
 from deploy.text import Tokenizer
 
@@ -24,37 +24,36 @@ def finite(logprob: float) -> float:
 def completion_logprobs(rows: Sequence[TokenRow], num_top: int, tokenizer: Tokenizer) -> Json:
     """The shape of /v1/completions: four parallel lists. A prompt's first token has no log-probability: null."""
     return {
-        "tokens": [tokenizer.token_text(row.token_id) for row in rows],
-        "token_logprobs": [None if row.logprob is None else finite(row.logprob.logprob) for row in rows],
-        "top_logprobs": [row.logprob and _top_by_text(row.logprob, num_top, tokenizer) for row in rows],
-        "text_offset": [row.text_offset for row in rows],
+        "tokens": Rows(rows, lambda row: tokenizer.token_text(row.token_id)),
+        "token_logprobs": Rows(rows, lambda row: row.logprob and finite(row.logprob.logprob)),
+        "top_logprobs": Rows(rows, lambda row: row.logprob and _top_by_text(row.logprob, num_top, tokenizer)),
+        "text_offset": Rows(rows, lambda row: row.text_offset),
     }
 
 
 def chat_logprobs(rows: Sequence[TokenRow], num_top: int, tokenizer: Tokenizer) -> Json:
     """The shape of /v1/chat/completions: one entry per token."""
-    content = []
-    for row in rows:
-        if row.logprob is None:
-            continue
-        top = [_chat_entry(token_id, logprob, tokenizer) for token_id, logprob in row.logprob.top[:num_top]]
-        content.append(_chat_entry(row.token_id, row.logprob.logprob, tokenizer) | {"top_logprobs": top})
-    return {"content": content, "refusal": None}
+    scored = [(row.token_id, row.logprob) for row in rows if row.logprob is not None]
+
+    def shape(row: tuple[int, TokenLogprob]) -> Json:
+        token_id, logprob = row
+        top = [_chat_entry(*alternative, tokenizer) for alternative in logprob.top[:num_top]]
+        return _chat_entry(token_id, logprob.logprob, tokenizer) | {"top_logprobs": top}
+
+    return {"content": Rows(scored, shape), "refusal": None}
 
 
-def prompt_logprobs(
-    found: Sequence[TokenLogprob | None], num_top: int, tokenizer: Tokenizer
-) -> list[dict[str, Json] | None]:
+def prompt_logprobs(found: Sequence[TokenLogprob | None], num_top: int, tokenizer: Tokenizer) -> Rows[Any]:
     """vLLM's shape: per prompt token {token id: {logprob, rank, decoded_token}}, null for the first token."""
-    return [None if entry is None else _by_id(entry, num_top, tokenizer) for entry in found]
+    return Rows(found, lambda entry: entry and _by_id(entry, num_top, tokenizer))
 
 
-def routed_experts(routed: RoutedExperts) -> str:
+def routed_experts(routed: RoutedExperts) -> Base64:
     """vLLM's shape: base64 of a .npy file; np.load(io.BytesIO(base64.b64decode(s))) reads it."""
     array = np.frombuffer(routed.data, dtype=routed.dtype).reshape(routed.shape)
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return Base64(file.getvalue())
 
 
 def _top_by_text(entry: TokenLogprob, num_top: int, tokenizer: Tokenizer) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,8 @@ from deploy.openai.errors import APIError, invalid_request
 T = TypeVar("T", bound=BaseModel)
 
 MAX_DIGITS = 400
+# As an error shows them.
+MAX_KEY_CHARS, MAX_PATH_CHARS = 100, 400
 CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
@@ -70,7 +72,7 @@ def _refuse_surrogates(content: dict[str, Any]) -> None:
     """Half of a surrogate pair is legal JSON but no text: no tokenizer can take it."""
     for path, text in _strings(content):
         if not _is_text(text):
-            shown = path.encode("utf-8", "backslashreplace").decode()
+            shown = _shown(path).encode("utf-8", "backslashreplace").decode()
             message = f"{shown} holds half of a surrogate pair (such as \\ud800), which is not text"
             raise invalid_request(message, param=shown)
 
@@ -83,27 +85,40 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _strings(content: Any) -> Iterator[tuple[str, str]]:
-    """Every string in a JSON value (keys too) with its path. Without recursion: a body may nest deeply."""
-    todo: list[tuple[str, Any]] = [("", content)]
-    while todo:
-        path, value = todo.pop()
+def _strings(content: dict[str, Any]) -> Iterator[tuple[list[str | int], str]]:
+    """Every string in a JSON object (keys too) with its path, a list that changes as the walk goes on. Without
+    recursion: a body may nest deeply.
+    """
+    path: list[str | int] = []
+    levels = [_items(content)]
+    while levels:
+        key, value = next(levels[-1], (None, None))
+        if key is None:
+            levels.pop()
+            continue
+        path[len(levels) - 1 :] = [key]
+        if isinstance(key, str):
+            yield path, key
         if isinstance(value, str):
             yield path, value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                below = f"{path}.{key}".lstrip(".")
-                yield below, key
-                todo.append((below, item))
-        elif isinstance(value, list):
-            todo += [(f"{path}.{n}", item) for n, item in enumerate(value) if isinstance(item, str | dict | list)]
+        elif isinstance(value, dict | list):
+            levels.append(_items(value))
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterator[tuple[str | int, Any]]:
+    return iter(value.items() if isinstance(value, dict) else enumerate(value))
+
+
+def _shown(path: Iterable[str | int]) -> str:
+    """A key may be as long as the body, and a path has as many keys as the body is deep."""
+    return ".".join(str(key)[:MAX_KEY_CHARS] for key in path)[:MAX_PATH_CHARS]
 
 
 def _first_error(error: ValidationError, model: type[BaseModel]) -> APIError:
     # An unknown field first: it is often the cause of the others ("promt" makes "prompt" missing).
     details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")[0]
     context = details.get("ctx", {})
-    param = ".".join(str(part)[:100] for part in (*details["loc"], *context.get("field", ())))
+    param = _shown((*details["loc"], *context.get("field", ())))
     return invalid_request(_describe(details, param, model), param or None, CODES.get(details["type"], "invalid_value"))
 
 
@@ -121,5 +136,5 @@ def _describe(details: ErrorDetails, param: str, model: type[BaseModel]) -> str:
 def _hint(details: ErrorDetails, model: type[BaseModel]) -> str:
     if len(details["loc"]) != 1:
         return ""
-    close = difflib.get_close_matches(str(details["loc"][0]), model.model_fields, n=1)
+    close = difflib.get_close_matches(_shown(details["loc"]), model.model_fields, n=1)
     return f": did you mean {close[0]!r}?" if close else ""

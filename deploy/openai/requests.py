@@ -5,6 +5,7 @@ absent. What OpenAI or vLLM know and Outcrop does not is listed in neutral.py; w
 server's limits is checked in sampling.py.
 """
 
+import itertools
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
@@ -39,7 +40,9 @@ class Strict(BaseModel):
             if value is not None and not any(type(value) is type(known) and value == known for known in accepted):
                 raise refuse(name, f"{name} is not supported", "unsupported")
         known = cls.model_fields.keys() | cls.NEUTRAL.keys()
-        return {k: v for k, v in body.items() if k not in known or (v is not None and k in cls.model_fields)}
+        # One field that nobody knows is as good as thousands: pydantic writes an error for each.
+        unknown = itertools.islice((item for item in body.items() if item[0] not in known), 1)
+        return {k: body[k] for k in cls.model_fields if body.get(k) is not None} | dict(unknown)
 
 
 class StreamOptions(Strict):
@@ -137,7 +140,8 @@ class Message(Strict):
         return shown if self.name is None else shown | {"name": self.name}
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+# The first bad one is told: thousands of them would be thousands of errors.
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class ChatFields(Strict):

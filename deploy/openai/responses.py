@@ -1,6 +1,5 @@
-"""Answers of both endpoints as plain dicts: whole objects and stream chunks. Knows no transport but the SSE line."""
+"""Answers of both endpoints for dump(): whole objects and stream chunks. Knows no transport but the SSE line."""
 
-import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.openai import logprobs
+from deploy.openai.answer_json import Rows, dump
 from deploy.openai.choices import Choice, ChoiceDelta, merge
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.text import Tokenizer
@@ -20,11 +20,6 @@ SSE_DONE = b"data: [DONE]\n\n"
 def sse(event: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + dump(event) + b"\n\n"
-
-
-def dump(value: Mapping[str, Any]) -> bytes:
-    """Compact JSON; a non-finite number is a bug and raises."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +148,7 @@ def _extras(request: CompletionRequest | ChatCompletionRequest, delta: ChoiceDel
     """Fields of a choice that are there only if asked for."""
     extras: Json = {}
     if request.return_token_ids:
-        extras["token_ids"] = delta.token_ids
+        extras["token_ids"] = Rows(delta.token_ids, int)
     if request.return_routed_experts and delta.routed_experts is not None:
         extras["routed_experts"] = logprobs.routed_experts(delta.routed_experts)
     return extras
@@ -165,7 +160,7 @@ def _prompt_extras(
     """Fields about the prompt, in the first delta only."""
     extras: Json = {}
     if request.return_token_ids and delta.is_first:
-        extras["prompt_token_ids"] = delta.prompt_token_ids
+        extras["prompt_token_ids"] = Rows(delta.prompt_token_ids, int)
     if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
         extras["prompt_logprobs"] = logprobs.prompt_logprobs(delta.prompt_logprobs, request.prompt_logprobs, tokenizer)
     return extras

@@ -34,13 +34,11 @@ def to_sampling_params(
     prompt_len: int,
     eos_token_ids: Sequence[int],
     vocab_size: int,
-    limits: Limits,
     choice_index: int = 0,
 ) -> SamplingParams:
-    """Parameters of one choice. `choice_index` counts the choices of one prompt (0 to n - 1), so that the answer
-    to a prompt doesn't depend on the prompts beside it. Raises APIError (400).
+    """Parameters of one choice, of a request that check_limits() has passed. `choice_index` counts the choices of one
+    prompt (0 to n - 1), so that the answer to a prompt doesn't depend on the prompts beside it. Raises APIError (400).
     """
-    check_limits(request, limits, vocab_size)
     max_tokens = _max_tokens(request, max_model_len, prompt_len)
     if request.min_tokens > max_tokens:
         raise invalid_request(f"min_tokens={request.min_tokens} is more than max_tokens={max_tokens}", "min_tokens")
@@ -65,7 +63,7 @@ def to_sampling_params(
 
 
 def check_limits(request: GenerationBody, limits: Limits, vocab_size: int) -> None:
-    """What can be refused before a prompt is tokenised. Raises APIError (400)."""
+    """What can be refused before a prompt is tokenised: once for all its choices. Raises APIError (400)."""
     if request.num_choices > limits.max_choices:
         param = "n" if request.n > 1 else "prompt"
         message = (

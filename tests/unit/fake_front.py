@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors.mailboxes import Mailboxes
 from cluster.messages import ClusterState, Delivery, FinishReason, GenerationRequest, RequestOutput, Submitted
@@ -74,6 +74,14 @@ class FakeFront:
     async def do_poll(self, lease: str, acknowledged: int) -> Delivery | None:
         mailbox = self.mailboxes.get(lease)
         return await mailbox.take(acknowledged, POLL_S) if mailbox else None
+
+    def die(self) -> None:
+        """From now on whatever is asked of it fails."""
+
+        def fail(*args: Any) -> None:
+            raise ActorDiedError
+
+        self.before |= dict.fromkeys(("poll", "submit", "abort", "close", "open"), fail)
 
     def say(self, request: GenerationRequest, *tokens: int, end: FinishReason | None = None, **fields: Any) -> None:
         """What a step adds to a sequence."""

@@ -1,96 +1,24 @@
-"""Which front takes a request, what happens while none does, and how outputs survive what is lost on their way: fronts
-that answer as told, without Ray.
-"""
+"""Which front takes a request, and what happens while none does: fronts that answer as told, without Ray."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import RayError
 
-from cluster.messages import RequestOutput, SamplingParams, Submitted
-from cluster.metrics import Metrics
+from cluster.messages import SamplingParams, Submitted
 from deploy import front_client, front_link
-from deploy.front_client import FrontClient, Overloaded, Unavailable
+from deploy.front_client import Overloaded, Unavailable
 from deploy.output_stream import OutputStream
 from tests.unit.fake_front import ACCEPTED, DRAINING, FULL, LOST, FakeFront, fronts_state
+from tests.unit.front_cluster import cluster, until
 
 PARAMS = SamplingParams(max_tokens=4)
 PROMPT = (1, 2)
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front_client, "FRONT_WAIT_S", 0.3)
-    monkeypatch.setattr(front_client, "PAUSE_S", (0.01, 0.02))
-    monkeypatch.setattr(front_link, "RETRY_S", 0.01)
-    monkeypatch.setattr(front_link, "FULL_S", 0.0)
-
-
-class Cluster:
-    """An ingress's client, and the fronts that it finds by name."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, max_held: int = 100) -> None:
-        self.fronts: dict[str, FakeFront] = {}
-        self.metrics = Metrics()
-        self.client = FrontClient("ingress", self.metrics, max_held)
-        monkeypatch.setattr(front_client.ray, "get_actor", lambda name, namespace: self.fronts[name])
-
-    async def has(self, **fronts: FakeFront) -> None:
-        """From now on these are its fronts."""
-        self.fronts = fronts
-        self.client.update(fronts_state(**fronts))
-        await until(lambda: all(link.is_open for link in self.client._links.values()))
-
-    async def lose(self, name: str) -> None:
-        """The actor dies: whatever is asked of it fails. Returns when the client has noticed."""
-
-        def die(*args: Any) -> None:
-            raise ActorDiedError
-
-        self.fronts.pop(name).before |= dict.fromkeys(("poll", "submit", "abort", "close", "open"), die)
-        await until(lambda: name not in self.client._links)
-
-    @property
-    def num_replays(self) -> float:
-        return sum(value for name, _, value in self.metrics.samples() if name == "outcrop_front_replays_total")
-
-
-@asynccontextmanager
-async def cluster(
-    monkeypatch: pytest.MonkeyPatch, *, max_held: int = 100, **fronts: FakeFront
-) -> AsyncIterator[Cluster]:
-    found = Cluster(monkeypatch, max_held)
-    await found.has(**fronts)
-    try:
-        yield found
-    finally:
-        await found.client.close()
-
-
-async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not is_true():
-            await asyncio.sleep(0.005)
-
-
-async def read(stream: OutputStream) -> list[int]:
-    """All tokens of a stream, once it has ended."""
-    async with asyncio.timeout(5):
-        return [token async for output in stream for token in output.token_ids]
-
-
-async def read_error(stream: OutputStream) -> str:
-    async with asyncio.timeout(5):
-        last: RequestOutput = [output async for output in stream][-1]
-    assert last.error is not None
-    return last.error
-
-
-# -- which front --------------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 async def test_the_least_loaded_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +86,21 @@ async def test_a_front_that_never_answers_holds_nobody(monkeypatch: pytest.Monke
         await until(lambda: len(a.aborted) == 1)
 
 
+async def test_only_so_many_wait_for_a_front_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are told at once that all is full, and may try again."""
+    async with cluster(monkeypatch, max_held=2, a=FakeFront()) as found:
+        a = found.fronts["a"]
+        a.wait["submit"] = asyncio.Event()
+        asking = [asyncio.create_task(found.client.submit("r", PROMPT, PARAMS)) for _ in range(1000)]
+        await until(lambda: sum(task.done() for task in asking) == 998)
+        assert len(found.client._links["a"].streams) == 2
+        a.wait["submit"].set()
+        results = await asyncio.gather(*asking, return_exceptions=True)
+        assert [type(result) for result in results] == [OutputStream] * 2 + [Overloaded] * 998
+        await found.client.submit("r", PROMPT, PARAMS)
+        assert len(a.taken) == 3
+
+
 async def test_a_front_that_may_hang_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """One request waits for it, not each that comes after; once it answers a poll it is as good as any."""
     monkeypatch.setattr(front_link, "CALL_TIMEOUT_S", 0.05)
@@ -187,6 +130,58 @@ async def test_a_front_that_is_ready_again_after_all_takes_who_waits(monkeypatch
         await asyncio.wait_for(waiting, 5)
 
 
+async def test_a_front_that_opens_wakes_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that begin to wait in that very turn, while another one begins after them."""
+    monkeypatch.setattr(front_client, "FRONT_WAIT_S", 60.0)
+    async with cluster(monkeypatch) as found:
+        deadline = time.monotonic() + 60
+        waiting = asyncio.create_task(found.client._wait_for_front(deadline, 0.1))
+        asyncio.get_running_loop().call_soon(found.client._links_changed.set)
+        another = asyncio.create_task(found.client._wait_for_front(deadline, 0.1))
+        await asyncio.wait_for(waiting, 5)
+        another.cancel()
+
+
+async def test_fronts_are_looked_up_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once at a time, though Ray may not answer for long; who has left when it does is not connected."""
+    looked_up, answering = list[str](), threading.Event()
+
+    def look_up(name: str, namespace: str) -> FakeFront:
+        assert threading.current_thread() is not threading.main_thread()
+        looked_up.append(name)
+        answering.wait(5)
+        return FakeFront()
+
+    async with cluster(monkeypatch) as found:
+        monkeypatch.setattr(front_client.ray, "get_actor", look_up)
+        for _ in range(3):
+            found.client.update(fronts_state(a=FakeFront(), b=FakeFront()))
+            await until(lambda: len(looked_up) == 2)
+        found.client.update(replace(fronts_state(), draining=("b",)))
+        answering.set()
+        await until(lambda: not found.client._sought)
+        assert {name: link.is_draining for name, link in found.client._links.items()} == {"b": True}
+        assert sorted(looked_up) == ["a", "b"]
+
+
+async def test_a_front_that_is_not_found_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(monkeypatch) as found:
+        for error in (ValueError("no such actor"), RuntimeError("no GCS")):
+            monkeypatch.setattr(front_client.ray, "get_actor", failing(error))
+            found.client.update(fronts_state(a=FakeFront()))
+            await until(lambda: not found.client._sought)
+        monkeypatch.setattr(front_client.ray, "get_actor", lambda *_: found.fronts["a"])
+        await found.has(a=FakeFront())
+        await found.client.submit("r", PROMPT, PARAMS)
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: str) -> None:
+        raise error
+
+    return fail
+
+
 @pytest.mark.parametrize("answer", [None, DRAINING, LOST])
 async def test_no_front_for_long_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, answer: Submitted | RayError | None
@@ -206,181 +201,3 @@ async def test_without_a_front_only_so_many_wait(monkeypatch: pytest.MonkeyPatch
         await found.has(a=FakeFront())
         await asyncio.gather(*waiting)
         assert len(found.fronts["a"].taken) == 2
-
-
-# -- what is lost on its way ---------------------------------------------------------------------------------------
-
-
-async def test_an_answer_that_is_lost_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The front has read its mailbox, and the connection breaks under the answer."""
-    front, polls = FakeFront(), 0
-
-    def lose_every_other(*args: Any) -> None:
-        nonlocal polls
-        polls += 1
-        if polls % 2:
-            raise LOST
-
-    front.after["poll"] = lose_every_other
-    async with cluster(monkeypatch, a=front) as found:
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        reading = asyncio.create_task(read(stream))
-        for token in (5, 6, 7):
-            front.say(front.taken[0], token)
-            await asyncio.sleep(0.02)
-        front.say(front.taken[0], 8, end="length")
-        assert await reading == [5, 6, 7, 8]
-        assert found.num_replays == 0
-
-
-async def test_a_dead_front_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with cluster(monkeypatch, a=FakeFront()) as found:
-        dying = found.fronts["a"]
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        reading = asyncio.create_task(read(stream))
-        dying.say(dying.taken[0], 5)
-        await until(lambda: stream._emitted == [5])
-        await found.lose("a")
-        await found.has(b=FakeFront())
-        front = found.fronts["b"]
-        await until(lambda: bool(front.taken))
-        assert (front.taken[0].output_token_ids, front.taken[0].attempt) == ((5,), 1)
-        front.say(front.taken[0], 6, end="length")
-        assert await reading == [5, 6]
-
-
-@pytest.mark.parametrize("label", ["same", "team/{}", "a/b/{}"])
-async def test_labels_of_clients_are_no_keys(monkeypatch: pytest.MonkeyPatch, label: str) -> None:
-    """Many requests under names that clients chose, and one of two fronts dies under them."""
-    async with cluster(monkeypatch, a=FakeFront(), b=FakeFront()) as found:
-        streams = [await found.client.submit(label.format(i), (i,), PARAMS) for i in range(16)]
-        survivor = found.fronts["b"]
-        await found.lose("a")
-        await until(lambda: len(survivor.taken) == 16)
-        for request in survivor.taken:
-            survivor.say(request, 100 + request.prompt_token_ids[0], end="length")
-        assert [await read(stream) for stream in streams] == [[100 + i] for i in range(16)]
-
-
-async def test_an_ingress_that_was_dropped_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was frozen for longer than its lease: the front has ended its sequences and forgotten its mailbox."""
-    async with cluster(monkeypatch, a=FakeFront()) as found:
-        front = found.fronts["a"]
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        reading = asyncio.create_task(read(stream))
-        front.say(front.taken[0], 5)
-        await until(lambda: stream._emitted == [5])
-        front.mailboxes.close(front.taken[0].lease)
-        await until(lambda: len(front.taken) == 2)
-        assert front.taken[1].lease != front.taken[0].lease
-        front.say(front.taken[1], 6, end="length")
-        assert await reading == [5, 6]
-
-
-async def test_what_has_ended_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last token has come, and only its reader is slow."""
-    async with cluster(monkeypatch, a=FakeFront()) as found:
-        front = found.fronts["a"]
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        front.say(front.taken[0], 5, end="length")
-        await until(lambda: stream.is_complete)
-        await found.lose("a")
-        await found.has(b=FakeFront())
-        assert await read(stream) == [5]
-        assert found.num_replays == 0
-
-
-async def test_a_front_that_left_is_told_to_end_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A front that counts as lost may live: its sequences must not run beside their replays."""
-    async with cluster(monkeypatch, a=FakeFront()) as found:
-        left = found.fronts["a"]
-        left.before["close"] = failing(2)
-        await found.client.submit("r", PROMPT, PARAMS)
-        await found.has(b=FakeFront())
-        await until(lambda: left.closed == [left.taken[0].lease])
-
-
-async def test_an_abort_is_sent_until_it_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with cluster(monkeypatch, a=FakeFront()) as found:
-        front = found.fronts["a"]
-        front.before["abort"] = failing(3)
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        stream.close()
-        await until(lambda: front.aborted == [front.taken[0].request_id])
-
-
-def failing(times: int) -> Callable[..., None]:
-    left = [LOST] * times
-
-    def fail(*args: Any) -> None:
-        if left:
-            raise left.pop()
-
-    return fail
-
-
-async def test_an_abort_that_cannot_be_sent_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*args: Any) -> None:
-        raise ValueError("no context")
-
-    async with cluster(monkeypatch, a=FakeFront()) as found:
-        front = found.fronts["a"]
-        front.before["abort"] = wrong
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        stream.close()
-        await asyncio.sleep(0.05)
-        del front.before["abort"]
-        await until(lambda: len(front.aborted) == 1)
-
-
-# -- nothing hangs -------------------------------------------------------------------------------------------------
-
-
-async def test_a_link_that_fails_unexpectedly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> None:
-        raise ValueError("no message of ours")
-
-    async with cluster(monkeypatch, a=FakeFront()) as found:
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        found.fronts["a"].before["poll"] = fail
-        await until(lambda: "a" not in found.client._links)
-        await found.has(b=FakeFront())
-        front = found.fronts["b"]
-        await until(lambda: bool(front.taken))
-        front.say(front.taken[0], 5, end="length")
-        assert await read(stream) == [5]
-
-
-async def test_a_replay_that_fails_unexpectedly_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with cluster(monkeypatch, a=FakeFront()) as found:
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        await found.lose("a")
-        await found.has(b=FakeFront(ValueError("out of order")))
-        assert "out of order" in await read_error(stream)
-
-
-async def test_without_a_successor_a_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with cluster(monkeypatch, a=FakeFront()) as found:
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        await found.lose("a")
-        assert "no front has come back" in await read_error(stream)
-
-
-async def test_a_request_that_kills_fronts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with cluster(monkeypatch, f0=FakeFront()) as found:
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        for number in range(1, 5):
-            await found.lose(f"f{number - 1}")
-            await found.has(**{f"f{number}": FakeFront()})
-        assert "lost 4 times" in await read_error(stream)
-
-
-async def test_fronts_that_leave_by_plan_don_t_count_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with cluster(monkeypatch, f0=FakeFront()) as found:
-        stream = await found.client.submit("r", PROMPT, PARAMS)
-        for number in range(1, 7):
-            await found.has(**{f"f{number}": FakeFront()})
-            await until(lambda: bool(found.fronts[f"f{number}"].taken))  # noqa: B023
-        front = found.fronts["f6"]
-        front.say(front.taken[0], 5, end="length")
-        assert await read(stream) == [5]

@@ -141,6 +141,21 @@ async def test_a_request_that_can_t_be_taken_in_ends_with_an_error_alone() -> No
         assert (good.request_id, good.error) == ("good", None)
 
 
+async def test_an_abort_may_overtake_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_loop, "EXPIRE_PERIOD_S", 0.01)
+    engine, held = FakeEngine(), threading.Event()
+    engine.fail["step"] = lambda: held.wait(5)
+    async with running(engine) as loop:
+        loop.submit(request("known"))
+        loop.abort(("known", "late"))
+        assert loop.submit(request("late")).reason == "dropped"
+        assert loop.submit(request("another")).accepted
+        held.set()
+        assert list(loop._aborted) == ["late"], "no more is remembered than is needed"
+        monkeypatch.setattr(front_loop, "ABORTED_S", 0.0)
+        await until(lambda: not loop._aborted)
+
+
 async def test_a_lease_that_ends_takes_its_sequences_with_it() -> None:
     engine, held = FakeEngine(), threading.Event()
     engine.fail["step"] = lambda: held.wait(5)

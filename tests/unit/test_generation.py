@@ -49,8 +49,7 @@ async def generation(n: int, **fronts: FakeFront) -> AsyncIterator[Generation]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(front_client.ray, "get_actor", lambda name, namespace: fronts[name])
         client.update(fronts_state(**fronts))
-    while len(client._open_links()) < len(fronts):
-        await asyncio.sleep(0)
+        await eventually(lambda: len(client._open_links()) == len(fronts))
     choices = [Choice(i, REQUEST, PARAMS, (1, 2), TOKENIZER) for i in range(n)]
     yield Generation([Plan(choice, (1, 2), PARAMS) for choice in choices], client, Metrics(), "r")
     await client.close()
@@ -88,6 +87,26 @@ async def test_a_client_that_leaves_meanwhile_takes_its_choices_back() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await eventually(lambda: len(front.aborted) == 3)
+
+
+async def test_what_takes_long_to_take_in_is_done_elsewhere() -> None:
+    """A prompt that is echoed comes with the first output; `run` knows how long that takes."""
+    front, sizes = Handle(), list[int]()
+
+    async def run(size: int, work: Callable[[], ChoiceDelta]) -> ChoiceDelta:
+        sizes.append(size)
+        return work()
+
+    echoing = parse_body(b'{"prompt": "Hi", "echo": true}', CompletionRequest)
+    async with generation(1, a=front) as request:
+        request._run = run
+        request.choices[0]._request = echoing
+        request.choices[0]._echoed = ["a"] * 500
+        await request.submit()
+        front.say(front.taken[0], 5)
+        front.say(front.taken[0], 6, end="length")
+        assert (await read(request))[0].text.startswith("a" * 500)
+        assert sizes[0] > 10 * 500 > sizes[1]
 
 
 async def test_a_choice_that_fails_unexpectedly_ends_its_request() -> None:

@@ -1,61 +1,20 @@
-"""The HTTP side around a cluster that is not there: who is answered, what is counted, what holds up nobody."""
+"""The HTTP side around a cluster that is not there: who is answered, and what is counted."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from cluster.checkpoint import resolve_model
-from cluster.config import ClusterConfig
 from cluster.messages import ClusterState
-from cluster.model_config import ModelError
-from deploy.api import create_api
-from deploy.demo import expand_demo
-from deploy.openai.chat_template import ChatTemplate
-from deploy.sandbox import Sandbox, SandboxError
+from deploy import front_client
 from deploy.service import Service
+from tests.unit.fake_front import FakeFront, fronts_state
+from tests.unit.fake_supervisor import COMPLETIONS, JSON, Open
+from tests.unit.front_cluster import until
 
-COMPLETIONS = "/v1/completions"
-JSON = {"Content-Type": "application/json"}
 GOOD = b'{"prompt": "Hi"}'
-
-
-class Link:
-    """A supervisor that knows no front, and fails when it is asked for metrics."""
-
-    async def push_samples(self, ingress_id: str, samples: tuple[Any, ...]) -> ClusterState:
-        return ClusterState("starting", "loading", "")
-
-    async def exposition(self, ingress_id: str, samples: tuple[Any, ...]) -> bytes:
-        raise RuntimeError("broken")
-
-
-class FrontIsThere:
-    is_open, is_draining, is_doubtful, outstanding_tokens = True, False, False, 0
-
-
-Open = Callable[..., Awaitable[httpx.AsyncClient]]
-
-
-@pytest.fixture
-async def open_api() -> AsyncIterator[Open]:
-    services: list[Service] = []
-
-    async def start(**settings: Any) -> httpx.AsyncClient:
-        config = expand_demo(ClusterConfig(model="demo", **settings))
-        services.append(Service(config, resolve_model(config.model), Link()))  # type: ignore[arg-type]
-        app = create_api(services[-1])
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
-        client.service = services[-1]  # type: ignore[attr-defined]
-        return client
-
-    yield start
-    for service in services:
-        await service.close()
 
 
 def failed(http: httpx.AsyncClient, reason: str) -> float:
@@ -164,6 +123,28 @@ class TestFailuresAreCounted:
         assert (await http.get("/health")).status_code == 503
         assert failed(http, "unavailable") == 0
 
+    @pytest.mark.parametrize("is_stream", [False, True])
+    async def test_a_front_that_is_lost_for_long(
+        self, open_api: Open, monkeypatch: pytest.MonkeyPatch, short_waits: None, is_stream: bool
+    ) -> None:
+        front = FakeFront()
+        monkeypatch.setattr(front_client.ray, "get_actor", lambda *_: front)
+        http = await open_api()
+        service: Service = http.service  # type: ignore[attr-defined]
+        service._follow.cancel()
+        service.state = fronts_state(a=front)
+        service.client.update(service.state)
+        body = {"prompt": "Hi", "stream": is_stream, "max_tokens": 9}
+        asking = asyncio.create_task(http.post(COMPLETIONS, json=body))
+        await until(lambda: bool(front.taken))
+        front.say(front.taken[0], 5)
+        front.die()
+        answer = await asyncio.wait_for(asking, 5)
+        assert answer.status_code == (200 if is_stream else 503)
+        assert '"code":"unavailable"' in answer.text
+        assert "[DONE]" not in answer.text
+        assert [failed(http, reason) for reason in ("unavailable", "engine", "internal")] == [1, 0, 0]
+
     async def test_an_error_of_ours(self, open_api: Open) -> None:
         http = await open_api()
         assert (await http.get("/metrics")).status_code == 500
@@ -176,143 +157,8 @@ class TestFailuresAreCounted:
         assert [failed(http, reason) for reason in ("engine", "overloaded", "unavailable", "internal")] == [0] * 4
 
 
-async def turns_during(work: Awaitable[Any]) -> tuple[Any, int]:
-    """The result, and how often the event loop came round meanwhile."""
-    turns, task = 0, asyncio.ensure_future(work)
-    while not task.done():
-        turns += 1
-        await asyncio.sleep(0.001)
-    return task.result(), turns
-
-
-IDS = {"tokens": list(range(10)) * 250_000}
-LARGE = {
-    "ids": ("/detokenize", IDS, "tokens", "max_model_len"),
-    "prompt ids": (COMPLETIONS, {"prompt": IDS["tokens"]}, "prompt", "maximum context length"),
-    "fields": (COMPLETIONS, {str(n): n for n in range(500_000)}, None, "fields"),
-    "objects": (COMPLETIONS, {"prompt": [{}] * 1_000_000}, None, "more than 10000"),
-    "long numbers": (COMPLETIONS, {"prompt": [10**4000] * 1500}, "prompt", "must be a string"),
-}
-
-
-class TestNobodyWaits:
-    """Counts turns of the event loop, not time: a call that holds the interpreter's lock leaves it two or three."""
-
-    @pytest.mark.parametrize("name", LARGE)
-    async def test_for_large_bodies(self, open_api: Open, name: str) -> None:
-        path, body, param, told = LARGE[name]
-        content = json.dumps(body, separators=(",", ":")).encode()
-        assert 2**20 < len(content) < 8 * 2**20
-        http = await open_api()
-        answer, turns = await turns_during(http.post(path, content=content, headers=JSON))
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"]) == (400, param)
-        assert told in error["message"]
-        assert turns > 8
-
-    @pytest.mark.parametrize("work", ["encode", "decode"])
-    async def test_for_long_texts(self, open_api: Open, work: str) -> None:
-        http = await open_api()
-        service: Service = http.service  # type: ignore[attr-defined]
-        text = "The quick brown fox jumps over the lazy dog. " * 20_000
-        ids = service.tokenizer.encode(text)
-        arguments = {"encode": lambda: service.tokenizer.encode(text), "decode": lambda: service.tokenizer.decode(ids)}
-        result, turns = await turns_during(service.run(len(ids), arguments[work]))
-        assert result == {"encode": ids, "decode": text}[work]
-        assert turns > 8
-
-    async def test_a_large_body_means_what_it_says(self, open_api: Open) -> None:
-        """Read in pieces as at once: nested lists, odd characters, numbers of any size."""
-        from deploy.openai.requests import CompletionRequest, TokenizeRequest
-
-        service: Service = (await open_api()).service  # type: ignore[attr-defined]
-        prompts = [list(range(50_000)), [2**70], [7] * 60_000]
-        found = await service.parse(json.dumps({"prompt": prompts, "n": 1}).encode(), CompletionRequest)
-        assert found.prompt == prompts
-        texts = ['naïve 東京 😀 \u2028\0"\\'] * 30_000
-        found = await service.parse(json.dumps({"prompt": texts}, ensure_ascii=False).encode(), CompletionRequest)
-        assert found.prompt == texts
-        messages = [{"role": "user", "content": [{"type": "text", "text": "x" * 300_000}] * 2}]
-        read = await service.parse(json.dumps({"messages": messages}).encode(), TokenizeRequest)
-        assert read.messages is not None
-        assert len(read.messages[0].content) == 600_001
-
-
-FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-TOO_MUCH = {
-    "loops": (FOREVER, "of a processor"),
-    "macro": (
-        "{% macro m(n) %}{% for i in range(9) %}{{ m(n + 1) if n < 99 }}{% endfor %}{% endmacro %}{{ m(0) }}",
-        "of a processor",
-    ),
-    "power": ("{% set n = messages | length + 8 %}{{ (n ** (n ** n)) % 7 }}", "of a processor"),
-    "text": ("{{ messages[0].content * 10 ** 12 }}", "OverflowError|MemoryError|memory"),
-    "filter": ("{{ messages[0].content | center(10 ** 11) }}", "MemoryError|memory"),
-    "join": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "characters"),
-    "list": (
-        "{% set ns = namespace(a=[0]) %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
-        "Memory|of a processor",
-    ),
-}
-
-
-class TestTemplatesAreStopped:
-    @pytest.mark.parametrize("name", TOO_MUCH)
-    async def test_whatever_they_do(self, name: str) -> None:
-        source, told = TOO_MUCH[name]
-        sandbox = Sandbox("messages", ChatTemplate(source, {}).arguments(), cpu_s=0.5)
-        work = sandbox.render(messages=[{"role": "user", "content": "hi"}])
-        with pytest.raises(SandboxError, match=f"messages.*({told})"):
-            await work
-        await sandbox.close()
-
-    @pytest.mark.parametrize("source", ["{{ 9 ** (9 ** 9) % 7 }}", "{{ 'x' | nofilter }}"])
-    async def test_while_they_are_compiled(self, source: str) -> None:
-        sandbox = Sandbox("the template", ChatTemplate(source, {}).arguments(), cpu_s=0.5)
-        with pytest.raises(ModelError, match="template"):
-            await sandbox.warm_up()
-
-    async def test_others_go_on(self) -> None:
-        source = "{% if messages[0].content == 'forever' %}" + FOREVER + "{% endif %}{{ messages[0].content }}"
-        sandbox = Sandbox("messages", ChatTemplate(source, {}).arguments())
-        await sandbox.warm_up()
-        await sandbox.warm_up()
-        hanging = asyncio.create_task(sandbox.render(messages=[{"role": "user", "content": "forever"}]))
-        for text in ("a", "naïve 東京 😀", "c" * 300_000):
-            assert await sandbox.render(messages=[{"role": "user", "content": text}]) == text
-            assert not hanging.done()
-        with pytest.raises(SandboxError):
-            await hanging
-        assert await sandbox.render(messages=[{"role": "user", "content": "afterwards"}]) == "afterwards"
-        await sandbox.close()
-
-    async def test_who_leaves_takes_the_answer_along(self) -> None:
-        sandbox = Sandbox("messages", ChatTemplate("{{ messages[0].content }}", {}).arguments())
-        await sandbox.warm_up()
-        for text in ("a", "b", "c"):
-            leaver = asyncio.create_task(sandbox.render(messages=[{"role": "user", "content": "left"}]))
-            await asyncio.sleep(0)
-            leaver.cancel()
-            assert await sandbox.render(messages=[{"role": "user", "content": text}]) == text
-        await sandbox.close()
-
-    async def test_a_process_that_ended_unasked_is_replaced(self) -> None:
-        sandbox = Sandbox("messages", ChatTemplate("{{ messages[0].content }}", {}).arguments())
-        await sandbox.warm_up()
-        [process] = sandbox._idle
-        process.kill()
-        await process.wait()
-        assert await sandbox.render(messages=[{"role": "user", "content": "a"}]) == "a"
-        await sandbox.close()
-
-    async def test_templates_know_no_secret(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("OUTCROP_API_KEY", "secret")
-        sandbox = Sandbox("messages", ChatTemplate("x", {}).arguments())
-        await sandbox.warm_up()
-        [process] = sandbox._idle
-        with open(f"/proc/{process.pid}/environ") as environ:
-            assert "secret" not in environ.read()
-        await sandbox.close()
+class FrontIsThere:
+    is_open, is_draining, is_doubtful, outstanding_tokens = True, False, False, 0
 
 
 async def test_who_has_been_ready_takes_requests_until_the_end(open_api: Open) -> None:

@@ -14,7 +14,7 @@ from deploy.openai import errors
 from deploy.openai.errors import APIError
 from deploy.openai.parsing import parse_body
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from deploy.openai.sampling import check_token_ids, to_sampling_params
+from deploy.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from tests.malformed import CHAT, COMPLETIONS, DETOKENIZE, MALFORMED, TOKENIZE
 
 MODELS = {
@@ -45,8 +45,8 @@ def params(request: CompletionRequest | ChatCompletionRequest, **given: Any) -> 
         "prompt_len": 10,
         "eos_token_ids": (EOS,),
         "vocab_size": 300,
-        "limits": ClusterConfig(model="demo"),
     }
+    check_limits(request, given.pop("limits", ClusterConfig(model="demo")), 300)
     return to_sampling_params(request, **known | given)
 
 

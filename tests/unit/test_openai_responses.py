@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from cluster.config import ClusterConfig
 from cluster.messages import RequestOutput, RoutedExperts, TokenLogprob
-from deploy.openai.choices import Choice, ChoiceDelta, merge
+from deploy.openai.answer_json import dump
+from deploy.openai.choices import Choice, ChoiceDelta, merge, spell_prompt
 from deploy.openai.parsing import parse_body
 from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.openai.responses import ChatResponder, CompletionResponder, Usage, sse
@@ -45,10 +45,10 @@ def chat(**fields: Any) -> ChatCompletionRequest:
 
 def choice_of(request: Request, prompt: Sequence[int] = PROMPT, index: int = 0) -> Choice:
     params = to_sampling_params(
-        request, max_model_len=500, prompt_len=len(prompt), eos_token_ids=(EOS,),
-        vocab_size=TOKENIZER.vocab_size, limits=ClusterConfig(model="demo"),
-    )  # fmt: skip
-    return Choice(index, request, params, prompt, TOKENIZER, (EOS,))
+        request, max_model_len=500, prompt_len=len(prompt), eos_token_ids=(EOS,), vocab_size=TOKENIZER.vocab_size
+    )
+    echoed = spell_prompt(prompt, TOKENIZER) if request.is_echo else ()
+    return Choice(index, request, params, prompt, TOKENIZER, (EOS,), echoed)
 
 
 def scored(token_id: int, num_top: int = 2) -> TokenLogprob:
@@ -122,6 +122,16 @@ class TestChoice:
         assert merge(run(request, outputs(" b"), prompt)[1]).text == "<|start_of_role|>a€ b"
         split = merge(run(request, [RequestOutput("r", tuple(prompt[-1:]), finish_reason="length")], prompt[:-1])[1])
         assert split.text == "<|start_of_role|>a€", "a character that the prompt begins is written once"
+
+    def test_alternatives_count_in_its_size(self) -> None:
+        """What is long is written in a thread: see Service.run."""
+        scores = (None, *(scored(token, 20) for token in PROMPT[1:]))
+        request = completion(prompt_logprobs=20, echo=True, logprobs=20, max_tokens=1)
+        output = RequestOutput("r", (5,), (scored(5, 20),), prompt_logprobs=scores, finish_reason="length")
+        [delta] = run(request, [output])[1]
+        assert delta.size > 10 * 21 * 2 * len(PROMPT)
+        [plain] = run(completion(max_tokens=1), [RequestOutput("r", (5,), finish_reason="length")])[1]
+        assert plain.size == len(plain.text) + len(PROMPT)
 
     def test_scoring_a_prompt_without_generating(self) -> None:
         scores = (None, *map(scored, PROMPT[1:]))
@@ -233,14 +243,14 @@ class TestCompletion:
         responder = CompletionResponder(request, TOKENIZER, "demo")
         chunks = [responder.chunk(delta) for delta in deltas] + [responder.usage_chunk(Usage.of([choice], 1))]
         # As the client does: its model declares finish_reason as always there.
-        read = [Completion.construct(**json.loads(json.dumps(chunk))) for chunk in chunks]
+        read = [Completion.construct(**json.loads(dump(chunk))) for chunk in chunks]
         assert "".join(c.choices[0].text for c in read[:-1]) == "one two €!"
         assert [c.choices[0].finish_reason for c in read[:-1]] == [None] * (len(read) - 2) + ["stop"]
         assert (read[-1].choices, chunks[0]["usage"]) == ([], None)
         assert read[-1].usage is not None
         assert read[-1].usage.completion_tokens == choice.num_tokens
         assert len({chunk["id"] for chunk in chunks}) == 1
-        whole = responder.response([deltas], Usage.of([choice], 1))["choices"][0]
+        whole = json.loads(dump(responder.response([deltas], Usage.of([choice], 1))))["choices"][0]
         offsets = [n for chunk in chunks[:-1] for n in chunk["choices"][0]["logprobs"]["text_offset"]]
         assert offsets == whole["logprobs"]["text_offset"]
         assert [n for chunk in chunks[:-1] for n in chunk["choices"][0]["token_ids"]] == list(whole["token_ids"])
@@ -282,7 +292,7 @@ class TestChat:
         choice, deltas = run(request, outputs("Hi there €", "stop"))
         responder = ChatResponder(request, TOKENIZER, "demo")
         chunks = [responder.chunk(delta) for delta in deltas] + [responder.usage_chunk(Usage.of([choice], 1))]
-        read = [ChatCompletionChunk.model_validate_json(json.dumps(chunk)) for chunk in chunks]
+        read = [ChatCompletionChunk.model_validate_json(dump(chunk)) for chunk in chunks]
         assert [c.choices[0].delta.role for c in read[:-1]] == ["assistant"] + [None] * (len(read) - 2)
         assert "".join(c.choices[0].delta.content or "" for c in read[:-1]) == "Hi there €"
         assert [c.choices[0].finish_reason for c in read[:-1]] == [None] * (len(read) - 2) + ["stop"]

@@ -1,5 +1,6 @@
 """What an ingress knows of the cluster while the supervisor is silent. A link that answers as told, without Ray."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -8,10 +9,12 @@ from ray.exceptions import RayTaskError
 from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig
 from cluster.messages import ClusterState, NotRunning
-from deploy.cluster_api import _answer
+from deploy import cluster_api
+from deploy.cluster_api import answer_of
 from deploy.demo import expand_demo
 from deploy.openai.errors import APIError
 from deploy.service import Service
+from tests.unit.fake_supervisor import Open
 
 
 class Link:
@@ -44,12 +47,30 @@ async def test_a_silent_supervisor_is_shown_and_what_serves_goes_on(known: Any, 
     assert service.state.state == "ready"
 
 
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/metrics"), ("GET", "/v1/experts"), ("POST", "/v1/cluster/rebalance")]
+)
+async def test_who_only_looks_does_not_wait_for_a_supervisor_that_hangs(
+    open_api: Open, monkeypatch: pytest.MonkeyPatch, method: str, path: str
+) -> None:
+    monkeypatch.setattr(cluster_api, "REFRESH_TIMEOUT_S", 0.05)
+    http = await open_api()
+    service: Service = http.service  # type: ignore[attr-defined]
+    service._follow.cancel()
+    service.state = ClusterState("ready", "ready", "")
+    for question in ("exposition", "experts", "rebalance"):
+        monkeypatch.setattr(service.supervisor, question, lambda *_: asyncio.Event().wait(), raising=False)
+    answer = await asyncio.wait_for(http.request(method, path, json={"dry_run": True}), 5)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert "has not answered within 0.05 s" in answer.json()["error"]["message"]
+
+
 async def test_operators_hear_from_a_supervisor_that_takes_over_to_ask_again() -> None:
     async def refuse() -> None:
         told = NotRunning("the cluster is recovering: config.json is missing")
         raise RayTaskError("scale", "a traceback", told).as_instanceof_cause()
 
     with pytest.raises(APIError) as raised:
-        await _answer(refuse())
+        await answer_of(refuse())
     assert raised.value.status == 503
     assert raised.value.message == "the cluster is recovering: config.json is missing: ask again"

@@ -59,6 +59,31 @@ async def test_what_goes_wrong_beside_it_does_not_stop_healing(
         assert {a.id: a.detail for a in supervisor.state().actors}["expert-g0-r0"] == "no report: that is all"
 
 
+async def test_who_asks_at_the_same_time_waits_for_the_same_reports(cluster: Cluster) -> None:
+    """Pages and Prometheus ask as often as they like; who leaves takes nobody's answer along."""
+    cluster.left(*FOUR)
+    async with taking_over(cluster) as supervisor:
+        await until(lambda: supervisor.state().state == "ready")
+        front, asked, answering = cluster.actors["front-1"], list[str](), asyncio.Event()
+        answer = front._answer
+
+        async def answer_late(method: str, *given: Any) -> Any:
+            asked.append(method)
+            await answering.wait()
+            return await answer(method, *given)
+
+        front._answer = answer_late  # type: ignore[method-assign]
+        asking = [asyncio.create_task(supervisor.experts()) for _ in range(9)]
+        asking += [asyncio.create_task(supervisor.exposition("ingress", ())) for _ in range(9)]
+        await until(lambda: bool(asked))
+        await asyncio.sleep(0.05)
+        assert asked == ["report"]
+        asking[0].cancel()
+        answering.set()
+        await asyncio.wait(asking)
+        assert all(task.result() for task in asking[1:])
+
+
 async def test_one_that_leaves_is_not_counted_on(cluster: Cluster) -> None:
     cluster.left(*FOUR)
     async with taking_over(cluster) as supervisor:

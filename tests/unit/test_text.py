@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from cluster.model_config import ModelError
-from deploy.text import IncrementalDetokenizer, StopChecker, Tokenizer
+from deploy.stop_strings import StopChecker
+from deploy.text import IncrementalDetokenizer, Tokenizer
 from tests import tiny_tokenizers
 
 TOKENIZERS = {name: Tokenizer(build()) for name, build in tiny_tokenizers.KINDS.items()}
@@ -137,6 +139,28 @@ class TestIncrementalDetokenizer:
         assert stream(BYTE_LEVEL, rest, prompt_ids=[*BYTE_LEVEL.encode("a"), first]) == ["", "€", ""]
 
 
+class SlowStopChecker(StopChecker):
+    """Tries every length of every stop string."""
+
+    def __init__(self, stop: list[str], include_stop: bool = False) -> None:
+        super().__init__(stop, include_stop)
+        self.stop = stop
+
+    def feed(self, delta: str) -> str:
+        if self.matched is not None:
+            return ""
+        text = self._held + delta
+        found = [(at + len(stop), at, stop) for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            end, start, self.matched = min(found)
+            self._held = ""
+            return text[: end if self._include_stop else start]
+        ends = (n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n]))
+        shown = len(text) - max(ends, default=0)
+        self._held = text[shown:]
+        return text[:shown]
+
+
 class TestStopChecker:
     def cut(self, deltas: list[str], stop: list[str], include: bool = False) -> tuple[str, str | None]:
         checker = StopChecker(stop, include)
@@ -165,6 +189,39 @@ class TestStopChecker:
         else:
             longest = max((s for s in stop if text[: ends[0]].endswith(s)), key=len)
             assert (shown, matched) == (text[: ends[0] - len(longest)], longest)
+
+    @given(
+        deltas=st.lists(st.text("ab", max_size=6), max_size=12),
+        stop=st.lists(st.text("ab", min_size=1, max_size=8), max_size=4, unique=True),
+        include=st.booleans(),
+    )
+    @example(deltas=["a" * 30, "b"], stop=["a" * 8 + "b", "ab" * 4, "aab"], include=False)
+    def test_each_delta_is_as_from_a_slow_search(self, deltas: list[str], stop: list[str], include: bool) -> None:
+        fast, slow = StopChecker(stop, include), SlowStopChecker(stop, include)
+        for delta in deltas:
+            assert (fast.feed(delta), fast.matched) == (slow.feed(delta), slow.matched)
+        assert fast.flush() == slow.flush()
+
+    def test_long_stop_strings_take_no_longer(self) -> None:
+        """Counts looks into them, for a text that is held as long as possible and might end with any of them."""
+        looks = 0
+
+        class Word(str):
+            def __getitem__(self, at: Any) -> str:
+                nonlocal looks
+                looks += 1
+                return str.__getitem__(self, at)
+
+        words = [
+            "a" * 1000,
+            *(f"{letter}c{'a' * 998}" for letter in "bdefghij"),
+            *("a" * 500 + n + "a" * 99 for n in "xyz"),
+        ]
+        checker = StopChecker([Word(word) for word in words])
+        for character in "a" * 900:
+            checker.feed(character)
+        assert checker.flush() == "a" * 900
+        assert looks < 900 * len(words) * 10
 
     @given(text=st.text("ab", max_size=16), stop=st.text("ab", min_size=1, max_size=4))
     def test_text_that_can_not_become_a_stop_string_is_not_held(self, text: str, stop: str) -> None:
