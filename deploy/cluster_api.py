@@ -144,9 +144,8 @@ def _check_scale(body: ScaleRequest, config: ClusterConfig) -> None:
 
 def _check_limits(name: str, number: int | None, least: int, most: int) -> None:
     if number is not None and not least <= number <= most:
-        raise errors.invalid_request(
-            f"{name}={number} is outside {least} to {most}: see the settings min_{name} and max_{name}", name
-        )
+        setting = f"{'min' if number < least else 'max'}_{name}"
+        raise errors.invalid_request(f"{name}={number} is outside {least} to {most}: see the setting {setting}", name)
 
 
 def _check_running(service: Service) -> None:

@@ -192,12 +192,13 @@ def test_pods_outlast_a_head_that_is_told_to_stop(head: tuple[subprocess.Popen[b
             return probe.connect_ex((host, int(port))) == 0
 
     eventually(answers, "the head answers", 60)
-    settings = os.environ | {"RAY_ADDRESS": address, "ANSWERS": "5"}
-    staying = subprocess.Popen([BIN / "outcrop-linger", "12"], env=settings)
-    time.sleep(2.5)
+    settings = os.environ | {"RAY_ADDRESS": address, "ANSWERS": "12"}
+    staying = subprocess.Popen([BIN / "outcrop-linger", "20"], env=settings)
+    started = time.monotonic()
+    time.sleep(1.5)
     ray.terminate()  # the pod hears of the end first
-    eventually(lambda: not answers(), "the head has closed", 2)
-    time.sleep(6)
+    eventually(lambda: not answers(), "the head has closed", 9)
+    time.sleep(started + 15 - time.monotonic())
     assert staying.poll() is None
     assert staying.wait(60) == 0
 
