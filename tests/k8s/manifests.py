@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +23,7 @@ CHARTS = (
 )
 
 Object = dict[str, Any]
+needs_helm = pytest.mark.skipif(not find_spec("helm_python"), reason="helm-python-sdk has no wheel for this machine")
 
 
 def kustomizations() -> list[Path]:

@@ -8,21 +8,23 @@ import pytest
 import yaml
 
 from tests.k8s import rules, schema, serve_config
-from tests.k8s.manifests import CHARTS, K8S, OVERLAYS, Object, chart, kustomizations, one, overlay, title
+from tests.k8s.manifests import CHARTS, K8S, OVERLAYS, Object, chart, kustomizations, needs_helm, one, overlay, title
 
 needs_crds = pytest.mark.skipif(not schema.CRDS.is_dir(), reason=schema.MISSING_CRDS)
 MONITORING = {"PodMonitor/outcrop", "PodMonitor/outcrop-ray", "PrometheusRule/outcrop", "ConfigMap/outcrop-dashboards"}
 ALL = [pytest.param(overlay, (name,), id=name) for name in OVERLAYS]
-ALL += [pytest.param(chart, names, id="+".join(names)) for names in CHARTS]
+ALL += [pytest.param(chart, names, id="+".join(names), marks=needs_helm) for names in CHARTS]
 every = pytest.mark.parametrize(("render", "names"), ALL)
 
 
+@needs_helm
 def test_the_overlays_are_what_the_chart_renders() -> None:
     assert set(kustomizations()) == {K8S / "overlays" / name for name in OVERLAYS}
     done = subprocess.run([sys.executable, K8S / "render.py", "--check"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "up to date\n"), done.stderr
 
 
+@needs_helm
 def test_helm_has_nothing_to_say_of_the_chart() -> None:
     """But that it has no icon."""
     ask = "import sys; from helm_python.chart import lint; print(lint(sys.argv[1], strict=True)['messages'])"
@@ -53,6 +55,7 @@ def test_without_a_key_none_is_read() -> None:
     assert "OUTCROP_API_KEY" not in str(overlay("cpu-demo-open"))
 
 
+@needs_helm
 def test_what_a_route_leads_to() -> None:
     """Gateway API has no schema here: the fields have the names of its reference (gateway.networking.k8s.io/v1)."""
     spec = one(chart("gpu-multi-node", "production", "gke", "exposed"), "HTTPRoute")["spec"]

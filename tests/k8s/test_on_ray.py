@@ -6,9 +6,10 @@ import sys
 from collections import Counter
 from typing import Any
 
-from tests.k8s.manifests import ROOT
+from tests.k8s.manifests import ROOT, needs_helm
 
 TIMEOUT_S = 280
+pytestmark = needs_helm
 
 
 def printed_by(module: str) -> Any:

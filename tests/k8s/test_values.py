@@ -11,9 +11,10 @@ import yaml
 
 from cluster.config import ClusterConfig
 from k8s.values import NOT_IN_VALUES, Values, schema
-from tests.k8s.manifests import K8S, Object, chart, containers, one, overlay, ray_groups, title
+from tests.k8s.manifests import K8S, Object, chart, containers, needs_helm, one, overlay, ray_groups, title
 
 VALUES = yaml.safe_load((K8S / "chart/values.yaml").read_text())
+pytestmark = needs_helm
 Render = Callable[[dict[str, Any]], list[Object]]
 
 
