@@ -1,6 +1,7 @@
 """A real head node of Ray, started as KubeRay starts it, and ended with all that it has started."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,3 +36,11 @@ def ray_head(*flags: str, port: int = 0, env: Mapping[str, str]) -> Iterator[tup
             for each in session(process.pid):
                 each.kill()
             process.wait(10)
+
+
+def answers(address: str) -> bool:
+    """Whether something listens at HOST:PORT."""
+    host, _, port = address.partition(":")
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, int(port))) == 0

@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 
 from deploy.demo import MODEL_DIR
 from tests.e2e.servers import eventually
-from tests.k8s.heads import ray_head
+from tests.k8s.heads import answers, ray_head
 from tests.k8s.manifests import K8S, ROOT, containers, one, overlay, pod_templates, ray_groups
 
 BIN = K8S / "bin"
@@ -185,19 +185,13 @@ def head() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
 def test_pods_outlast_a_head_that_is_told_to_stop(head: tuple[subprocess.Popen[bytes], str]) -> None:
     """It closes before a pod takes it for one that stays."""
     ray, address = head
-    host, _, port = address.partition(":")
-
-    def answers() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex((host, int(port))) == 0
-
-    eventually(answers, "the head answers", 60)
+    eventually(lambda: answers(address), "the head answers", 60)
     settings = os.environ | {"RAY_ADDRESS": address, "ANSWERS": "12"}
     staying = subprocess.Popen([BIN / "outcrop-linger", "20"], env=settings)
     started = time.monotonic()
     time.sleep(1.5)
     ray.terminate()  # the pod hears of the end first
-    eventually(lambda: not answers(), "the head has closed", 9)
+    eventually(lambda: not answers(address), "the head has closed", 9)
     time.sleep(started + 15 - time.monotonic())
     assert staying.poll() is None
     assert staying.wait(60) == 0

@@ -1,7 +1,6 @@
 """What a head is without its Redis, and what it is again with it: the claims of docs/kubernetes.md."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.e2e.servers import eventually, free_port
-from tests.k8s.heads import ray_head
+from tests.k8s.heads import answers, ray_head
 
 pytestmark = [pytest.mark.long, pytest.mark.needs("redis-server")]
 # In a process of its own: one process has one Ray.
@@ -31,13 +30,6 @@ def redis(port: int, directory: Path) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
-
-
-def answers(address: str) -> bool:
-    host, _, port = address.partition(":")
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex((host, int(port))) == 0
 
 
 def run(code: str, address: str) -> str:
