@@ -22,7 +22,7 @@ from actors.model.batch import Span, StepBatch
 from actors.model.paged_kv import PagedKV
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.report import table
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 
 CONFIG = GraniteMoeConfig.model_validate(SHAPES["1b-a400m"] | {"num_hidden_layers": 1})
 BLOCK_SIZE = 16

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.lanes import INT8
 from benchmarks.limits import Cost, step_cost
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 
 # Tokens of a step at most: longer prompts take several.
 BUDGET = 512
@@ -25,7 +25,7 @@ class Case:
 
 def decode(engine: Any, batch: int, steps: int, context: int) -> float:
     """Seconds per step of `batch` sequences, after their prompts of `context` tokens are in the cache."""
-    from cluster.messages import GenerationRequest, SamplingParams
+    from cluster.messages.requests import GenerationRequest, SamplingParams
 
     params = SamplingParams(max_tokens=steps + 8, temperature=0.0)
     for i in range(batch):
@@ -47,7 +47,7 @@ def _timed_steps(engine: Any, steps: int) -> float:
 
 def prefill(engine: Any, length: int) -> float:
     """Seconds to compute a prompt of `length` tokens and its first new token."""
-    from cluster.messages import GenerationRequest, SamplingParams
+    from cluster.messages.requests import GenerationRequest, SamplingParams
 
     prompt = tuple(j % 4000 + 300 for j in range(length))
     engine.add(GenerationRequest("p", "", prompt, SamplingParams(max_tokens=1, temperature=0.0)))

@@ -24,7 +24,7 @@ from benchmarks.floor import BareSockets, bare_sockets
 from benchmarks.lanes import NAMESPACE, Cluster
 from benchmarks.report import environment, table
 from cluster.expert_map import ExpertMap, ReplicaAddress
-from cluster.messages import LaneKeys
+from cluster.messages.actors import LaneKeys
 
 TOKENS = 16
 TOP_K = 8
@@ -96,7 +96,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure the round trip of dispatch and combine."""
-    from deploy.local_ray import own_ray
+    from deploy.cli.local_ray import own_ray
 
     keys = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
     names = lanes.split(",")
@@ -107,7 +107,7 @@ def main(
             if lane in FLOORS
         }
         stack.enter_context(own_ray())
-        from actors.process import limit_threads
+        from actors.process.limits import limit_threads
 
         limit_threads(1)
         from cluster.metrics import Metrics

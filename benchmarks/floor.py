@@ -12,7 +12,7 @@ from typing import Any
 
 import zmq
 
-from cluster.messages import LaneKeys
+from cluster.messages.actors import LaneKeys
 
 
 class BareSockets:

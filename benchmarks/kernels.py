@@ -19,12 +19,12 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import torch
 import typer
 
+from actors.experts.store import ACTIVATIONS, ExpertStore, LayerExperts
 from actors.kernels import native, packed
-from actors.model.expert_half import ACTIVATIONS, ExpertStore, LayerExperts
 from benchmarks.limits import Gauge, experts_cost
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.report import environment, table
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 
 CONFIG = GraniteMoeConfig.model_validate(SHAPES["1b-a400m"])
 EXPERTS, HIDDEN, WIDTH, TOP_K = (

@@ -13,8 +13,8 @@ from typing import Any
 import zmq
 
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
-from cluster.messages import ExpertDtype, LaneKeys, ReadyReport, ReplicaSpec
-from cluster.model_config import GraniteMoeConfig, read_model_config
+from cluster.messages.actors import ExpertDtype, LaneKeys, ReadyReport, ReplicaSpec
+from cluster.models.granite_moe import GraniteMoeConfig, read_model_config
 
 NAMESPACE = "bench"
 # Two micro-batches in flight, on a lane.
@@ -37,8 +37,8 @@ class Cluster:
         expert_map = self.int8_map if lane.endswith(INT8) else self.expert_map
         assert expert_map is not None
         lane = lane.removesuffix(OVERLAP).removesuffix(INT8)
+        from actors.dispatch.remote import RemoteDispatcher
         from actors.lanes.object_ref import ObjectRefLane
-        from actors.lanes.remote import RemoteDispatcher
         from actors.lanes.zmq_client import ZmqLane
 
         remote = RemoteDispatcher(ObjectRefLane(NAMESPACE) if lane == "object_ref" else ZmqLane(self.keys), metrics)
@@ -59,7 +59,7 @@ def expert_cluster(
     model_dir: Path, groups: int, replicas: int = 1, dtype: str = "bfloat16", *, with_int8: bool = False
 ) -> Iterator[Cluster]:
     """Start Ray and the replicas; all are gone afterwards."""
-    from deploy.local_ray import own_ray
+    from deploy.cli.local_ray import own_ray
 
     if with_int8 and dtype != "bfloat16":
         raise SystemExit(f"int8 experts want the rest in bfloat16, not {dtype}: leave out lanes with {INT8}")
@@ -79,7 +79,7 @@ def _start(
 ) -> tuple[ReplicaAddress, ...]:
     import ray
 
-    from actors.expert import ExpertActor
+    from actors.replica.actor import ExpertActor
 
     threads = max(1, (os.cpu_count() or 1) // (expert_map.num_groups * replicas))
     actor = ray.remote(num_cpus=0, concurrency_groups={"control": 2})(ExpertActor)
@@ -103,7 +103,7 @@ def local_dispatcher(model_dir: Path, config: GraniteMoeConfig, dtype: Any) -> A
     """All experts in this process, with all its threads."""
     import torch
 
-    from actors.lanes.local import LocalDispatcher
+    from actors.dispatch.local import LocalDispatcher
     from actors.model.loader import load_experts
 
     everything = [tuple(range(config.num_local_experts))] * config.num_hidden_layers

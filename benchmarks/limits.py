@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 
 READ_BYTES = 32 * 3 * 1024 * 512 * 2  # the experts of a layer of 1b-a400m: more than caches hold
 MATMUL = 2048

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import torch
 
 from benchmarks.byte_tokenizer import END_ID, write_tokenizer
-from cluster.checkpoint import needed_tensors
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.checkpoint import needed_tensors
+from cluster.models.granite_moe import GraniteMoeConfig
 
 COMMON: dict[str, Any] = {
     "architectures": ["GraniteMoeForCausalLM"],

@@ -22,7 +22,7 @@ from benchmarks.cases import BUDGET, Case, make_cases
 from benchmarks.lanes import INT8, LANES, OVERLAP, expert_cluster, local_dispatcher, make_engine
 from benchmarks.limits import Gauge, Limits
 from benchmarks.report import environment, table
-from cluster.model_config import read_model_config
+from cluster.models.granite_moe import read_model_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def main(
 ) -> None:
     """Measure CHECKPOINT offline."""
     with expert_cluster(checkpoint, groups, replicas, dtype, with_int8=INT8 in lanes) as cluster:
-        from actors.process import limit_threads
+        from actors.process.limits import limit_threads
 
         limit_threads(threads)
         import torch

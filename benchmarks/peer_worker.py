@@ -24,12 +24,12 @@ def outcrop(checkpoint: str, dtype: str, stack: ExitStack) -> Generate:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from benchmarks.lanes import expert_cluster, make_engine
-    from cluster.messages import GenerationRequest, SamplingParams
-    from cluster.model_config import read_model_config
+    from cluster.messages.requests import GenerationRequest, SamplingParams
+    from cluster.models.granite_moe import read_model_config
 
     path = Path(checkpoint)
     cluster = stack.enter_context(expert_cluster(path, 2, 1, dtype))
-    from actors.process import limit_threads
+    from actors.process.limits import limit_threads
 
     limit_threads(os.cpu_count() or 1)
     import torch

@@ -19,11 +19,12 @@ import typer
 from actors.kernels.packed import Kernels, describe, describe_int8
 from benchmarks.lanes import local_dispatcher, make_engine
 from benchmarks.report import environment, table
-from cluster.messages import ExpertDtype, GenerationRequest, RequestOutput, SamplingParams
-from cluster.model_config import read_model_config
+from cluster.messages.actors import ExpertDtype
+from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
+from cluster.models.granite_moe import read_model_config
 from deploy.demo import MODEL_DIR
-from deploy.demo.faq import load_faq
-from deploy.text import Tokenizer
+from deploy.demo.training.faq import load_faq
+from deploy.ingress.text.tokens import Tokenizer
 
 WAYS: tuple[tuple[str, torch.dtype, ExpertDtype], ...] = (
     ("bfloat16", torch.bfloat16, "auto"),

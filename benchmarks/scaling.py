@@ -20,7 +20,7 @@ import typer
 from benchmarks.cases import BUDGET, decode
 from benchmarks.lanes import expert_cluster, make_engine
 from benchmarks.report import environment, table
-from cluster.model_config import read_model_config
+from cluster.models.granite_moe import read_model_config
 
 VALUES = {
     "batch": (1, 2, 4, 8, 16, 32, 64),
@@ -75,7 +75,7 @@ def main(
     figures = []
     for (groups, replicas), members in by_cluster.items():
         with expert_cluster(checkpoint, groups, replicas, dtype) as cluster:
-            from actors.process import limit_threads
+            from actors.process.limits import limit_threads
 
             limit_threads(os.cpu_count() or 1)
             import torch

@@ -28,8 +28,8 @@ import typer
 
 from benchmarks.lanes import expert_cluster, make_engine
 from benchmarks.report import environment, table
-from cluster.model_config import read_model_config
-from deploy.load_test import Results, percentile, stream_all
+from cluster.models.granite_moe import read_model_config
+from deploy.cli.load_test import Results, percentile, stream_all
 
 START_S = 180
 
@@ -51,7 +51,7 @@ def serving(checkpoint: Path, groups: int, dtype: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deploy.cli", "serve", str(checkpoint), "--port", str(port), "--dtype", dtype]
+    command = [sys.executable, "-m", "deploy.cli.main", "serve", str(checkpoint), "--port", str(port), "--dtype", dtype]
     command += ["--groups", str(groups), "--lane", "zmq", "--served-model-name", "bench", "--no-enable-prefix-caching"]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OUTCROP_"))} | {"RAY_ADDRESS": "local"}
     server = subprocess.Popen(command, env=environ)
@@ -79,7 +79,7 @@ def prompt_of(number: int, length: int) -> list[int]:
 
 def offline_all(engine: Any, streams: int, prompt: int, tokens: int) -> float:
     """Seconds for the same requests in an engine in this process."""
-    from cluster.messages import GenerationRequest, SamplingParams
+    from cluster.messages.requests import GenerationRequest, SamplingParams
 
     params = SamplingParams(max_tokens=tokens, temperature=0.0)
     started = time.perf_counter()
@@ -126,7 +126,7 @@ def main(
 ) -> None:
     """Measure CHECKPOINT over HTTP."""
     with serving(checkpoint, groups, dtype) as url, expert_cluster(checkpoint, groups, 1, dtype) as cluster:
-        from actors.process import limit_threads
+        from actors.process.limits import limit_threads
 
         limit_threads(os.cpu_count() or 1)
         import torch

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from cluster.errors import ConfigError
 from cluster.logs import Format, Level
-from cluster.messages import ExpertDtype, KernelChoice, OverlapMode
-from cluster.model_config import describe
+from cluster.messages.actors import ExpertDtype, KernelChoice, OverlapMode
+from cluster.validation import describe
 
 ENV_PREFIX = "OUTCROP_"
 Lane = Literal["auto", "object_ref", "zmq", "local"]
@@ -36,10 +37,6 @@ OWN_SETTING = {
 }
 
 logger = logging.getLogger(__name__)
-
-
-class ConfigError(ValueError):
-    """The configuration can't be used; the message names the field, the value and the way out."""
 
 
 class ClusterConfig(BaseModel):

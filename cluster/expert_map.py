@@ -6,8 +6,7 @@ any time: load first, publish second, retire third.
 
 from dataclasses import dataclass, replace
 
-from cluster.config import ConfigError
-from cluster.messages import FrontSpec, Legacy, ReadyReport, ReplicaSpec
+from cluster.errors import ConfigError
 
 # homes[layer][expert] = groups that hold the expert, the preferred one first.
 Homes = tuple[tuple[tuple[int, ...], ...], ...]
@@ -70,14 +69,3 @@ def contiguous_homes(num_layers: int, num_experts: int, num_groups: int) -> Home
     size = num_experts // num_groups
     layer = tuple((expert // size,) for expert in range(num_experts))
     return (layer,) * num_layers
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a live actor tells a new supervisor; `spec.experts` is what a replica holds. The rest is a front's."""
-
-    spec: FrontSpec | ReplicaSpec
-    ready: ReadyReport
-    expert_map: ExpertMap | None = None
-    legacy: Legacy | None = None
-    is_draining: bool = False

@@ -11,7 +11,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from cluster.messages import Sample
+from cluster.messages.actors import Sample
 
 PREFIX = "outcrop_"
 Kind = Literal["counter", "gauge", "histogram"]

@@ -15,15 +15,16 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.util import list_named_actors
 
-from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig, load_config
+from cluster.control.supervisor import Supervisor
 from cluster.logs import set_up_logs
-from cluster.messages import NAMESPACE_PREFIX, ClusterState, RebalanceReport, Sample, Wanted
-from cluster.supervisor import Supervisor
-from deploy.api import create_api
+from cluster.messages.actors import NAMESPACE_PREFIX, Sample, Wanted
+from cluster.messages.state import ClusterState, RebalanceReport
+from cluster.models.hub import resolve_model
 from deploy.demo import expand_demo
-from deploy.open_tracing import check_tracing, open_tracing
-from deploy.service import Service
+from deploy.ingress.api import create_api
+from deploy.ingress.service import Service
+from deploy.ingress.tracing.exporter import check_tracing, open_tracing
 
 Handle = DeploymentHandle[Any]
 

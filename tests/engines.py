@@ -4,17 +4,18 @@ from pathlib import Path
 
 import torch
 
+from actors.dispatch.dispatcher import Dispatcher
+from actors.dispatch.local import LocalDispatcher
 from actors.engine.engine import Engine
 from actors.engine.kv_cache import BlockAllocator
 from actors.engine.overlap import Overlap
 from actors.engine.scheduler import Scheduler
-from actors.lanes.dispatcher import Dispatcher
-from actors.lanes.local import LocalDispatcher
 from actors.model.loader import load_experts, load_front
 from actors.model.paged_kv import PagedKV
-from cluster.messages import GenerationRequest, OverlapMode, RequestOutput, SamplingParams
+from cluster.messages.actors import OverlapMode
+from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
 from cluster.metrics import Metrics
-from cluster.model_config import read_model_config
+from cluster.models.granite_moe import read_model_config
 
 CPU = torch.device("cpu")
 

@@ -1,5 +1,5 @@
 """Balanced packing and replication as EPLB publishes them (https://github.com/deepseek-ai/EPLB), written from their
-description: the oracle for cluster.placement where the rules are the same.
+description: the oracle for cluster.policy.placement where the rules are the same.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cluster.messages import SamplingParams
+from cluster.messages.requests import SamplingParams
 
 
 class Adjustments:

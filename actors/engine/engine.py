@@ -10,17 +10,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from actors.dispatch.dispatcher import Dispatcher, DispatchError, NoExperts, Step
 from actors.engine.batch_builder import build_batch
 from actors.engine.overlap import Overlap
 from actors.engine.sampler import sample, token_logprob
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
-from actors.lanes.dispatcher import Dispatcher, DispatchError, NoExperts, Step
 from actors.lanes.wire import StepId
 from actors.model.batch import Span, StepBatch
 from actors.model.front_half import FrontHalf
 from actors.model.paged_kv import PagedKV
-from cluster.messages import FinishReason, GenerationRequest, RequestOutput, RoutedExperts, TokenLogprob
+from cluster.messages.requests import FinishReason, GenerationRequest, RequestOutput, RoutedExperts, TokenLogprob
 from cluster.metrics import Metrics
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ import torch
 
 from actors.engine.host_memory import available_memory
 from actors.model.paged_kv import PagedKV
-from cluster.messages import EngineOptions
-from cluster.model_config import GraniteMoeConfig, ModelError
+from cluster.errors import ModelError
+from cluster.messages.actors import EngineOptions
+from cluster.models.granite_moe import GraniteMoeConfig
 
 logger = logging.getLogger(__name__)
 

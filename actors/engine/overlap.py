@@ -8,7 +8,7 @@ one is used.
 import statistics
 from collections import defaultdict, deque
 
-from cluster.messages import OverlapMode
+from cluster.messages.actors import OverlapMode
 
 # Smaller steps are not worth a trial: even on GPUs two micro-batches cost more there. And in bfloat16 the halves of a
 # prompt round differently than the whole: the fewer steps are cut on trial, the better equal requests agree.

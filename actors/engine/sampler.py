@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actors.engine.adjustments import Adjustments
 from actors.engine.sequence import Sequence
-from cluster.messages import SamplingParams, TokenLogprob
+from cluster.messages.requests import SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
 # Most nuclei fit into this many tokens; a whole-vocabulary sort is ten times slower.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from actors.engine.kv_cache import BlockAllocator
 from actors.engine.sequence import Sequence
 from actors.engine.step_budget import StepBudget
-from cluster.messages import FinishReason
+from cluster.messages.requests import FinishReason
 
 # So many blocks of waiting sequences are looked up in the prefix cache in one step. The next step looks further.
 MAX_LOOKUPS = 512

@@ -4,9 +4,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from actors.dispatch.dispatcher import Step
 from actors.engine.kv_cache import block_hash
-from actors.lanes.dispatcher import Step
-from cluster.messages import FinishReason, GenerationRequest, Timing, TokenLogprob
+from cluster.messages.requests import FinishReason, GenerationRequest, Timing, TokenLogprob
 
 if TYPE_CHECKING:
     from actors.engine.adjustments import Adjustments

@@ -4,7 +4,7 @@ import sys
 from typing import cast
 
 from actors.kernels.packed import Kernels, are_experts_int8, describe, describe_int8
-from cluster.messages import ExpertDtype, KernelChoice
+from cluster.messages.actors import ExpertDtype, KernelChoice
 
 choice, experts = [*sys.argv[1:], "auto", "auto"][:2]
 try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from actors.kernels import native
 from actors.kernels.native import NativeLinear
-from cluster.messages import ExpertDtype, KernelChoice
+from cluster.messages.actors import ExpertDtype, KernelChoice
 
 # With fewer rows than this, widening costs more than it saves, the more so with several threads that must be woken.
 WIDEN_ROWS = 8

@@ -12,9 +12,9 @@ import zmq
 
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.lanes.zmq_link import HELLO, SLICE_MS, Link, Ticket, new_socket
-from actors.process import raise_file_limit
+from actors.process.limits import raise_file_limit
 from cluster.expert_map import ReplicaAddress
-from cluster.messages import LaneKeys
+from cluster.messages.actors import LaneKeys
 
 logger = logging.getLogger(__name__)
 

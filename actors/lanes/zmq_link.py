@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from actors.lanes.lane import LaneError
-from cluster.messages import LaneKeys
+from cluster.messages.actors import LaneKeys
 
 NUMBER = struct.Struct("<Q")
 HELLO = b"hello"  # a body that asks the server for its name

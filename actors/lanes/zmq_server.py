@@ -18,7 +18,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from actors.lanes import wire
 from actors.lanes.zmq_link import HELLO, MAX_MESSAGE, NUMBER
 from cluster.leftovers import OwnedDirectory, sweep
-from cluster.messages import LaneKeys
+from cluster.messages.actors import LaneKeys
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from cluster.model_config import ModelError
+from cluster.errors import ModelError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.lanes.dispatcher import Dispatcher
+from actors.dispatch.dispatcher import Dispatcher
 from actors.model.batch import StepBatch
 from actors.model.front_layers import LayerSteps, LayerWeights, NativeLayers, TorchLayers, native_layers
 from actors.model.layers import AnyLinear, rms_norm
-from actors.model.moe import interleave
 from actors.model.paged_kv import PagedKV, routed_dtype
 from actors.model.rope import Rotary
-from cluster.model_config import GraniteMoeConfig
+from actors.model.routing import interleave
+from cluster.models.granite_moe import GraniteMoeConfig
 
 # Final hidden states of the rows that need logits [R, D], every token's experts [T, L, K].
 Way = tuple[Tensor, Tensor]

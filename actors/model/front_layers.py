@@ -16,10 +16,10 @@ from actors.kernels.native import NativeLinear
 from actors.model.attention import plan_attention
 from actors.model.batch import StepBatch
 from actors.model.layers import AnyLinear, rms_norm
-from actors.model.moe import route
 from actors.model.paged_kv import PagedKV
 from actors.model.rope import apply_rotary
-from cluster.model_config import GraniteMoeConfig
+from actors.model.routing import route
+from cluster.models.granite_moe import GraniteMoeConfig
 
 
 @dataclass(frozen=True, slots=True)

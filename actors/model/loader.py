@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from actors.model.expert_half import ACTIVATIONS, ExpertStore, LayerExperts
+from actors.experts.store import ACTIVATIONS, ExpertStore, LayerExperts
 from actors.model.front_half import FrontHalf, FrontWeights
 from actors.model.front_layers import LayerWeights
 from actors.model.layers import AnyLinear, Linear, in_place, packed_if_possible
-from cluster.checkpoint import CheckpointInfo, check_checkpoint, layer_shapes
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.checkpoint import CheckpointInfo, check_checkpoint, layer_shapes
+from cluster.models.granite_moe import GraniteMoeConfig
 
 Progress = Callable[[int], None]
 # Rows copied at a time, in bytes: progress moves, and mapped pages stay few even in a large embedding.

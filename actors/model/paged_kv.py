@@ -9,7 +9,7 @@ Shapes: L layers, B blocks, S slots in a block, G key/value heads, C head dimens
 import torch
 from torch import Tensor
 
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 
 
 def routed_dtype(num_experts: int) -> torch.dtype:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 
 # Inverse frequencies [C/2] and the factor that multiplies cos and sin.
 Frequencies = tuple[Tensor, float]

@@ -6,9 +6,9 @@ from cluster.config import ClusterConfig
 
 DEMO_DIR: Path = Path(__file__).resolve().parent
 MODEL_DIR: Path = DEMO_DIR / "model"
-FAQ_FILE: Path = DEMO_DIR / "faq.yaml"
 
-__all__ = ["DEMO_DIR", "FAQ_FILE", "MODEL_DIR", "expand_demo"]
+
+__all__ = ["DEMO_DIR", "MODEL_DIR", "expand_demo"]
 
 
 def expand_demo(config: ClusterConfig) -> ClusterConfig:

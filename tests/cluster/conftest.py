@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local_ray import own_ray
+from deploy.cli.local_ray import own_ray
 from tests.checkpoints import MODELS, write_checkpoint
 from tests.cluster.hosts import ExpertHost
 

@@ -7,15 +7,15 @@ from typing import Any
 import ray
 import zmq
 
-from actors.expert import ExpertActor
+from actors.dispatch.remote import RemoteDispatcher
 from actors.lanes.lane import Lane
 from actors.lanes.object_ref import ObjectRefLane
-from actors.lanes.remote import RemoteDispatcher
 from actors.lanes.zmq_client import ZmqLane
+from actors.replica.actor import ExpertActor
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
-from cluster.messages import ActorReport, ExpertDtype, LaneKeys, LoadProgress, ReadyReport, ReplicaSpec
+from cluster.messages.actors import ActorReport, ExpertDtype, LaneKeys, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
-from cluster.model_config import read_model_config
+from cluster.models.granite_moe import read_model_config
 
 NAMESPACE = "hosts"
 KEYS = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())

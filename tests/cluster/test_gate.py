@@ -11,8 +11,8 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
 
-from actors.orphan import is_deployed
-from cluster.messages import ClusterState
+from actors.process.orphan import is_deployed
+from cluster.messages.state import ClusterState
 from deploy.demo import MODEL_DIR
 
 APP = "gated"

@@ -7,12 +7,13 @@ import pytest
 import ray
 import torch
 
+from actors.dispatch.remote import RemoteDispatcher
+from actors.experts.fallback import CheckpointExperts
 from actors.kernels.packed import Kernels
-from actors.lanes.remote import RemoteDispatcher
-from actors.model.fallback import CheckpointExperts
 from cluster.expert_map import ExpertMap
-from cluster.messages import OverlapMode, SamplingParams
-from cluster.model_config import read_model_config
+from cluster.messages.actors import OverlapMode
+from cluster.messages.requests import SamplingParams
+from cluster.models.granite_moe import read_model_config
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.cluster.hosts import ExpertHost, connect, place
 from tests.engines import make_engine, run

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.messages import Wanted
-from cluster.supervisor import Supervisor
+from cluster.control.supervisor import Supervisor
+from cluster.messages.actors import Wanted
 from tests.checkpoints import generate, load_reference
 from tests.cluster.test_supervisor import PROMPT, collect, front, is_alive, running, submit, tokens, until
 

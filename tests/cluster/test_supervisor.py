@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import ray
 
-from cluster import ray_actors
 from cluster.config import ClusterConfig
-from cluster.messages import GenerationRequest, Machine, RequestOutput, SamplingParams
-from cluster.supervisor import Supervisor
+from cluster.control import ray_actors
+from cluster.control.supervisor import Supervisor
+from cluster.messages.actors import Machine
+from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
 from tests.checkpoints import generate, load_reference
 
 PROMPT = [(11 * i) % 250 for i in range(19)]

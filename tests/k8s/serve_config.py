@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import ClusterConfig, ConfigError, load_config
+from cluster.config import ClusterConfig, load_config
+from cluster.errors import ConfigError
 from deploy.app import build
 from tests.k8s.manifests import Object
 

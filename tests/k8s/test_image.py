@@ -134,7 +134,9 @@ def test_drain_waits_for_connections_but_not_for_ever(client_stays: bool) -> Non
     assert time.monotonic() - started >= (3 if client_stays else 1.5)
 
 
-HOLD = "import sys, time; from actors.readiness import show_in; show_in(*sys.argv[1:]); print(); time.sleep(600)"
+HOLD = (
+    "import sys, time; from actors.process.readiness import show_in; show_in(*sys.argv[1:]); print(); time.sleep(600)"
+)
 
 
 @pytest.mark.needs("wget")

@@ -134,7 +134,7 @@ SERVE_TYPOS = [
     ("http_options:", "http_option:", "serveConfigV2.http_option is no key"),
     ("host: 0.0.0.0", "host: 127.0.0.1", "host is not 0.0.0.0"),
     ("route_prefix:", "route_prefixes:", "serveConfigV2.applications[0].route_prefixes is no key"),
-    ("deploy.app:build", "deploy.api:build", "import_path"),
+    ("deploy.app:build", "deploy.ingress.api:build", "import_path"),
     ("max_replicas_per_node:", "max_replicas_a_node:", "max_replicas_a_node is no key"),
     ("num_cpus: 0.5", "num_cpu: 0.5", "num_cpu"),
     ("num_cpus: 0.5", "num_cpus: 0", "may land on the head"),

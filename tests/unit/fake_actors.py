@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 
-from cluster import fleet as fleet_module
-from cluster import ray_actors, takeover
-from cluster import supervisor as supervisor_module
-from cluster.blueprint import Blueprint, draw_blueprint
-from cluster.checkpoint import check_checkpoint
 from cluster.config import ClusterConfig
-from cluster.expert_map import Identity
-from cluster.fleet import Fleet
-from cluster.members import Member
-from cluster.messages import ActorReport, LaneKeys, Legacy, Machine, ReadyReport, Wanted
-from cluster.model_config import read_model_config
-from cluster.supervisor import Supervisor
+from cluster.control import fleet as fleet_module
+from cluster.control import ray_actors, takeover
+from cluster.control import supervisor as supervisor_module
+from cluster.control.fleet import Fleet
+from cluster.control.members import Member
+from cluster.control.supervisor import Supervisor
+from cluster.messages.actors import ActorReport, Identity, LaneKeys, Legacy, Machine, ReadyReport, Wanted
+from cluster.models.checkpoint import check_checkpoint
+from cluster.models.granite_moe import read_model_config
+from cluster.policy.blueprint import Blueprint, draw_blueprint
 from tests.checkpoints import MODELS, write_checkpoint
 
 KEYS = LaneKeys(b"a", b"b", b"c", b"d")

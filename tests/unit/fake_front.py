@@ -8,8 +8,9 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from actors.mailboxes import Mailboxes
-from cluster.messages import ClusterState, Delivery, FinishReason, GenerationRequest, RequestOutput, Submitted
+from actors.front.mailboxes import Mailboxes
+from cluster.messages.requests import Delivery, FinishReason, GenerationRequest, RequestOutput, Submitted
+from cluster.messages.state import ClusterState
 
 LOST = ActorUnavailableError("lost", None)
 ACCEPTED, FULL, DRAINING = Submitted(True), Submitted(False, "full"), Submitted(False, "draining")

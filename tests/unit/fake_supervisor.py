@@ -6,12 +6,12 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig
-from cluster.messages import ClusterState
-from deploy.api import create_api
+from cluster.messages.state import ClusterState
+from cluster.models.hub import resolve_model
 from deploy.demo import expand_demo
-from deploy.service import Service
+from deploy.ingress.api import create_api
+from deploy.ingress.service import Service
 
 COMPLETIONS = "/v1/completions"
 JSON = {"Content-Type": "application/json"}

@@ -6,11 +6,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cluster.messages import RequestOutput
+from cluster.messages.requests import RequestOutput
 from cluster.metrics import Metrics
-from deploy import front_client, front_link
-from deploy.front_client import FrontClient
-from deploy.output_stream import OutputStream
+from deploy.ingress.fronts import client as front_client
+from deploy.ingress.fronts import link as front_link
+from deploy.ingress.fronts.client import FrontClient
+from deploy.ingress.fronts.output_stream import OutputStream
 from tests.unit.fake_front import FakeFront, fronts_state
 
 

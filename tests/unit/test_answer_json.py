@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.messages import RoutedExperts, TokenLogprob
-from deploy.openai import answer_json
-from deploy.openai.answer_json import Base64, Rows, dump
-from deploy.openai.choices import ChoiceDelta, TokenRow
-from deploy.openai.parsing import parse_body
-from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
-from deploy.openai.responses import ChatResponder, CompletionResponder, Usage
-from deploy.text import Tokenizer
+from cluster.messages.requests import RoutedExperts, TokenLogprob
+from deploy.ingress.openai import answer_json
+from deploy.ingress.openai.answer_json import Base64, Rows, dump
+from deploy.ingress.openai.choices import ChoiceDelta, TokenRow
+from deploy.ingress.openai.parsing import parse_body
+from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.ingress.openai.responses import ChatResponder, CompletionResponder, Usage
+from deploy.ingress.text.tokens import Tokenizer
 from tests import tiny_tokenizers
 
 TOKENIZER = Tokenizer(tiny_tokenizers.byte_level())

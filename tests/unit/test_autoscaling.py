@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.autoscaling import (
+from cluster.policy.autoscaling import (
     Decision,
     FrontSignals,
     GroupSignals,

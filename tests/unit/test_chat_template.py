@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from cluster.model_config import ModelError
-from deploy.openai import chat_template
-from deploy.openai.chat_template import ChatTemplate, ChatTemplateError
-from deploy.text import Tokenizer
+from cluster.errors import ModelError
+from deploy.ingress.text import chat_template
+from deploy.ingress.text.chat_template import ChatTemplate, ChatTemplateError
+from deploy.ingress.text.tokens import Tokenizer
 from tests import tiny_tokenizers
 
 GRANITE = """\

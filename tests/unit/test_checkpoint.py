@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from actors.kernels.packed import use_native
 from actors.model.loader import contiguous_runs, load_experts, load_front
 from benchmarks import make_checkpoint as maker
-from cluster import checkpoint
-from cluster.checkpoint import CheckpointInfo, check_checkpoint, is_commit_of, local_copy, read_headers, resolve_model
-from cluster.model_config import ModelError, read_model_config
-from deploy.text import Tokenizer
+from cluster.errors import ModelError
+from cluster.models import checkpoint
+from cluster.models.checkpoint import CheckpointInfo, check_checkpoint
+from cluster.models.granite_moe import read_model_config
+from cluster.models.hub import is_commit_of, local_copy, resolve_model
+from cluster.models.tensor_files import read_headers
+from deploy.ingress.text.tokens import Tokenizer
 from tests.checkpoints import MODELS, load_reference, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -85,7 +88,7 @@ def test_a_tied_model_may_store_its_head_all_the_same(broken: Path):
 
 def test_headers_need_no_torch(single: Path):
     assert "torch" not in vars(checkpoint)
-    assert {"torch"}.isdisjoint(vars(sys.modules["cluster.model_config"]))
+    assert {"torch"}.isdisjoint(vars(sys.modules["cluster.models.granite_moe"]))
 
 
 def test_missing_tensor_is_named_with_both_spellings(broken: Path):

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.blueprint import check_expert_dtype, draw_blueprint
-from cluster.checkpoint import CheckpointInfo
-from cluster.config import ClusterConfig, ConfigError, load_config
+from cluster.config import ClusterConfig, load_config
+from cluster.control.exposition import INGRESS_GONE_S, Reports
+from cluster.errors import ConfigError
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
-from cluster.load import ExpertLoad
-from cluster.messages import Machine, Wanted
+from cluster.messages.actors import Machine, Wanted
 from cluster.metrics import PREFIX, TABLE, Metrics, cumulative, exposition, merge
-from cluster.model_config import GraniteMoeConfig
-from cluster.reports import INGRESS_GONE_S, Reports
-from cluster.resources import plan_resources
+from cluster.models.checkpoint import CheckpointInfo
+from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.policy.blueprint import check_expert_dtype, draw_blueprint
+from cluster.policy.expert_load import ExpertLoad
+from cluster.policy.resources import plan_resources
 
 # -- configuration ---------------------------------------------------------------------------------------------------
 

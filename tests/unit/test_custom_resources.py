@@ -6,10 +6,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cluster.config import ClusterConfig, ConfigError, load_config
-from cluster.messages import Machine
-from cluster.resources import plan_resources
-from deploy.flags import with_config_flags
+from cluster.config import ClusterConfig, load_config
+from cluster.errors import ConfigError
+from cluster.messages.actors import Machine
+from cluster.policy.resources import plan_resources
+from deploy.cli.flags import with_config_flags
 
 NOTHING_YET = Machine(cluster_cpus=4, cluster_gpus=0, largest_node_cpus=4)
 

@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeForCausalLM
 
 from deploy.demo import DEMO_DIR, MODEL_DIR
-from deploy.demo.augment import phrase
-from deploy.demo.dataset import ConversationSampler
-from deploy.demo.evaluate import answers, expert_shares
-from deploy.demo.faq import Entry, load_faq, normalise
-from deploy.demo.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
-from deploy.demo.train import (
+from deploy.demo.training.augment import phrase
+from deploy.demo.training.dataset import ConversationSampler
+from deploy.demo.training.evaluate import answers, expert_shares
+from deploy.demo.training.faq import Entry, load_faq, normalise
+from deploy.demo.training.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from deploy.demo.training.train import (
     balance_loss,
     build_config,
     build_optimizer,

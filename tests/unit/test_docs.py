@@ -7,9 +7,9 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.metrics import PREFIX, TABLE
-from deploy.api import keyed_routes, open_routes
-from deploy.cluster_api import cluster_routes
-from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.ingress.api import keyed_routes, open_routes
+from deploy.ingress.cluster_api import cluster_routes
+from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[2]
 OPERATIONS = (ROOT / "docs/operations.md").read_text()

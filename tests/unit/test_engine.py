@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from actors.dispatch.dispatcher import DispatchError
 from actors.engine.engine import MAX_FAILED_STEPS, BrokenEngineError, Engine
-from actors.lanes.dispatcher import DispatchError
-from cluster.messages import GenerationRequest, RoutedExperts, SamplingParams
+from cluster.messages.requests import GenerationRequest, RoutedExperts, SamplingParams
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.engines import make_engine, run
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from actors.model.expert_half import (
+from actors.experts.store import (
     ACTIVATIONS,
     ExpertStore,
     LayerExperts,
@@ -15,7 +15,7 @@ from actors.model.expert_half import (
     run_experts_grouped,
     run_experts_loop,
 )
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 
 NUM_EXPERTS = 6
 

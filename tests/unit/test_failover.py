@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.lanes import wire
-from actors.lanes.dispatcher import Step
-from actors.lanes.failover import (
+from actors.dispatch.dispatcher import Step
+from actors.dispatch.failover import (
     DEADLINE_FACTOR,
     DEADLINE_FLOOR_S,
     FIRST_DEADLINE_S,
@@ -23,8 +22,9 @@ from actors.lanes.failover import (
     HedgeBudget,
     Latency,
 )
+from actors.dispatch.remote import MAP_WAIT_S, DispatchError, RemoteDispatcher
+from actors.lanes import wire
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
-from actors.lanes.remote import MAP_WAIT_S, DispatchError, RemoteDispatcher
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.metrics import Metrics
 
@@ -167,7 +167,7 @@ def test_a_step_knows_what_its_experts_cost(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_step_that_is_sent_anew_does_not_wait_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count()
-    monkeypatch.setattr("actors.lanes.remote.time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("actors.dispatch.remote.time.monotonic", lambda: float(next(now)))
     dispatcher = make(ScriptedLane(a=echo, b=echo, c=echo, d=echo))
     step = named(dispatcher, 1)
     part = dispatcher.dispatch(0, X, IDS, GATES).parts[0]
@@ -487,7 +487,7 @@ class SlowLane(ScriptedLane):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> SlowLane:
     lane = SlowLane(0.005)
-    monkeypatch.setattr("actors.lanes.remote.time.monotonic", lambda: lane.now)
+    monkeypatch.setattr("actors.dispatch.remote.time.monotonic", lambda: lane.now)
     return lane
 
 

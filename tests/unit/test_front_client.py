@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 from ray.exceptions import RayError
 
-from cluster.messages import SamplingParams, Submitted
-from deploy import front_client, front_link
-from deploy.front_client import Overloaded, Unavailable
-from deploy.output_stream import OutputStream
+from cluster.messages.requests import SamplingParams, Submitted
+from deploy.ingress.fronts import client as front_client
+from deploy.ingress.fronts import link as front_link
+from deploy.ingress.fronts.client import Overloaded, Unavailable
+from deploy.ingress.fronts.output_stream import OutputStream
 from tests.unit.fake_front import ACCEPTED, DRAINING, FULL, LOST, FakeFront, fronts_state
 from tests.unit.front_cluster import cluster, until
 

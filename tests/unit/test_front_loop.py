@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from actors import front_loop
-from actors.front_loop import FrontLoop
-from cluster.messages import GenerationRequest, RequestOutput, SamplingParams
+from actors.front import loop as front_loop
+from actors.front.loop import FrontLoop
+from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
 
 MAX_WAITING = 2
 

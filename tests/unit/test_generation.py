@@ -6,15 +6,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cluster.messages import GenerationRequest, SamplingParams, Submitted, TokenLogprob
+from cluster.messages.requests import GenerationRequest, SamplingParams, Submitted, TokenLogprob
 from cluster.metrics import Metrics
-from deploy import front_client
-from deploy.front_client import FrontClient, Overloaded
-from deploy.generation import Generation, GenerationFailed, Plan
-from deploy.openai.choices import Choice, ChoiceDelta
-from deploy.openai.parsing import parse_body
-from deploy.openai.requests import CompletionRequest
-from deploy.text import Tokenizer
+from deploy.ingress.fronts import client as front_client
+from deploy.ingress.fronts.client import FrontClient, Overloaded
+from deploy.ingress.generation import Generation, GenerationFailed, Plan
+from deploy.ingress.openai.choices import Choice, ChoiceDelta
+from deploy.ingress.openai.parsing import parse_body
+from deploy.ingress.openai.requests import CompletionRequest
+from deploy.ingress.text.tokens import Tokenizer
 from tests import tiny_tokenizers
 from tests.unit.fake_front import FakeFront, fronts_state
 

@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.messages import ClusterState
-from deploy import front_client
-from deploy.service import Service
+from cluster.messages.state import ClusterState
+from deploy.ingress.fronts import client as front_client
+from deploy.ingress.service import Service
 from tests.unit.fake_front import FakeFront, fronts_state
 from tests.unit.fake_supervisor import COMPLETIONS, JSON, Open
 from tests.unit.front_cluster import until

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy import json_pieces
-from deploy.json_pieces import in_pieces, join_pieces
-from deploy.openai.errors import APIError
+from deploy.ingress import json_pieces
+from deploy.ingress.json_pieces import in_pieces, join_pieces
+from deploy.ingress.openai.errors import APIError
 
 CHARS = 50
 JSON = st.recursive(

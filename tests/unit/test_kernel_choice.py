@@ -3,7 +3,7 @@
 import pytest
 
 from actors.kernels import native, packed
-from cluster.messages import KernelChoice
+from cluster.messages.actors import KernelChoice
 
 
 @pytest.fixture(autouse=True)

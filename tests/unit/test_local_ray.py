@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local_ray import reachable_address
+from deploy.cli.local_ray import reachable_address
 
 OTHER = 4711
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from deploy import api
-from deploy import service as service_module
-from deploy.openai import sampling
-from deploy.openai.requests import CompletionRequest, TokenizeRequest
-from deploy.service import Service
+from deploy.ingress import api
+from deploy.ingress import service as service_module
+from deploy.ingress.openai import sampling
+from deploy.ingress.openai.requests import CompletionRequest, TokenizeRequest
+from deploy.ingress.service import Service
 from tests.unit.fake_supervisor import COMPLETIONS, JSON, Open
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from actors import mailboxes as mailboxes_module
-from actors.mailboxes import LEASE_S, Mailbox, Mailboxes
-from cluster.messages import RequestOutput, TokenLogprob
+from actors.front import mailboxes as mailboxes_module
+from actors.front.mailboxes import LEASE_S, Mailbox, Mailboxes
+from cluster.messages.requests import RequestOutput, TokenLogprob
 
 OUTPUTS = [RequestOutput("r", (token,)) for token in range(4)]
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from cluster.members import FIRST_PAUSE_S, LONGEST_PAUSE_S, STABLE_S, Member
-from cluster.messages import ActorReport, EngineOptions, FrontSpec, LaneKeys, ReadyReport, ReplicaSpec
+from cluster.control.members import FIRST_PAUSE_S, LONGEST_PAUSE_S, STABLE_S, Member
+from cluster.messages.actors import ActorReport, EngineOptions, FrontSpec, LaneKeys, ReadyReport, ReplicaSpec
 
 SPEC = ReplicaSpec("expert-g0-r1", 0, "/m", "cpu", "float32", ((0,),), 1)
 

@@ -14,15 +14,16 @@ from actors.engine.host_memory import available_memory
 from actors.engine.memory import GIB, LEAST, SHARE, cpu_budget, num_kv_blocks
 from actors.model.paged_kv import PagedKV
 from benchmarks.make_checkpoint import SHAPES
-from cluster.blueprint import draw_blueprint
-from cluster.checkpoint import CheckpointInfo
 from cluster.config import load_config
-from cluster.fleet import Fleet
-from cluster.members import Member
-from cluster.messages import EngineOptions, ReadyReport
+from cluster.control.fleet import Fleet
+from cluster.control.members import Member
+from cluster.errors import ModelError
+from cluster.messages.actors import EngineOptions, ReadyReport
 from cluster.metrics import Metrics
-from cluster.model_config import GraniteMoeConfig, ModelError
-from cluster.resources import Machine
+from cluster.models.checkpoint import CheckpointInfo
+from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.policy.blueprint import draw_blueprint
+from cluster.policy.resources import Machine
 
 MEMINFO = "MemTotal:       24000000 kB\nMemFree:        1000000 kB\nMemAvailable:   {} kB\n"
 

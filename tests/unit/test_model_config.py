@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import GraniteMoeConfig as TransformersConfig
 
-from cluster.model_config import GraniteMoeConfig, ModelError, read_model_config
+from cluster.errors import ModelError
+from cluster.models.granite_moe import GraniteMoeConfig, read_model_config
 from tests.checkpoints import BASE, LLAMA3, LONGROPE, YARN
 
 

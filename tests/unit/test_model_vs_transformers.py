@@ -10,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.dispatch.local import LocalDispatcher
 from actors.kernels import native
 from actors.kernels.packed import Kernels
-from actors.lanes.local import LocalDispatcher
 from actors.model import attention
 from actors.model.batch import Span, StepBatch
 from actors.model.loader import load_experts, load_front
 from actors.model.paged_kv import PagedKV
-from cluster.messages import KernelChoice
-from cluster.model_config import read_model_config
+from cluster.messages.actors import KernelChoice
+from cluster.models.granite_moe import read_model_config
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from actors.experts.store import FusedExperts, LayerExperts
 from actors.kernels import native
 from actors.kernels.native import NativeExperts, NativeLinear
 from actors.kernels.packed import Int8Linear
-from actors.model.expert_half import FusedExperts, LayerExperts
 
 NAMES = ("avx2", "avx512_bf16", "amx_bf16")
 # Fewer where each takes long: test_native_checked.py.

@@ -16,7 +16,7 @@ from actors.model.front_layers import LayerWeights, NativeLayers, TorchLayers, n
 from actors.model.layers import Linear
 from actors.model.paged_kv import PagedKV
 from actors.model.rope import Rotary
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 from tests.unit.test_native import EXAMPLES, isa, numbers  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")

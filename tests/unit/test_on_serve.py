@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ROUTES, ClusterConfig, ConfigError
-from deploy import on_serve
-from deploy.api import keyed_routes, open_routes
-from deploy.cluster_api import cluster_routes
-from deploy.on_serve import address, check_place, wait_for_answer
+from cluster.config import ROUTES, ClusterConfig
+from cluster.errors import ConfigError
+from deploy.cli import on_serve
+from deploy.cli.on_serve import address, check_place, wait_for_answer
+from deploy.ingress.api import keyed_routes, open_routes
+from deploy.ingress.cluster_api import cluster_routes
 
 
 def config(**settings: Any) -> ClusterConfig:

@@ -7,9 +7,9 @@ import tracemalloc
 import pytest
 from pydantic import ValidationError
 
-from deploy.openai.errors import APIError
-from deploy.openai.parsing import parse_body
-from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.ingress.openai.errors import APIError
+from deploy.ingress.openai.parsing import parse_body
+from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
 
 
 def test_many_strings_under_a_long_key_take_little_memory() -> None:

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import ClusterConfig
-from cluster.messages import SamplingParams
-from deploy.openai import errors
-from deploy.openai.errors import APIError
-from deploy.openai.parsing import parse_body
-from deploy.openai.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from deploy.openai.sampling import check_limits, check_token_ids, to_sampling_params
+from cluster.messages.requests import SamplingParams
+from deploy.ingress.openai import errors
+from deploy.ingress.openai.errors import APIError
+from deploy.ingress.openai.parsing import parse_body
+from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from tests.malformed import CHAT, COMPLETIONS, DETOKENIZE, MALFORMED, TOKENIZE
 
 MODELS = {

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from cluster.messages import RequestOutput, RoutedExperts, TokenLogprob
-from deploy.openai.answer_json import dump
-from deploy.openai.choices import Choice, ChoiceDelta, merge, spell_prompt
-from deploy.openai.parsing import parse_body
-from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
-from deploy.openai.responses import ChatResponder, CompletionResponder, Usage, sse
-from deploy.openai.sampling import to_sampling_params
-from deploy.text import Tokenizer
+from cluster.messages.requests import RequestOutput, RoutedExperts, TokenLogprob
+from deploy.ingress.openai.answer_json import dump
+from deploy.ingress.openai.choices import Choice, ChoiceDelta, merge, spell_prompt
+from deploy.ingress.openai.parsing import parse_body
+from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.ingress.openai.responses import ChatResponder, CompletionResponder, Usage, sse
+from deploy.ingress.openai.sampling import to_sampling_params
+from deploy.ingress.text.tokens import Tokenizer
 from tests import tiny_tokenizers
 
 TOKENIZER = Tokenizer(tiny_tokenizers.byte_level())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.orphan import SILENCE_S, OrphanWatch
+from actors.process.orphan import SILENCE_S, OrphanWatch
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from actors.dispatch.dispatcher import Dispatcher
 from actors.engine.overlap import LEAST_TOKENS, RETRY, Overlap
-from actors.lanes.dispatcher import Dispatcher
 from actors.model.batch import Span, StepBatch
-from actors.model.moe import interleave
+from actors.model.routing import interleave
 
 
 def batch_of(lengths: list[int], contexts: list[int]) -> StepBatch:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from actors.experts import store as expert_half
+from actors.experts.store import ACTIVATIONS, LayerExperts, PackedExperts
 from actors.kernels import packed
 from actors.kernels.packed import Int8Linear, Kernels, can_pack, pack, quantise
-from actors.model import expert_half
-from actors.model.expert_half import ACTIVATIONS, LayerExperts, PackedExperts
 from actors.model.layers import Linear
 
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cluster.config import ConfigError
+from cluster.errors import ConfigError
 from cluster.expert_map import ExpertMap, Homes, contiguous_homes
-from cluster.load import balancedness, group_loads, layer_balancedness
-from cluster.placement import (
+from cluster.policy.expert_load import balancedness, group_loads, layer_balancedness
+from cluster.policy.placement import (
     MAX_GROUPS_EXACT,
     Move,
     Plan,

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from deploy.demo.power_scheduler import PowerSchedule, batch_in_sequences, power_lr
+from deploy.demo.training.power_scheduler import PowerSchedule, batch_in_sequences, power_lr
 
 PAPER = PowerSchedule(
     batch_size=1024,

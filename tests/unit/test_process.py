@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from actors import process
-from actors.process import LOW_PRIORITY, gently, may_leave_idle
+from actors.process import limits as process
+from actors.process.limits import LOW_PRIORITY, gently, may_leave_idle
 
 
 def priority() -> tuple[int, int]:
@@ -74,8 +74,8 @@ def test_exceptions_of_the_work_come_through() -> None:
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_a_user_may() -> None:
-    code = "import resource as r, actors.process as p; r.setrlimit(r.RLIMIT_NOFILE, (64, 512)); p.raise_file_limit()"
-    code += "; print(*r.getrlimit(r.RLIMIT_NOFILE)); p.raise_file_limit()"
+    code = "import resource as r, actors.process.limits as p; r.setrlimit(r.RLIMIT_NOFILE, (64, 512))"
+    code += "; p.raise_file_limit(); print(*r.getrlimit(r.RLIMIT_NOFILE)); p.raise_file_limit()"
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     assert hard == resource.RLIM_INFINITY or hard >= 512
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

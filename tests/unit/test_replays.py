@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from actors import mailboxes
-from cluster.messages import RequestOutput, SamplingParams, TokenLogprob
+from actors.front import mailboxes
+from cluster.messages.requests import RequestOutput, SamplingParams, TokenLogprob
 from tests.unit.fake_front import LOST, FakeFront
 from tests.unit.front_cluster import cluster, read, read_error, until
 

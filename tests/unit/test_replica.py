@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from actors.expert import ExpertActor
+from actors.experts.store import ExpertStore, LayerExperts
 from actors.lanes import wire
-from actors.model.expert_half import ExpertStore, LayerExperts
-from actors.replica import Replica
-from cluster.messages import ReplicaSpec
+from actors.replica.actor import ExpertActor
+from actors.replica.replica import Replica
+from cluster.messages.actors import ReplicaSpec
 from cluster.metrics import Metrics
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 
 HIDDEN, WIDTH = 4, 2
 CONFIG = GraniteMoeConfig.model_validate(
@@ -91,7 +91,7 @@ def test_a_computation_that_does_not_end_is_told_to_the_supervisor(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("actors.replica.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("actors.replica.replica.time.monotonic", lambda: now[0])
     supervision = SimpleNamespace(hear=lambda: None)
     actor = SimpleNamespace(
         spec=replica.spec, replica=replica, server=None, metrics=replica.metrics, supervision=supervision

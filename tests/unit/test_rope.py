@@ -7,7 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeRotaryEmbedding, apply_rotary_pos_emb
 
 from actors.model.rope import FREQUENCIES, Rotary, apply_rotary
-from cluster.model_config import GraniteMoeConfig
+from cluster.models.granite_moe import GraniteMoeConfig
 from tests.checkpoints import BASE, LLAMA3, LONGROPE, YARN
 
 SHAPE = BASE | {"hidden_size": 32, "num_attention_heads": 4}

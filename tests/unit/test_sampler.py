@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from actors.engine.sampler import adjust, draw, sample, sample_one, token_logprob, uniform
 from actors.engine.sequence import Sequence
-from cluster.messages import GenerationRequest, SamplingParams
+from cluster.messages.requests import GenerationRequest, SamplingParams
 
 PROBS = torch.tensor([0.4, 0.05, 0.3, 0.15, 0.1])
 LOGITS = PROBS.log()

@@ -7,10 +7,10 @@ from asyncio.subprocess import Process
 
 import pytest
 
-from cluster.model_config import ModelError
-from deploy import sandbox as sandbox_module
-from deploy.openai.chat_template import ChatTemplate
-from deploy.sandbox import Sandbox, SandboxError, rendering
+from cluster.errors import ModelError
+from deploy.ingress import sandbox as sandbox_module
+from deploy.ingress.sandbox import Sandbox, SandboxError, rendering
+from deploy.ingress.text.chat_template import ChatTemplate
 
 FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TOO_MUCH = {

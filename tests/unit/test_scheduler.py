@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from actors.engine.kv_cache import BlockAllocator
 from actors.engine.scheduler import MAX_LOOKUPS, Chunk, Scheduler
 from actors.engine.sequence import Sequence
-from cluster.messages import GenerationRequest, SamplingParams
+from cluster.messages.requests import GenerationRequest, SamplingParams
 
 
 def make(num_blocks: int = 16, block_size: int = 4, budget: int | None = 16, max_num_seqs: int = 4) -> Scheduler:

@@ -8,9 +8,9 @@ from typing import NoReturn
 import pytest
 
 from cluster.config import ClusterConfig
-from deploy import server
-from deploy.openai.parsing import parse_body
-from deploy.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.cli import server
+from deploy.ingress.openai.parsing import parse_body
+from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
 
 
 def break_off(*_: object) -> NoReturn:

@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from cluster.checkpoint import resolve_model
 from cluster.config import ClusterConfig
-from cluster.messages import ClusterState, NotRunning
-from deploy import cluster_api
-from deploy.cluster_api import answer_of
+from cluster.errors import NotRunning
+from cluster.messages.state import ClusterState
+from cluster.models.hub import resolve_model
 from deploy.demo import expand_demo
-from deploy.openai.errors import APIError
-from deploy.service import Service
+from deploy.ingress import cluster_api
+from deploy.ingress.cluster_api import answer_of
+from deploy.ingress.openai.errors import APIError
+from deploy.ingress.service import Service
 from tests.unit.fake_supervisor import Open
 
 

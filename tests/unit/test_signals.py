@@ -3,9 +3,9 @@
 from typing import Any
 
 from cluster.config import ClusterConfig
-from cluster.members import Member
-from cluster.messages import ActorReport, ReplicaSpec, Wanted
-from cluster.signals import PERIOD_S, Autoscaler
+from cluster.control.autoscaler import PERIOD_S, Autoscaler
+from cluster.control.members import Member
+from cluster.messages.actors import ActorReport, ReplicaSpec, Wanted
 
 SPEC = ReplicaSpec("expert-g0-r0", 0, "/m", "cpu", "float32", ((0,),), 1)
 

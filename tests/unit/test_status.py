@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from deploy.cli_cluster import _actors
+from deploy.cli.cluster import _actors
 
 IDS = ("front-0", "expert-g0-r0", "expert-g12-r117")
 

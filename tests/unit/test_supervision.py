@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from cluster import bring_up, ray_actors
-from cluster import fleet as fleet_module
-from cluster.members import Member
-from cluster.messages import ActorReport, LoadProgress, ReadyReport, RebalanceReport, Wanted
-from cluster.rebalancing import RebalanceError, _move_layer
-from cluster.supervisor import Supervisor
+from cluster.control import bring_up, ray_actors
+from cluster.control import fleet as fleet_module
+from cluster.control.members import Member
+from cluster.control.rebalancing import RebalanceError, _move_layer
+from cluster.control.supervisor import Supervisor
+from cluster.messages.actors import ActorReport, LoadProgress, ReadyReport, Wanted
+from cluster.messages.state import RebalanceReport
 from tests.unit.fake_actors import FOUR, Actor, Cluster, fleet_of, taking_over, until
 
 

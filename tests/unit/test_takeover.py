@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from cluster import checkpoint as checkpoint_module
-from cluster import fleet as fleet_module
-from cluster import supervisor as supervisor_module
-from cluster import takeover
-from cluster.expert_map import ExpertMap, Identity
-from cluster.members import Member
-from cluster.messages import LaneKeys, Legacy, Machine, NotRunning, ReadyReport, Wanted
-from cluster.supervisor import Supervisor
+from cluster.control import fleet as fleet_module
+from cluster.control import supervisor as supervisor_module
+from cluster.control import takeover
+from cluster.control.members import Member
+from cluster.control.supervisor import Supervisor
+from cluster.errors import NotRunning
+from cluster.expert_map import ExpertMap
+from cluster.messages.actors import Identity, LaneKeys, Legacy, Machine, ReadyReport, Wanted
+from cluster.models import hub
 from tests.unit.fake_actors import FOUR, KEYS, THEN, Cluster, fleet_of, taking_over, until
 
 
@@ -309,7 +310,7 @@ async def test_a_newer_commit_on_the_hub_ends_nobody(cluster: Cluster, monkeypat
     old = snapshots / ("a" * 40)
     snapshots.mkdir(parents=True)
     old.symlink_to(cluster.model)
-    monkeypatch.setattr(checkpoint_module, "_download", lambda *given: pytest.fail(f"a download: {given}"))
+    monkeypatch.setattr(hub, "_download", lambda *given: pytest.fail(f"a download: {given}"))
     cluster.model = old
     cluster.left(*FOUR)
     cluster.config = cluster.config.model_copy(update={"model": "owner/name"})

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from cluster.model_config import ModelError
-from deploy.stop_strings import StopChecker
-from deploy.text import IncrementalDetokenizer, Tokenizer
+from cluster.errors import ModelError
+from deploy.ingress.text.stop_strings import StopChecker
+from deploy.ingress.text.tokens import IncrementalDetokenizer, Tokenizer
 from tests import tiny_tokenizers
 
 TOKENIZERS = {name: Tokenizer(build()) for name, build in tiny_tokenizers.KINDS.items()}
@@ -243,7 +243,8 @@ class TestStopChecker:
 
 def test_the_ingress_side_imports_no_torch_transformers_or_ray() -> None:
     code = (
-        "import sys, deploy.text, deploy.openai.responses, deploy.openai.sampling, deploy.openai.parsing; "
+        "import sys, deploy.ingress.text.tokens\n"
+        "from deploy.ingress.openai import parsing, responses, sampling\n"
         "print([m for m in ('torch', 'transformers', 'ray', 'actors') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

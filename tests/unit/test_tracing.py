@@ -14,17 +14,18 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from cluster.config import ClusterConfig, ConfigError, load_config
-from cluster.messages import GenerationRequest, RequestOutput, SamplingParams, Timing
-from deploy.open_tracing import open_tracing
-from deploy.openai.choices import Choice
-from deploy.openai.parsing import parse_body
-from deploy.openai.requests import CompletionRequest
-from deploy.output_stream import OutputStream
-from deploy.request_id import RequestId
-from deploy.request_trace import RequestTrace
-from deploy.text import Tokenizer
-from deploy.tracing import TraceRequests, Tracing
+from cluster.config import ClusterConfig, load_config
+from cluster.errors import ConfigError
+from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams, Timing
+from deploy.ingress.fronts.output_stream import OutputStream
+from deploy.ingress.openai.choices import Choice
+from deploy.ingress.openai.parsing import parse_body
+from deploy.ingress.openai.requests import CompletionRequest
+from deploy.ingress.request_id import RequestId
+from deploy.ingress.text.tokens import Tokenizer
+from deploy.ingress.tracing.exporter import open_tracing
+from deploy.ingress.tracing.request_trace import RequestTrace
+from deploy.ingress.tracing.spans import TraceRequests, Tracing
 from tests import tiny_tokenizers
 from tests.checkpoints import MODELS, write_checkpoint
 from tests.engines import make_engine
@@ -190,7 +191,7 @@ ENDPOINT = "http://127.0.0.1:4318/v1/traces"
 
 @pytest.fixture
 def without_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "deploy.tracing")
+    monkeypatch.delitem(sys.modules, "deploy.ingress.tracing.spans")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)  # type: ignore[arg-type]
 
 
@@ -203,13 +204,13 @@ def test_without_the_packages_the_start_fails_with_the_way_out() -> None:
 @pytest.mark.usefixtures("without_opentelemetry")
 def test_without_an_endpoint_nothing_is_needed_and_nothing_imported() -> None:
     assert open_tracing(ClusterConfig(model="demo")) is None
-    assert "deploy.tracing" not in sys.modules
+    assert "deploy.ingress.tracing.spans" not in sys.modules
 
 
 def test_the_check_at_start_imports_no_ray() -> None:
     """Ray reads its environment when it is imported, and `outcrop serve` sets that after the check."""
     config = f"ClusterConfig(model='demo', otlp_traces_endpoint={ENDPOINT!r})"
-    code = f"import deploy.server as s, sys; s.check_tracing(s.{config}); sys.exit('ray' in sys.modules)"
+    code = f"import deploy.cli.server as s, sys; s.check_tracing(s.{config}); sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -20,7 +20,7 @@ from actors.lanes.zmq_link import HELLO, NUMBER, Link, new_socket
 from actors.lanes.zmq_server import DIRECTORY, ZmqServer
 from cluster.expert_map import ReplicaAddress
 from cluster.leftovers import OwnedDirectory
-from cluster.messages import LaneKeys
+from cluster.messages.actors import LaneKeys
 
 KEYS = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
 STRANGER = LaneKeys(KEYS.server_public, b"", *zmq.curve_keypair())

@@ -1,0 +1,308 @@
+"""Dispatch to expert replicas over a lane, by the expert map; a replica that fails costs its part, not the step.
+
+Shapes: T tokens, D hidden, K top-k; P tokens of a part. A part is what one group gets of one layer's tokens.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.dispatch.dispatcher import Dispatcher, DispatchError
+from actors.dispatch.failover import Breaker, HedgeBudget, Latency
+from actors.dispatch.parts import CorruptAnswerError, HomeTable, NotHeldError, Part, Sent, checked, split
+from actors.dispatch.recovery import LateAnswers, Probes
+from actors.lanes import wire
+from actors.lanes.lane import Lane, LaneError, LaneTimeout
+from cluster.expert_map import ExpertMap, ReplicaAddress
+from cluster.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# How long a front waits for a newer map after a replica refused.
+MAP_WAIT_S = 2.0
+# Computing a part in the front costs more than waiting a little longer for the last replica that may answer.
+LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
+# An answer that is read faster had come before it was waited for.
+AT_ONCE_S = 0.0002
+
+# (layer, x, ids, gates) -> partial sums, without any replica
+Fallback = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    like_TD: Tensor
+    parts: list[Part]
+    started: float
+    lane: str
+
+
+class RemoteDispatcher(Dispatcher):
+    """Sends each group its tokens, sums partial results in float32 in the order of groups."""
+
+    def __init__(self, lane: Lane, metrics: Metrics, fallback: Fallback | None = None) -> None:
+        super().__init__()
+        self.lane = lane
+        self.metrics = metrics
+        self._fallback = fallback
+        self._latency = Latency()
+        self._hedges = HedgeBudget()
+        self._breaker = Breaker()
+        self._late = LateAnswers(lane, self._latency)
+        self._probes = Probes(lane)
+        self._outstanding: Counter[str] = Counter()
+        self._num_sent: Counter[str] = Counter()
+        self._connecting = threading.Lock()
+        self._map_changed = threading.Condition()
+        self._map: ExpertMap | None = None
+        self._homes: list[HomeTable] = []
+        self._by_group: dict[int, list[ReplicaAddress]] = {}
+        self._by_id: dict[str, ReplicaAddress] = {}
+        self._followed = 0  # the map's version that this thread has seen
+        self._stale = 0  # the version after which no newer one came, though a replica refused
+        self._num_bytes: Counter[tuple[str, str]] = Counter()  # (lane, direction)
+        self._told: tuple[str, ...] = ()  # requests of which the log says that their experts are computed here
+
+    @property
+    def map_version(self) -> int:
+        return self._map.version if self._map else 0
+
+    def set_map(self, expert_map: ExpertMap) -> None:
+        """Route by this map from the next dispatch on. May be called from any thread; older maps are ignored.
+
+        A map is taken even if not all of its replicas can be reached: by an older one, less would be.
+        """
+        expert_map.check_integrity()
+        with self._connecting:
+            if expert_map.version <= self.map_version:
+                return
+            try:
+                self.lane.connect(expert_map.replicas)  # may wait for a handshake: dispatches go on meanwhile
+            except Exception:
+                logger.exception("map %d is taken, though its replicas could not be connected", expert_map.version)
+            homes = [HomeTable(layer) for layer in expert_map.homes]
+            by_group: dict[int, list[ReplicaAddress]] = defaultdict(list)
+            for replica in expert_map.replicas:
+                by_group[replica.group].append(replica)
+            with self._map_changed:
+                self._homes, self._by_group = homes, dict(by_group)
+                self._map = expert_map
+                self._map_changed.notify_all()
+
+    def lane_names(self) -> str:
+        """The lanes in use, such as "zmq" or, if some replicas could not be reached by it, "object_ref+zmq"."""
+        return "+".join(sorted({self.lane.name_for(r) for r in self._map.replicas})) if self._map else ""
+
+    def publish_counters(self) -> None:
+        """Bring counters that are kept here up to date; called when metrics are read."""
+        for (lane, direction), total in tuple(self._num_bytes.items()):
+            self.metrics.raise_to("lane_bytes_total", total, lane=lane, direction=direction)
+
+    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> _Pending:
+        started = time.monotonic()
+        with self._map_changed:
+            if self._map is None:
+                raise DispatchError("no expert map has been published yet")
+            version, homes = self._map.version, self._homes[layer]
+        if version != self._followed:
+            self._follow_map()
+        if self._late:
+            self._late.hear()
+        if self._breaker:
+            self._probes.look(self._breaker, self._late.owing, self._by_id)
+        parts = split(layer, x_TD, ids_TK, gates_TK, homes, version)
+        for part in parts:
+            self._send(part)
+            self._hedges.earn()
+        lanes = [self.lane.name_for(part.sent[0].replica) for part in parts if part.sent]
+        self.step.wait_seconds += time.monotonic() - started
+        return _Pending(x_TD, parts, started, lanes[0] if lanes else "local")
+
+    def combine(self, pending: _Pending) -> Tensor:
+        started = time.monotonic()
+        try:
+            return self._combine(pending)
+        finally:
+            for part in pending.parts:
+                for sent in tuple(part.sent):
+                    self._drop(part, sent)
+                    self._late.expect(sent, part.num_tokens)
+            self.step.wait_seconds += time.monotonic() - started
+
+    def forget(self, pending: _Pending) -> None:
+        for part in pending.parts:
+            for sent in tuple(part.sent):
+                self._drop(part, sent)
+                self.lane.forget(sent.ticket)
+
+    def _combine(self, pending: _Pending) -> Tensor:
+        device = pending.like_TD.device
+        sum_TD: Tensor | None = None
+        for part in pending.parts:
+            partial_PD = self._receive(part).to(device)
+            if sum_TD is None and part.rows_P is None:
+                sum_TD = partial_PD  # nobody else has it: the sum may grow in it
+                continue
+            if sum_TD is None:
+                sum_TD = torch.zeros_like(pending.like_TD, dtype=torch.float32)
+            if part.rows_P is None:
+                sum_TD += partial_PD
+            else:
+                sum_TD[part.rows_P.to(device)] += partial_PD
+        assert sum_TD is not None, "every token has an expert in some group"
+        self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=pending.lane)
+        return sum_TD.to(pending.like_TD.dtype)
+
+    def _send(self, part: Part) -> bool:
+        """Send the part to a replica that it was not sent to yet. False if there is none left."""
+        message = None
+        while replica := self._choose(part):
+            part.tried.add(replica.replica_id)
+            message = message or wire.pack_dispatch(part.layer, part.x_PD, part.gates_PK, part.ids_PK, self.step.id)
+            try:
+                ticket = self.lane.send(replica, message)
+            except LaneError:
+                self._give_up(replica, "unreachable")
+                continue
+            part.sent.append(Sent(replica, ticket, time.monotonic()))
+            self._outstanding[replica.replica_id] += 1
+            self._num_sent[replica.replica_id] += 1
+            self._num_bytes[self.lane.name_for(replica), "sent"] += len(message)
+            return True
+        return False
+
+    def _choose(self, part: Part) -> ReplicaAddress | None:
+        """The live replica of the part's group with the least outstanding messages, then the least used one."""
+        replicas = [
+            r
+            for r in self._by_group.get(part.group, ())
+            if r.replica_id not in part.tried and not self._breaker.is_open(r.replica_id)
+        ]
+        if len(replicas) == 1:
+            return replicas[0]
+        return min(
+            replicas, key=lambda r: (self._outstanding[r.replica_id], self._num_sent[r.replica_id]), default=None
+        )
+
+    def _receive(self, part: Part) -> Tensor:
+        """The part's partial sums, from whichever replica answers well, or else computed here."""
+        while part.sent or self._send(part):
+            may_hedge = bool(self._hedges) and self._choose(part) is not None
+            try:
+                partial_PD = self._hear(part, self._patience(part, may_hedge))
+            except LaneTimeout:
+                self._give_up_late(part)
+                if not self._send(part):
+                    break
+                if may_hedge:
+                    self._hedges.spend()
+            except NotHeldError:
+                return self._reroute(part)
+            else:
+                if partial_PD is not None:
+                    return partial_PD
+        return self._compute_here(part)
+
+    def _patience(self, part: Part, may_hedge: bool) -> float:
+        """Seconds to wait for the newest message; longer if it is not to be sent to another replica."""
+        group = self._by_group.get(part.group, ())
+        live = [r.replica_id for r in group if not self._breaker.is_open(r.replica_id)]
+        deadline = self._latency.deadline(live or [r.replica_id for r in group], part.num_tokens)
+        if not may_hedge:
+            deadline = max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
+        return max(0.0, part.sent[-1].at + deadline - time.monotonic())
+
+    def _give_up_late(self, part: Part) -> None:
+        """All replicas that the part was sent to: what is known is that they take at least as long as this."""
+        for sent in part.sent:
+            self._latency.at_least(sent.replica.replica_id, part.num_tokens, time.monotonic() - sent.at)
+            self._give_up(sent.replica, "timeout")
+
+    def _hear(self, part: Part, timeout_s: float) -> Tensor | None:
+        """The first answer; None if it can't be used, or a replica is lost. Raises LaneTimeout or NotHeldError."""
+        asked = time.monotonic()
+        try:
+            ticket, frame = self.lane.receive([sent.ticket for sent in part.sent], timeout_s)
+        except LaneTimeout:
+            raise
+        except LaneError as error:
+            sent = next(s for s in part.sent if s.ticket == error.ticket)
+            self._drop(part, sent)
+            self._give_up(sent.replica, "disconnected")
+            return None
+        sent = next(s for s in part.sent if s.ticket == ticket)
+        self._drop(part, sent)
+        self._num_bytes[self.lane.name_for(sent.replica), "received"] += len(frame)
+        try:
+            partial_PD, seconds = checked(frame, part)
+        except CorruptAnswerError as error:
+            logger.warning("replica %s: %s", sent.replica.replica_id, error, extra=self.step.extra)
+            self._give_up(sent.replica, "corrupt")
+            return None
+        age, waited = time.monotonic() - sent.at, time.monotonic() - asked
+        # One that lay there may have waited for this front to read other answers, or to compute something.
+        least = age if waited > AT_ONCE_S else seconds
+        self._latency.between(sent.replica.replica_id, part.num_tokens, least, age)
+        self._breaker.close(sent.replica.replica_id)
+        self.step.compute_seconds += seconds
+        return partial_PD
+
+    def _drop(self, part: Part, sent: Sent) -> None:
+        part.sent.remove(sent)
+        self._outstanding[sent.replica.replica_id] -= 1
+
+    def _give_up(self, replica: ReplicaAddress, reason: str) -> None:
+        """Send nothing more to a replica until it answers a probe."""
+        if self._breaker.open(replica.replica_id):
+            what = f"replica {replica.replica_id} of group {replica.group} is given up: {reason}"
+            self._failover(logging.WARNING, what, reason)
+
+    def _failover(self, level: int, what: str, reason: str) -> None:
+        logger.log(level, what, extra=self.step.extra)
+        self.metrics.inc("failovers_total", reason=reason)
+        self.step.num_failovers += 1
+
+    def _follow_map(self) -> None:
+        """Forget what was known of replicas that have left; begin anew to share out messages among those that stay."""
+        assert self._map is not None
+        self._followed = self._map.version
+        self._by_id = {r.replica_id: r for r in self._map.replicas}
+        here = set(self._by_id)
+        self._breaker.keep_only(here)
+        self._latency.keep_only(here)
+        self._num_sent.clear()
+        self._outstanding = +self._outstanding
+        self._probes.keep_only(here)
+
+    def _compute_here(self, part: Part) -> Tensor:
+        """No replica of the group answers: slow, but right."""
+        if self._fallback is None:
+            raise DispatchError(f"no replica of expert group {part.group} answers")
+        if not set(self.step.request_ids) <= set(self._told):  # a line per request, not one per step and layer
+            self._told = self.step.request_ids
+            logger.warning("experts of group %d are computed here", part.group, extra=self.step.extra)
+        self.metrics.inc("local_fallback_tokens_total", part.num_tokens)
+        self.step.num_local_tokens += part.num_tokens
+        try:
+            return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK).float()
+        except Exception as error:  # such as a file that can't be read
+            raise DispatchError(f"no replica of expert group {part.group} answers, and here: {error}") from error
+
+    def _reroute(self, part: Part) -> Tensor:
+        """The experts have moved: wait for the map that says where to, and dispatch the part by it."""
+        with self._map_changed:
+            timeout = MAP_WAIT_S if part.map_version != self._stale else 0.0
+            if not self._map_changed.wait_for(lambda: self.map_version > part.map_version, timeout):
+                self._stale = part.map_version  # one wait for it is enough: until it comes, nobody waits again
+                return self._compute_here(part)
+        self._failover(logging.INFO, f"sent anew by map {self.map_version}: experts of layer {part.layer}", "not_held")
+        spent = self.step.wait_seconds
+        sum_PD = self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK)).float()
+        self.step.wait_seconds = spent  # the combine() that this is a part of counts it
+        return sum_PD

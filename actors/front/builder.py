@@ -1,0 +1,95 @@
+"""Puts a front's parts together: weights, dispatcher and its lane, then KV cache and scheduler."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from actors.dispatch.dispatcher import Dispatcher
+from actors.dispatch.local import LocalDispatcher
+from actors.dispatch.remote import RemoteDispatcher
+from actors.engine.engine import Engine
+from actors.engine.kv_cache import BlockAllocator
+from actors.engine.memory import num_kv_blocks
+from actors.engine.overlap import Overlap
+from actors.engine.scheduler import Scheduler
+from actors.experts.fallback import CheckpointExperts
+from actors.kernels.packed import Kernels
+from actors.lanes.auto import AutoLane
+from actors.lanes.lane import Lane
+from actors.lanes.object_ref import ObjectRefLane
+from actors.lanes.zmq_client import ZmqLane
+from actors.model import loader
+from actors.model.device import torch_device, torch_dtype
+from actors.model.front_half import FrontHalf
+from actors.model.paged_kv import PagedKV
+from cluster.messages.actors import EngineOptions, FrontSpec, LoadProgress
+from cluster.metrics import Metrics
+from cluster.models.checkpoint import check_checkpoint
+from cluster.models.granite_moe import read_model_config
+from cluster.models.hub import local_copy
+
+
+@dataclass(frozen=True, slots=True)
+class FrontParts:
+    """What is there once a front has loaded."""
+
+    model: FrontHalf
+    dispatcher: Dispatcher
+    remote: RemoteDispatcher | None
+    weight_bytes: int
+
+
+class _Loading:
+    """Adds up the bytes of front and, on the local lane, experts."""
+
+    def __init__(self, total: int, report: Callable[[LoadProgress], None]) -> None:
+        self.total, self.loaded, self.report = total, 0, report
+
+    def __call__(self, num_bytes: int) -> None:
+        self.loaded += num_bytes
+        self.report(LoadProgress(self.loaded, self.total))
+
+
+def load_parts(spec: FrontSpec, namespace: str, metrics: Metrics, report: Callable[[LoadProgress], None]) -> FrontParts:
+    options, model_dir = spec.engine, local_copy(spec.engine.model_path)
+    config = read_model_config(model_dir)
+    Kernels.choose(options.kernels, options.expert_dtype)
+    device, dtype = torch_device(options.device), torch_dtype(options.dtype)
+    everything = (tuple(range(config.num_local_experts)),) * config.num_hidden_layers
+    info = check_checkpoint(model_dir, config)
+    loading = _Loading(info.total_bytes if spec.lane == "local" else info.front_bytes, report)
+    model = loader.load_front(model_dir, config, device, dtype, loading)
+    remote = None
+    dispatcher: Dispatcher
+    if spec.lane == "local":
+        dispatcher = LocalDispatcher(loader.load_experts(model_dir, config, everything, device, dtype, loading))
+    else:
+        fallback = CheckpointExperts(model_dir, config, device, dtype)
+        dispatcher = remote = RemoteDispatcher(make_lane(spec, namespace), metrics, fallback.run)
+    return FrontParts(model, dispatcher, remote, loading.total)
+
+
+def build_engine(spec: FrontSpec, parts: FrontParts, metrics: Metrics, others: Sequence[int] = ()) -> Engine:
+    """`others`: see num_kv_blocks. Raises ModelError if the KV cache can't hold one sequence of full length."""
+    options, model = spec.engine, parts.model
+    num_blocks = num_kv_blocks(options, model.config, model.dtype, model.device, others)
+    kv = PagedKV(model.config, num_blocks, options.block_size, model.device, model.dtype)
+    overlap = Overlap(options.overlap if parts.remote else "never")
+    scheduler = make_scheduler(options, num_blocks)
+    return Engine(model, kv, parts.dispatcher, scheduler, metrics, overlap, spec.actor_id)
+
+
+def make_lane(spec: FrontSpec, namespace: str) -> Lane:
+    if spec.lane == "object_ref":
+        return ObjectRefLane(namespace)
+    assert spec.lane_keys is not None, "the supervisor hands out keys for the zmq lane"
+    fast = ZmqLane(spec.lane_keys)
+    return fast if spec.lane == "zmq" else AutoLane(fast, ObjectRefLane(namespace))
+
+
+def make_scheduler(options: EngineOptions, num_blocks: int) -> Scheduler:
+    return Scheduler(
+        BlockAllocator(num_blocks, options.block_size, options.enable_prefix_caching),
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.max_model_len,
+    )

@@ -1,0 +1,139 @@
+"""ExpertActor: a thin Ray class around Replica and its lane servers. Stateless towards requests.
+
+torch is imported when an actor starts, so that the supervisor can name this class without loading it.
+"""
+
+import os
+import tempfile
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import ray
+
+from actors.process.limits import gently, limit_threads, release_free_memory
+from actors.process.orphan import watch_for_orphanhood
+from actors.process.readiness import show_ready
+from cluster.logs import set_up_logs
+from cluster.messages.actors import ActorReport, Identity, LoadProgress, ReadyReport, ReplicaSpec
+from cluster.metrics import Metrics
+
+if TYPE_CHECKING:
+    from actors.lanes.zmq_server import ZmqServer
+    from actors.replica.replica import Replica
+
+# A socket's path may have 107 characters.
+MAX_DIRECTORY = 80
+
+
+class ExpertActor:
+    """Computes one message at a time; calls of the group "control" are answered meanwhile."""
+
+    def __init__(self, spec: ReplicaSpec, namespace: str) -> None:
+        gently(lambda: limit_threads(spec.num_threads))
+        set_up_logs(spec.actor_id, spec.logs.style, spec.logs.level)
+        self.spec = spec
+        self.metrics = Metrics()
+        self.replica: Replica | None = None
+        self.server: ZmqServer | None = None
+        self.ready: ReadyReport | None = None
+        self._loaded = 0
+        self._total = 0
+        self.supervision = watch_for_orphanhood(namespace, self._close)
+
+    def load(self) -> ReadyReport:
+        """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lane."""
+        started = time.monotonic()
+        self.replica = gently(self._read)
+        endpoints = self._listen(self.replica)
+        seconds = time.monotonic() - started
+        self.ready = ReadyReport(self.spec.actor_id, *where_am_i(), self._total, seconds, endpoints=endpoints)
+        show_ready(self.spec.actor_id)
+        return self.ready
+
+    def _read(self) -> "Replica":
+        from actors.kernels.packed import Kernels
+        from actors.model.device import torch_device, torch_dtype
+        from actors.model.loader import TensorReader, load_experts, read_layer_experts
+        from actors.replica.replica import Replica
+        from cluster.models.checkpoint import check_checkpoint
+        from cluster.models.granite_moe import read_model_config
+        from cluster.models.hub import local_copy
+
+        model_dir = local_copy(self.spec.model_path)
+        config = read_model_config(model_dir)
+        info = check_checkpoint(model_dir, config)
+        self._total = info.bytes_per_expert * sum(len(layer) for layer in self.spec.experts)
+        Kernels.choose(self.spec.kernels, self.spec.expert_dtype)
+        device, dtype = torch_device(self.spec.device), torch_dtype(self.spec.dtype)
+        store = load_experts(model_dir, config, self.spec.experts, device, dtype, self._advance)
+        reader = TensorReader(info, device, dtype, lambda _: None)
+        release_free_memory()
+        return Replica(
+            self.spec, store, lambda layer, ids: read_layer_experts(reader, config, layer, ids), self.metrics
+        )
+
+    def _advance(self, num_bytes: int) -> None:
+        self._loaded += num_bytes
+
+    def _listen(self, replica: "Replica") -> tuple[tuple[str, str], ...]:
+        from actors.lanes.zmq_server import ZmqServer
+
+        if self.spec.lane_keys is None:
+            return ()
+        host = ray.util.get_node_ip_address()
+        directory = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
+        if len(directory) > MAX_DIRECTORY:
+            directory = tempfile.gettempdir()
+        self.server = ZmqServer(self.spec.actor_id, replica.answer_batch, self.spec.lane_keys, host, directory)
+        return self.server.start()
+
+    def run_experts(self, frame: bytes) -> bytes:
+        """The object_ref lane: answer a packed dispatch with a packed partial, or with the reason why not."""
+        if self.replica is None:
+            from actors.lanes import wire
+
+            return wire.pack_refusal(wire.FAILED, f"{self.spec.actor_id} has not loaded its experts yet")
+        return self.replica.answer(frame)
+
+    @ray.method(concurrency_group="control")
+    def set_experts(self, layer: int, ids: tuple[int, ...]) -> int:
+        """See Replica.set_experts. The supervisor loads first, publishes second, retires third."""
+        assert self.replica is not None
+        replica = self.replica
+        return gently(lambda: replica.set_experts(layer, ids), while_serving=True)
+
+    @ray.method(concurrency_group="control")
+    def identity(self) -> Identity | None:
+        """For a supervisor that has not started this actor; None while it can't serve."""
+        if self.replica is None or self.ready is None:
+            return None
+        return Identity(replace(self.spec, experts=self.replica.store.held), self.ready)
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> LoadProgress:
+        return LoadProgress(self._loaded, self._total)
+
+    @ray.method(concurrency_group="control")
+    def report(self) -> ActorReport:
+        self.supervision.hear()
+        tokens, stuck = (self.replica.num_tokens, self.replica.stuck_seconds) if self.replica else (0, 0.0)
+        if self.server:
+            self.metrics.raise_to("lane_dropped_messages_total", self.server.num_dropped)
+        return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.samples(), stuck_seconds=stuck)
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Close sockets and remove their files; the supervisor kills the process afterwards."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.server:
+            self.server.stop()
+            self.server = None
+
+
+def where_am_i() -> tuple[str, int, str]:
+    """(node address, process id, GPU ids) of the calling actor."""
+    gpus = ",".join(str(gpu) for gpu in ray.get_gpu_ids())
+    return ray.util.get_node_ip_address(), os.getpid(), gpus

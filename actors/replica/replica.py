@@ -1,0 +1,134 @@
+"""An expert replica without Ray: its experts, and answers to packed dispatches."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from actors.experts.store import ExpertStore, LayerExperts, NotHeld
+from actors.lanes import wire
+from actors.model.device import torch_dtype
+from cluster.messages.actors import ReplicaSpec
+from cluster.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# (layer, global ids) -> those experts, read from the checkpoint
+ReadExperts = Callable[[int, tuple[int, ...]], LayerExperts]
+
+
+class Replica:
+    """Lanes may call it from their own threads: one computation runs at a time."""
+
+    def __init__(self, spec: ReplicaSpec, store: ExpertStore, read: ReadExperts, metrics: Metrics) -> None:
+        self.spec = spec
+        self.store = store
+        self.read = read
+        self.metrics = metrics
+        self.num_tokens = 0
+        self._dtype = torch_dtype(spec.dtype)
+        self._last_steps: dict[int, wire.StepId] = {}  # by front, those that the log has a line of
+        self._computing = threading.Lock()
+        self._began: float | None = None
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Since the computation that is running has begun; 0 while none is. For any thread."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def set_experts(self, layer: int, ids: tuple[int, ...]) -> int:
+        """Hold exactly these experts of a layer; returns how many had to be read. Computation goes on meanwhile:
+        only the exchange of the finished layer waits for its turn.
+        """
+        here = self.store.layers[layer]
+        missing = tuple(expert for expert in ids if expert not in here.ids)
+        layer_experts = here.regrouped(ids, self.read(layer, missing))
+        with self._computing:
+            self.store.replace(layer, layer_experts)
+        return len(missing)
+
+    def answer(self, frame: wire.Buffer) -> bytes:
+        """Answer a packed dispatch with a packed partial, or with the reason why not."""
+        try:
+            dispatch = wire.unpack_dispatch(frame)
+        except wire.WireError as error:
+            logger.error("no dispatch: %s", error)
+            return wire.pack_refusal(wire.FAILED, f"WireError: {error}")
+        return self.answer_batch([dispatch])[0]
+
+    def answer_batch(self, dispatches: list[wire.Dispatch]) -> list[bytes]:
+        """Packed answers to dispatches of one layer, computed together if they fit together."""
+        if len({(d.x_TD.shape[1], d.ids_TK.shape[1], d.x_TD.dtype) for d in dispatches}) > 1:
+            return [self.answer_batch([dispatch])[0] for dispatch in dispatches]
+        if logger.isEnabledFor(logging.DEBUG):
+            self._tell_steps(dispatches)
+        try:
+            return self._compute(dispatches)
+        except Exception as error:
+            if len(dispatches) > 1:  # only the one that is wrong may fail
+                return [self.answer_batch([dispatch])[0] for dispatch in dispatches]
+            extra = {"step": str(dispatches[0].step)}
+            if isinstance(error, NotHeld):  # the map has moved on: part of every rebalance
+                logger.info("refused: %s", error, extra=extra)
+                return [wire.pack_refusal(wire.NOT_HELD, str(error), error.expert)]
+            text = f"{type(error).__name__}: {error}"
+            logger.error("dispatch of layer %d failed: %s", dispatches[0].layer, text, extra=extra)
+            return [wire.pack_refusal(wire.FAILED, text)]
+
+    def _tell_steps(self, dispatches: list[wire.Dispatch]) -> None:
+        """A line at the first message of each step."""
+        for dispatch in dispatches:
+            step = dispatch.step
+            if self._last_steps.get(step.front) != step:
+                self._last_steps[step.front] = step
+                logger.debug("step begins at layer %d", dispatch.layer, extra={"step": str(step)})
+
+    def _check(self, dispatch: wire.Dispatch) -> None:
+        """Kernels believe that sizes are the model's, and read past the end of what is smaller. Raises ValueError."""
+        config = self.store.config
+        if dispatch.layer >= len(self.store.layers):
+            raise ValueError(f"layer {dispatch.layer} of {len(self.store.layers)}")
+        for what, sent, ours in (
+            ("hidden size", dispatch.x_TD.shape[1], config.hidden_size),
+            ("top-k", dispatch.ids_TK.shape[1], config.num_experts_per_tok),
+            ("type", dispatch.x_TD.dtype, self._dtype),
+        ):
+            if sent != ours:
+                raise ValueError(f"{what} {sent} was sent to a model of {what} {ours}")
+
+    @torch.inference_mode()
+    def _compute(self, dispatches: list[wire.Dispatch]) -> list[bytes]:
+        self._check(dispatches[0])
+        layer = dispatches[0].layer
+        with self._computing:
+            started = self._began = time.monotonic()
+            try:
+                partial_TD = self._run(layer, dispatches)
+            finally:
+                self._began = None
+            seconds = time.monotonic() - started
+            self._count(len(partial_TD), seconds)
+        parts = partial_TD.split([len(d.x_TD) for d in dispatches])
+        return [wire.pack_partial(part, seconds) for part in parts]
+
+    def _run(self, layer: int, dispatches: list[wire.Dispatch]) -> torch.Tensor:
+        """On the CPU: a GPU has computed only once its result is here."""
+        x_TD, ids_TK, gates_TK = (
+            _cat(parts) for parts in zip(*((d.x_TD, d.ids_TK, d.gates_TK) for d in dispatches), strict=True)
+        )
+        device = self.store.device
+        return self.store.run(layer, x_TD.to(device), ids_TK.to(device).long(), gates_TK.to(device)).cpu()
+
+    def _count(self, num_tokens: int, seconds: float) -> None:
+        # Restarted replicas count on under the name of their slot: labels stay few.
+        group, slot = str(self.spec.group), self.spec.actor_id.partition(".")[0]
+        self.num_tokens += num_tokens
+        self.metrics.inc("expert_tokens_total", num_tokens, group=group, replica=slot)
+        self.metrics.observe("expert_compute_seconds", seconds, group=group)
+
+
+def _cat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

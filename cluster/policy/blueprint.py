@@ -1,0 +1,148 @@
+"""What to start: configuration, model and machine turned into the specs of fronts and expert replicas. Pure."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import ClusterConfig
+from cluster.errors import ConfigError
+from cluster.expert_map import ExpertMap, contiguous_homes
+from cluster.messages.actors import (
+    EngineOptions,
+    FrontSpec,
+    LaneKeys,
+    LogOptions,
+    Machine,
+    ReplicaSpec,
+    ResourcePlan,
+    Wanted,
+)
+from cluster.models.checkpoint import CheckpointInfo
+from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.policy.resources import plan_resources
+
+GIB = 2**30
+# Flash attention over block tables wants pages of 256 tokens; smaller blocks find more equal prefixes.
+CPU_BLOCK, GPU_BLOCK = 16, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """`expert_map` is version 0: homes without replicas. `slots_per_layer` are places for experts in all groups."""
+
+    resources: ResourcePlan
+    engine: EngineOptions
+    lane: str
+    lane_keys: LaneKeys | None
+    logs: LogOptions
+    expert_map: ExpertMap
+    wanted: Wanted
+    slots_per_layer: int
+    bytes_per_expert: int
+
+    def front(self, index: int) -> FrontSpec:
+        return FrontSpec(f"front-{index}", self.engine, self.lane, self.lane_keys, self.logs, self.resources)
+
+    def replica(self, group: int, index: int, expert_map: ExpertMap) -> ReplicaSpec:
+        """A replica that holds what the map has at home in its group."""
+        return ReplicaSpec(
+            f"expert-g{group}-r{index}",
+            group,
+            self.engine.model_path,
+            self.resources.device,
+            self.engine.dtype,
+            expert_map.experts_of(group),
+            self.resources.threads_per_replica,
+            self.lane_keys,
+            self.logs,
+            self.engine.kernels,
+            self.engine.expert_dtype,
+            self.resources,
+        )
+
+
+def recall_blueprint(spec: FrontSpec, expert_map: ExpertMap, wanted: Wanted) -> Blueprint:
+    """What a live front knows of the blueprint that it was started by: all but the size of an expert and the room for
+    redundant ones. Enough to watch by; to start or move anything takes one that is drawn.
+    """
+    num_experts = len(expert_map.homes[0])
+    return Blueprint(
+        spec.resources, spec.engine, spec.lane, spec.lane_keys, spec.logs, expert_map, wanted, num_experts, 0
+    )
+
+
+def check_config(config: ClusterConfig, model: GraniteMoeConfig) -> ExpertMap:
+    """The initial map. Raises ConfigError where settings and model don't fit."""
+    max_model_len(config, model)
+    homes = contiguous_homes(model.num_hidden_layers, model.num_local_experts, config.groups)
+    return ExpertMap(0, config.groups, homes)
+
+
+def max_model_len(config: ClusterConfig, model: GraniteMoeConfig) -> int:
+    longest = model.max_context
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} is more than the model's context of {longest} tokens "
+            f"(max_position_embeddings, rope scaling): choose {longest} or less"
+        )
+    return config.max_model_len or longest
+
+
+def served_dtype(config: ClusterConfig, model: GraniteMoeConfig, stored: str) -> str:
+    """What the operator says, or config.json, or the files; float16 is served as bfloat16, which has its range."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if (model.dtype or stored) == "float32" else "bfloat16"
+
+
+def check_expert_dtype(config: ClusterConfig, dtype: str, device: str) -> None:
+    """Raises ConfigError where int8 experts can't be computed."""
+    if config.expert_dtype == "int8" and device == "cuda":
+        raise ConfigError("expert_dtype='int8' is computed on CPUs only: choose auto, or device cpu")
+    if config.expert_dtype == "int8" and dtype == "float32":
+        raise ConfigError(
+            "expert_dtype='int8' wants the rest in bfloat16, and this is served in float32: set dtype bfloat16"
+        )
+
+
+def draw_blueprint(
+    config: ClusterConfig,
+    checkpoint: CheckpointInfo,
+    model_dir: Path,
+    model: GraniteMoeConfig,
+    machine: Machine,
+    lane_keys: LaneKeys | None = None,
+) -> Blueprint:
+    """`lane_keys` open the zmq lane; the lanes local and object_ref need none. Raises ConfigError."""
+    expert_map = check_config(config, model)
+    resources = plan_resources(config, machine)
+    dtype = served_dtype(config, model, checkpoint.dtype)
+    check_expert_dtype(config, dtype, resources.device)
+    engine = EngineOptions(
+        model_path=str(model_dir),
+        device=resources.device,
+        dtype=dtype,
+        max_model_len=max_model_len(config, model),
+        block_size=config.block_size or (CPU_BLOCK if resources.device == "cpu" else GPU_BLOCK),
+        kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * GIB),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_num_waiting=config.max_num_waiting,
+        enable_prefix_caching=config.enable_prefix_caching,
+        overlap=config.overlap,
+        kernels=config.kernels,
+        expert_dtype=config.expert_dtype,
+        num_threads=resources.threads_per_front,
+    )
+    num_replicas = 0 if config.lane == "local" else config.replicas
+    return Blueprint(
+        resources,
+        engine,
+        config.lane,
+        lane_keys,
+        LogOptions(config.log_format, config.log_level),
+        expert_map,
+        Wanted(config.fronts, (num_replicas,) * config.groups),
+        model.num_local_experts + config.redundant_experts,
+        checkpoint.bytes_per_expert,
+    )

@@ -1,0 +1,227 @@
+"""What clients may ask: strict pydantic models of the request bodies.
+
+A value of the wrong type is refused, never converted. A field that is not here is refused by name; null counts as
+absent. What OpenAI or vLLM know and Outcrop does not is listed in neutral.py; what depends on the model or on the
+server's limits is checked in sampling.py.
+"""
+
+import itertools
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+from deploy.ingress.openai.fields import (
+    as_content,
+    as_logit_bias,
+    as_prompts,
+    as_stop,
+    as_stop_token_ids,
+    as_token_ids,
+    refuse,
+)
+from deploy.ingress.openai.neutral import (
+    CHAT_NEUTRAL,
+    COMPLETION_NEUTRAL,
+    ENGINE_NEUTRAL,
+    MESSAGE_NEUTRAL,
+    TEMPLATE_NEUTRAL,
+    Neutral,
+)
+
+INT64_MAX = 2**63 - 1
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    NEUTRAL: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name, accepted in cls.NEUTRAL.items():
+            value = body.get(name)
+            if value is not None and not any(type(value) is type(known) and value == known for known in accepted):
+                raise refuse(name, f"{name} is not supported", "unsupported")
+        known = cls.model_fields.keys() | cls.NEUTRAL.keys()
+        # One field that nobody knows is as good as thousands: pydantic writes an error for each.
+        unknown = itertools.islice((item for item in body.items() if item[0] not in known), 1)
+        return {k: body[k] for k in cls.model_fields if body.get(k) is not None} | dict(unknown)
+
+
+class StreamOptions(Strict):
+    NEUTRAL = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+
+    include_usage: bool = False
+
+
+class GenerationFields(Strict):
+    """What completions and chat completions share. Bounds that OpenAI leaves open keep the arithmetic finite."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
+    n: int = Field(1, ge=1)
+    stop: Annotated[tuple[str, ...], PlainValidator(as_stop, json_schema_input_type=str | list[str])] = ()
+    stop_token_ids: Annotated[list[int], PlainValidator(as_stop_token_ids, json_schema_input_type=list[int])] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
+    skip_special_tokens: bool = True
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    logit_bias: Annotated[dict[int, float], PlainValidator(as_logit_bias, json_schema_input_type=dict[str, float])] = {}
+    prompt_logprobs: int | None = Field(None, ge=0)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    return_token_ids: bool = False
+    return_routed_experts: bool = False
+
+    @model_validator(mode="after")
+    def _stream_fields_fit(self) -> "GenerationFields":
+        if self.stream_options is not None and not self.stream:
+            raise refuse("stream_options", "stream_options is only allowed with stream=true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise refuse("prompt_logprobs", "prompt_logprobs is not available with stream=true: leave one out")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerationFields):
+    NEUTRAL = ENGINE_NEUTRAL | COMPLETION_NEUTRAL
+
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(as_prompts, json_schema_input_type=Prompt)]
+    best_of: int | None = Field(None, ge=1)
+    logprobs: int | None = Field(None, ge=0)
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n):
+            raise refuse("best_of", f"best_of={self.best_of} is not supported: leave it out", "unsupported")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        return self.n * len(self.prompt)
+
+    @property
+    def prompt_token_ids(self) -> list[list[int]]:
+        """Prompts that came as token ids."""
+        return [prompt for prompt in self.prompt if not isinstance(prompt, str)]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report per token (0: only the token itself), None for no log-probabilities."""
+        return self.logprobs
+
+    @property
+    def is_echo(self) -> bool:
+        return self.echo
+
+
+class Message(Strict):
+    """One message of a conversation. Text parts of `content` are joined by newlines, as vLLM does."""
+
+    NEUTRAL = MESSAGE_NEUTRAL
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(as_content, json_schema_input_type=str | list[dict[str, str]])]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        # Templates know no "developer": it is OpenAI's newer name of "system".
+        shown = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        return shown if self.name is None else shown | {"name": self.name}
+
+
+# The first bad one is told: thousands of them would be thousands of errors.
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
+class ChatFields(Strict):
+    """How messages become a prompt; the same for a chat completion and for /tokenize."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @model_validator(mode="after")
+    def _one_continuation(self) -> "ChatFields":
+        if self.continue_final_message and self.add_generation_prompt:
+            raise refuse(
+                "continue_final_message", "continue_final_message=true needs add_generation_prompt=false beside it"
+            )
+        return self
+
+
+class ChatCompletionRequest(GenerationFields, ChatFields):
+    NEUTRAL = ENGINE_NEUTRAL | TEMPLATE_NEUTRAL | CHAT_NEUTRAL
+
+    messages: Messages
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refuse("top_logprobs", f"top_logprobs={self.top_logprobs} needs logprobs=true beside it")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            both = f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens}"
+            raise refuse("max_tokens", f"{both} contradict each other: send one of them")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        return self.n
+
+    @property
+    def prompt_token_ids(self) -> list[list[int]]:
+        return []
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def is_echo(self) -> bool:
+        return False
+
+
+class TokenizeRequest(ChatFields):
+    """POST /tokenize as vLLM: a prompt (special tokens added) or messages (template, none added)."""
+
+    NEUTRAL = TEMPLATE_NEUTRAL
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _prompt_or_messages(self) -> "TokenizeRequest":
+        if self.prompt is None and self.messages is None:
+            raise refuse("prompt", "prompt is required (or messages)", "missing")
+        if self.prompt is not None and self.messages is not None:
+            raise refuse("messages", "messages can't be sent together with prompt: send one")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: Annotated[list[int], PlainValidator(as_token_ids, json_schema_input_type=list[int])]

@@ -1,0 +1,171 @@
+"""Answers of both endpoints for dump(): whole objects and stream chunks. Knows no transport but the SSE line."""
+
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deploy.ingress.openai import logprobs
+from deploy.ingress.openai.answer_json import Rows, dump
+from deploy.ingress.openai.choices import Choice, ChoiceDelta, merge
+from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.ingress.text.tokens import Tokenizer
+
+Json = dict[str, Any]
+
+SSE_DONE = b"data: [DONE]\n\n"
+
+
+def sse(event: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + dump(event) + b"\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a whole request. A prompt counts once, however many choices continue it."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice], n: int) -> "Usage":
+        """`choices` in the order of their index: n for each prompt."""
+        return cls(
+            sum(len(choice.prompt_token_ids) for choice in choices[::n]),
+            sum(choice.num_tokens for choice in choices),
+            sum(choice.num_cached_tokens for choice in choices[::n]),
+        )
+
+    def as_json(self) -> Json:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass(slots=True)
+class CompletionResponder:
+    """Answers one /v1/completions request."""
+
+    request: CompletionRequest
+    tokenizer: Tokenizer
+    model: str
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def id(self) -> str:
+        return f"cmpl-{self.request_id}"
+
+    def response(self, choices: Iterable[Sequence[ChoiceDelta]], usage: Usage) -> Json:
+        """The whole answer; `choices` holds the deltas of each choice."""
+        return self._head([self._choice(merge(deltas)) for deltas in choices]) | {"usage": usage.as_json()}
+
+    def chunk(self, delta: ChoiceDelta) -> Json:
+        return _with_null_usage(self._head([self._choice(delta)]), self.request.include_usage)
+
+    def usage_chunk(self, usage: Usage) -> Json:
+        """The last chunk, when stream_options.include_usage asks for it."""
+        return self._head([]) | {"usage": usage.as_json()}
+
+    def _head(self, choices: list[Json]) -> Json:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _choice(self, delta: ChoiceDelta) -> Json:
+        num_top = self.request.num_logprobs
+        choice: Json = {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": None if num_top is None else logprobs.completion_logprobs(delta.rows, num_top, self.tokenizer),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        return choice | _extras(self.request, delta) | _prompt_extras(self.request, delta, self.tokenizer)
+
+
+@dataclass(slots=True)
+class ChatResponder:
+    """Answers one /v1/chat/completions request. Fields about the prompt stand beside `choices`, as in vLLM."""
+
+    request: ChatCompletionRequest
+    tokenizer: Tokenizer
+    model: str
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def id(self) -> str:
+        return f"chatcmpl-{self.request_id}"
+
+    def response(self, choices: Iterable[Sequence[ChoiceDelta]], usage: Usage) -> Json:
+        """The whole answer; `choices` holds the deltas of each choice."""
+        whole = [merge(deltas) for deltas in choices]
+        messages = [
+            self._choice(delta, "message", {"role": "assistant", "content": delta.text, "refusal": None})
+            for delta in whole
+        ]
+        answer = self._head("chat.completion", messages) | {"usage": usage.as_json()}
+        return answer | _prompt_extras(self.request, whole[0], self.tokenizer)
+
+    def chunk(self, delta: ChoiceDelta) -> Json:
+        """The first chunk of a choice names the role."""
+        content = {"role": "assistant", "content": delta.text} if delta.is_first else {"content": delta.text}
+        shown = content if delta.text or delta.is_first else {}
+        chunk = self._head("chat.completion.chunk", [self._choice(delta, "delta", shown)])
+        return _with_null_usage(chunk, self.request.include_usage) | _prompt_extras(self.request, delta, self.tokenizer)
+
+    def usage_chunk(self, usage: Usage) -> Json:
+        """The last chunk, when stream_options.include_usage asks for it."""
+        return self._head("chat.completion.chunk", []) | {"usage": usage.as_json()}
+
+    def _head(self, kind: str, choices: list[Json]) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+    def _choice(self, delta: ChoiceDelta, name: str, content: Json) -> Json:
+        num_top = self.request.num_logprobs
+        choice: Json = {
+            "index": delta.index,
+            name: content,
+            "logprobs": None if num_top is None else logprobs.chat_logprobs(delta.rows, num_top, self.tokenizer),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        return choice | _extras(self.request, delta)
+
+
+def _extras(request: CompletionRequest | ChatCompletionRequest, delta: ChoiceDelta) -> Json:
+    """Fields of a choice that are there only if asked for."""
+    extras: Json = {}
+    if request.return_token_ids:
+        extras["token_ids"] = Rows(delta.token_ids, int)
+    if request.return_routed_experts and delta.routed_experts is not None:
+        extras["routed_experts"] = logprobs.routed_experts(delta.routed_experts)
+    return extras
+
+
+def _prompt_extras(
+    request: CompletionRequest | ChatCompletionRequest, delta: ChoiceDelta, tokenizer: Tokenizer
+) -> Json:
+    """Fields about the prompt, in the first delta only."""
+    extras: Json = {}
+    if request.return_token_ids and delta.is_first:
+        extras["prompt_token_ids"] = Rows(delta.prompt_token_ids, int)
+    if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
+        extras["prompt_logprobs"] = logprobs.prompt_logprobs(delta.prompt_logprobs, request.prompt_logprobs, tokenizer)
+    return extras
+
+
+def _with_null_usage(chunk: Json, is_asked: bool) -> Json:
+    """OpenAI: with include_usage every chunk but the last has usage null."""
+    return chunk | {"usage": None} if is_asked else chunk

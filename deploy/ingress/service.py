@@ -1,0 +1,254 @@
+"""What the HTTP routes do, without HTTP: turns requests into generations, and reports on the cluster."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from cluster.config import ClusterConfig
+from cluster.messages.actors import Wanted
+from cluster.messages.state import ClusterState, RebalanceReport
+from cluster.metrics import Metrics
+from cluster.models.granite_moe import read_model_config
+from cluster.policy.blueprint import max_model_len
+from deploy.ingress.fronts.client import FrontClient
+from deploy.ingress.generation import Generation, Plan
+from deploy.ingress.json_pieces import join_pieces
+from deploy.ingress.openai.choices import Choice, spell_prompt
+from deploy.ingress.openai.errors import (
+    context_length_exceeded,
+    invalid_request,
+    model_not_found,
+    overloaded,
+    unavailable,
+)
+from deploy.ingress.openai.parsing import check_content, parse_body
+from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest, Message
+from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
+from deploy.ingress.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
+from deploy.ingress.text.tokens import NO_TEMPLATE, Tokenizer, TooManyTokens
+from deploy.ingress.tracing.request_trace import RequestTrace
+
+T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
+
+logger = logging.getLogger(__name__)
+
+STARTING_PERIOD_S = 0.2
+READY_PERIOD_S = 1.0
+# "recovering": there may be no front for the moment, or the supervisor may not know yet which there are.
+SERVING = ("ready", "degraded", "recovering")
+REFRESH_TIMEOUT_S = 5.0
+# What grows with a request is done on the event loop only up to this many characters, tokens or bytes: longer work,
+# which goes to a thread, would hold up everyone's streams. There it must not keep the interpreter's lock for long
+# either, which json.loads() does with larger bodies: they are read in a sandbox.
+LONG = 10_000
+LARGE_BODY = 200_000
+# To tokenise a character, or to spell a token, takes as long as to write so many; so many stand around a message.
+ENCODED_CHARS, SPELT_CHARS, MESSAGE_CHARS = 10, 10, 50
+MAX_THREADS = 4
+
+
+class SupervisorLink(Protocol):
+    """What an ingress asks of the supervisor; deploy/app.py connects it."""
+
+    async def push_samples(self, ingress_id: str, samples: tuple[Any, ...]) -> ClusterState: ...
+    async def exposition(self, ingress_id: str, samples: tuple[Any, ...]) -> bytes: ...
+    async def experts(self) -> dict[str, Any]: ...
+    async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted: ...
+    async def rebalance(self, dry_run: bool, force: bool) -> RebalanceReport: ...
+
+
+class Service:
+    """One per ingress replica; belongs to its event loop. Raises ModelError if the tokenizer can't be loaded."""
+
+    def __init__(self, config: ClusterConfig, model_dir: Path, supervisor: SupervisorLink) -> None:
+        self.config = config
+        self.model = read_model_config(model_dir)
+        self.tokenizer = Tokenizer.load(model_dir, config.chat_template)
+        self.max_model_len = max_model_len(config, self.model)
+        self.metrics = Metrics()
+        self.supervisor = supervisor
+        self.started = int(time.time())
+        self.ingress_id = f"ingress-{uuid.uuid4().hex[:8]}"
+        self.client = FrontClient(self.ingress_id, self.metrics, config.max_num_waiting)
+        self.state = ClusterState("starting", "starting", "")
+        self._has_been_ready = False
+        self._threads = ThreadPoolExecutor(MAX_THREADS, "requests")
+        self._bodies = Sandbox("reading the body")
+        template = self.tokenizer.template
+        self._templates = Sandbox("messages: rendering the chat template", template.arguments()) if template else None
+        self._follow = asyncio.create_task(self._follow_state())
+
+    async def _follow_state(self) -> None:
+        """Keep the supervisor's view of the cluster here, so that no request has to ask for it."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(READY_PERIOD_S if self.is_ready else STARTING_PERIOD_S)
+
+    async def refresh(self) -> None:
+        """Learn the state of the cluster now. If the supervisor is silent, the actors last known go on serving."""
+        try:
+            async with asyncio.timeout(REFRESH_TIMEOUT_S):
+                self.state = await self.supervisor.push_samples(self.ingress_id, self.metrics.samples())
+            if self.state.fronts or self.state.state != "recovering":
+                self.client.update(self.state)  # a supervisor that has just been restarted may not know the fronts yet
+        except Exception as error:
+            logger.warning("the supervisor does not answer: %s", error or "timeout")
+            if self.state.state == "ready":
+                self.state = replace(self.state, state="degraded", phase="the supervisor does not answer")
+        self._has_been_ready |= self.is_ready
+
+    @property
+    def is_ready(self) -> bool:
+        """True if a generation could succeed now."""
+        return self.state.state in SERVING and self.client.is_available
+
+    @property
+    def takes_requests(self) -> bool:
+        """True from the first time that a generation could succeed until the cluster ends: while no front is there,
+        requests wait for one.
+        """
+        return self.state.state in SERVING and self._has_been_ready
+
+    async def generate(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        request_id: str,
+        trace: RequestTrace | None = None,
+    ) -> Generation:
+        """Check, tokenise and submit. Raises APIError, Overloaded or Unavailable."""
+        self.check_model(request.model)
+        num_ids = [len(ids) for ids in request.prompt_token_ids]
+        self._check_fits(max(num_ids, default=0), "prompt")
+        await self.run(sum(num_ids), lambda: check_limits(request, self.config, self.model.vocab_size))
+        started = time.monotonic()
+        prompts = await self._prompts(request)
+        if trace:
+            trace.tokenised(started)
+        spelt = SPELT_CHARS * sum(map(len, prompts)) if request.is_echo else 0
+        plans = await self.run(spelt, lambda: self._plans(request, prompts))
+        if trace:
+            trace.begin(request.n, [plan.choice for plan in plans], plans[0].params)
+        # Without a front for the moment, requests wait for the one that is being restarted.
+        if self.state.state not in SERVING:
+            raise unavailable(f"The model is not ready: {self.state.phase}")
+        generation = Generation(plans, self.client, self.metrics, request_id, trace, self.run)
+        await generation.submit()
+        return generation
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.config.model_name:
+            raise model_not_found(name, self.config.model_name)
+
+    async def warm_up(self) -> None:
+        """Raises ModelError if the chat template can't be compiled."""
+        if self._templates:
+            await self._templates.warm_up()
+
+    async def close(self) -> None:
+        """Stop what was started here."""
+        self._follow.cancel()
+        await self._bodies.close()
+        if self._templates:
+            await self._templates.close()
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """Do what takes as long as `size` is large, where it holds up nobody."""
+        return work() if size < LONG else await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def parse(self, raw: bytes, model: type[B]) -> B:
+        """A checked body. Raises APIError."""
+        if len(raw) < LARGE_BODY:
+            return await self.run(len(raw), lambda: parse_body(raw, model))
+        pieces = await _sandboxed(self._bodies.read_json(raw))
+        return await self.run(len(raw), lambda: check_content(join_pieces(pieces), model, b"\\u" in raw))
+
+    async def _prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[tuple[int, ...]]:
+        if isinstance(request, ChatCompletionRequest):
+            text = await self.render(request.messages, request.add_generation_prompt, request.continue_final_message)
+            return [await self.encode(text, add_special_tokens=False, param="messages")]
+        size = sum(map(len, request.prompt))
+        return [await self.encode(p, size=size) if isinstance(p, str) else tuple(p) for p in request.prompt]
+
+    async def render(self, messages: list[Message], add_generation_prompt: bool, continue_final_message: bool) -> str:
+        """Raises APIError (400)."""
+        if self._templates is None:
+            raise invalid_request(NO_TEMPLATE, "messages")
+        size = sum(MESSAGE_CHARS + len(message.content) for message in messages)
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        asked = await self.run(size, lambda: rendering([message.for_template() for message in messages], **options))
+        text = await _sandboxed(self._templates.render(asked), "messages")
+        return await self.run(len(text), text.decode)
+
+    async def encode(
+        self, text: str, add_special_tokens: bool = True, param: str = "prompt", size: int = 0, most: int = 0
+    ) -> tuple[int, ...]:
+        """`size`: characters of all texts that are encoded one after the other. Raises APIError (400) where there are
+        more tokens than `most`, or than fit; before it has tokenised anything, if that is so whatever the tokens are.
+        """
+        self._check_fits(len(text) // self.tokenizer.longest_token, param)
+        most = most or self.max_model_len
+        try:
+            return await self.run(
+                ENCODED_CHARS * max(size, len(text)),
+                lambda: tuple(self.tokenizer.encode(text, add_special_tokens, most)),
+            )
+        except TooManyTokens as error:
+            raise context_length_exceeded(self.max_model_len, error.num_tokens, 0, param) from None
+
+    async def decode(self, tokens: list[int]) -> str:
+        """Raises APIError (400)."""
+        if len(tokens) > self.max_model_len:
+            limit = f"max_model_len={self.max_model_len}"
+            raise invalid_request(f"tokens: {len(tokens)} token ids are more than {limit}: send fewer", "tokens")
+        await self.run(len(tokens), lambda: check_token_ids(tokens, self.model.vocab_size, "tokens"))
+        return await self.run(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def _check_fits(self, least: int, param: str) -> None:
+        """`least`: as many tokens as there must be."""
+        if least > self.max_model_len:
+            raise context_length_exceeded(self.max_model_len, least, 0, param)
+
+    def _plans(self, request: CompletionRequest | ChatCompletionRequest, prompts: list[tuple[int, ...]]) -> list[Plan]:
+        plans: list[Plan] = []
+        for prompt in prompts:
+            echoed = spell_prompt(prompt, self.tokenizer) if request.is_echo else []
+            plans += [self._plan(request, prompt, echoed, len(plans) + n, n) for n in range(request.n)]
+        return plans
+
+    def _plan(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        prompt: tuple[int, ...],
+        echoed: list[str],
+        index: int,
+        n: int,
+    ) -> Plan:
+        params = to_sampling_params(
+            request,
+            max_model_len=self.max_model_len,
+            prompt_len=len(prompt),
+            eos_token_ids=self.model.eos_token_ids,
+            vocab_size=self.model.vocab_size,
+            choice_index=n,
+        )
+        choice = Choice(index, request, params, prompt, self.tokenizer, self.model.eos_token_ids, echoed)
+        return Plan(choice, prompt, params)
+
+
+async def _sandboxed(work: Awaitable[T], param: str | None = None) -> T:
+    """Raises APIError: 400 where the work is refused or takes too much, 429 where there is no place for it."""
+    try:
+        return await work
+    except SandboxError as error:
+        raise invalid_request(str(error), error.param or param, error.code or "invalid_value") from None
+    except SandboxBusy:
+        raise overloaded() from None
