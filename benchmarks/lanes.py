@@ -17,11 +17,9 @@ from cluster.messages.actors import ExpertDtype, LaneKeys, ReadyReport, ReplicaS
 from cluster.models.granite_moe import GraniteMoeConfig, read_model_config
 
 NAMESPACE = "bench"
-# Two micro-batches in flight, on a lane.
-OVERLAP = "+overlap"
 # Experts in int8, behind a lane.
 INT8 = "+int8"
-LANES = ("local", "object_ref", "zmq", "zmq" + OVERLAP, "zmq" + INT8, "tcp")
+LANES = ("local", "object_ref", "zmq", "zmq" + INT8, "tcp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class Cluster:
         """`zmq` goes over ipc, `tcp` is zmq over tcp with CURVE, `object_ref` over Ray actor calls."""
         expert_map = self.int8_map if lane.endswith(INT8) else self.expert_map
         assert expert_map is not None
-        lane = lane.removesuffix(OVERLAP).removesuffix(INT8)
+        lane = lane.removesuffix(INT8)
         from actors.dispatch.remote import RemoteDispatcher
         from actors.lanes.object_ref import ObjectRefLane
         from actors.lanes.zmq_client import ZmqLane
@@ -116,7 +114,6 @@ def make_engine(model_dir: Path, config: GraniteMoeConfig, dtype: Any, max_token
 
     from actors.engine.engine import Engine
     from actors.engine.kv_cache import BlockAllocator
-    from actors.engine.overlap import Overlap
     from actors.engine.scheduler import Scheduler
     from actors.model.loader import load_front
     from actors.model.paged_kv import PagedKV
@@ -131,4 +128,4 @@ def make_engine(model_dir: Path, config: GraniteMoeConfig, dtype: Any, max_token
         max_num_seqs=256,
         max_model_len=config.max_context,
     )
-    return Engine(front, kv, None, scheduler, Metrics(), Overlap("never"))  # type: ignore[arg-type]
+    return Engine(front, kv, None, scheduler, Metrics())  # type: ignore[arg-type]

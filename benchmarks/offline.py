@@ -19,7 +19,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch: fronts and replicas c
 import typer
 
 from benchmarks.cases import BUDGET, Case, make_cases
-from benchmarks.lanes import INT8, LANES, OVERLAP, expert_cluster, local_dispatcher, make_engine
+from benchmarks.lanes import INT8, LANES, expert_cluster, local_dispatcher, make_engine
 from benchmarks.limits import Gauge, Limits
 from benchmarks.report import environment, table
 from cluster.models.granite_moe import read_model_config
@@ -51,15 +51,13 @@ class Stopwatch:
         self._logits = engine.model.logits
         engine.model.logits = self._timed("head", self._logits)
 
-    def use(self, lane: str, dispatcher: Any) -> None:
+    def use(self, dispatcher: Any) -> None:
         """Let the engine dispatch through `dispatcher`, timed."""
         watch = self
-        self._engine.overlap.mode = "always" if lane.endswith(OVERLAP) else "never"
 
         class Timed:
             dispatch = staticmethod(watch._timed("dispatch", dispatcher.dispatch))
             combine = staticmethod(watch._timed("combine", dispatcher.combine))
-            forget = staticmethod(dispatcher.forget)
 
         self._engine.dispatcher = Timed()
 
@@ -89,7 +87,7 @@ def measure(
         for _ in range(rounds):
             limits.append(gauge.measure())
             for lane, dispatcher in dispatchers.items():
-                watch.use(lane, dispatcher)
+                watch.use(dispatcher)
                 watch.seconds.clear()
                 started = time.perf_counter()
                 seconds[lane].append(case.run(engine))
@@ -116,9 +114,7 @@ def main(
     checkpoint: Path,
     lanes: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated: local, object_ref, zmq (ipc), tcp; +overlap: two micro-batches; +int8: int8 experts."
-        ),
+        typer.Option(help="Comma-separated: local, object_ref, zmq (ipc), tcp; +int8: int8 experts."),
     ] = ",".join(LANES),
     batches: str = "1,8,32",
     prompts: str = "512,2048",

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from cluster.errors import ConfigError
 from cluster.logs import Format, Level
-from cluster.messages.actors import ExpertDtype, KernelChoice, OverlapMode
+from cluster.messages.actors import ExpertDtype, KernelChoice
 from cluster.validation import describe
 
 ENV_PREFIX = "OUTCROP_"
@@ -81,11 +81,6 @@ class ClusterConfig(BaseModel):
     load_window_s: float = Field(300.0, description="Age up to which expert load counts for balance.", gt=0)
     ingress_replicas: int = Field(1, description="HTTP ingress replicas.", ge=1, le=64)
     lane: Lane = Field("auto", description="How tokens travel to experts.")
-
-    overlap: OverlapMode = Field(
-        "auto",
-        description="Compute large steps as two micro-batches: attention of one beside experts of the other.",
-    )
 
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Type of weights and activations.")
     expert_dtype: ExpertDtype = Field(

@@ -8,11 +8,9 @@ from actors.dispatch.dispatcher import Dispatcher
 from actors.dispatch.local import LocalDispatcher
 from actors.engine.engine import Engine
 from actors.engine.kv_cache import BlockAllocator
-from actors.engine.overlap import Overlap
 from actors.engine.scheduler import Scheduler
 from actors.model.loader import load_experts, load_front
 from actors.model.paged_kv import PagedKV
-from cluster.messages.actors import OverlapMode
 from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
 from cluster.metrics import Metrics
 from cluster.models.granite_moe import read_model_config
@@ -30,7 +28,6 @@ def make_engine(
     max_num_seqs: int = 8,
     prefix_caching: bool = True,
     dtype: torch.dtype = torch.float32,
-    overlap: OverlapMode = "never",
 ) -> Engine:
     config = read_model_config(model_dir)
     if dispatcher is None:
@@ -44,7 +41,7 @@ def make_engine(
     )
     front = load_front(model_dir, config, CPU, dtype, lambda _: None)
     kv = PagedKV(config, num_blocks, block_size, CPU, dtype)
-    return Engine(front, kv, dispatcher, scheduler, Metrics(), Overlap(overlap))
+    return Engine(front, kv, dispatcher, scheduler, Metrics())
 
 
 class Result:

@@ -41,8 +41,8 @@ class Step:
 class Dispatcher(ABC):
     """Computes the expert half of a layer, wherever the experts are.
 
-    dispatch() sends and returns at once; combine() waits. Several layers' or micro-batches' dispatches may be
-    open at a time. A dispatcher belongs to one thread. It adds to `step`, which the engine sets, what that step costs.
+    dispatch() sends and returns at once; combine() waits. Several dispatches may be open at a time. A
+    dispatcher belongs to one thread. It adds to `step`, which the engine sets, what that step costs.
     """
 
     def __init__(self) -> None:
@@ -55,9 +55,6 @@ class Dispatcher(ABC):
     @abstractmethod
     def combine(self, pending: Any) -> Tensor:
         """Sum of gate * expert(x) over each token's experts, shape [T, D], dtype of x."""
-
-    def forget(self, pending: Any) -> None:  # noqa: B027 - nothing to do where nothing was sent
-        """Give up what was dispatched and will not be combined."""
 
 
 class NoExperts(Dispatcher):

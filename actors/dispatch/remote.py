@@ -135,12 +135,6 @@ class RemoteDispatcher(Dispatcher):
                     self._late.expect(sent, part.num_tokens)
             self.step.wait_seconds += time.monotonic() - started
 
-    def forget(self, pending: _Pending) -> None:
-        for part in pending.parts:
-            for sent in tuple(part.sent):
-                self._drop(part, sent)
-                self.lane.forget(sent.ticket)
-
     def _combine(self, pending: _Pending) -> Tensor:
         device = pending.like_TD.device
         sum_TD: Tensor | None = None

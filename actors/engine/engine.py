@@ -12,7 +12,6 @@ from torch import Tensor
 
 from actors.dispatch.dispatcher import Dispatcher, DispatchError, NoExperts, Step
 from actors.engine.batch_builder import build_batch
-from actors.engine.overlap import Overlap
 from actors.engine.sampler import sample, token_logprob
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
@@ -43,7 +42,6 @@ class Engine:
         dispatcher: Dispatcher,
         scheduler: Scheduler,
         metrics: Metrics,
-        overlap: Overlap,
         actor_id: str = "front-0",
     ) -> None:
         self.model = model
@@ -51,7 +49,6 @@ class Engine:
         self.dispatcher = dispatcher
         self.scheduler = scheduler
         self.metrics = metrics
-        self.overlap = overlap
         self.sequences: dict[str, Sequence] = {}
         self.is_broken = False
         self._num_failed = 0  # steps in a row
@@ -171,16 +168,9 @@ class Engine:
     def _compute(self, chunks: list[Chunk], step: Step) -> list[RequestOutput]:
         self.dispatcher.step = step
         batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.device)
-        hidden_RD, ids_TLK = self._forward(batch)
+        hidden_RD, ids_TLK = self.model.forward(batch, self.kv, self.dispatcher)
         self._count_experts(ids_TLK)
         return self._postprocess(chunks, hidden_RD)
-
-    def _forward(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        overlap = self.overlap.is_wanted(batch.num_tokens)
-        started = time.monotonic()
-        result = self.model.forward(batch, self.kv, self.dispatcher, overlap=overlap)
-        self.overlap.observe(batch.num_tokens, overlap, time.monotonic() - started)
-        return result
 
     def _postprocess(self, chunks: list[Chunk], hidden_RD: Tensor) -> list[RequestOutput]:
         last_rows = self._score_prompts(chunks, hidden_RD)

@@ -9,7 +9,6 @@ from actors.dispatch.remote import RemoteDispatcher
 from actors.engine.engine import Engine
 from actors.engine.kv_cache import BlockAllocator
 from actors.engine.memory import num_kv_blocks
-from actors.engine.overlap import Overlap
 from actors.engine.scheduler import Scheduler
 from actors.experts.fallback import CheckpointExperts
 from actors.kernels.packed import Kernels
@@ -73,9 +72,8 @@ def build_engine(spec: FrontSpec, parts: FrontParts, metrics: Metrics, others: S
     options, model = spec.engine, parts.model
     num_blocks = num_kv_blocks(options, model.config, model.dtype, model.device, others)
     kv = PagedKV(model.config, num_blocks, options.block_size, model.device, model.dtype)
-    overlap = Overlap(options.overlap if parts.remote else "never")
     scheduler = make_scheduler(options, num_blocks)
-    return Engine(model, kv, parts.dispatcher, scheduler, metrics, overlap, spec.actor_id)
+    return Engine(model, kv, parts.dispatcher, scheduler, metrics, spec.actor_id)
 
 
 def make_lane(spec: FrontSpec, namespace: str) -> Lane:

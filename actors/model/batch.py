@@ -45,32 +45,6 @@ class StepBatch:
         """Sequences with one new token; they are the first rows of the step."""
         return sum(span.length == 1 for span in self.spans)
 
-    def halves(self) -> "tuple[StepBatch, ...]":
-        """Two batches of about half the tokens each, that must go through every layer in this order: the cut may lie
-        within a sequence. A batch that can't be cut stays whole.
-        """
-        cut = self.num_tokens // 2
-        # Singles come first in a batch: a chunk leaves none, or at least two of its tokens, in the first half.
-        cut += any(span.length > 1 and span.start + 1 == cut for span in self.spans)
-        return (self._rows(0, cut), self._rows(cut, self.num_tokens)) if 0 < cut < self.num_tokens else (self,)
-
-    def _rows(self, start: int, end: int) -> "StepBatch":
-        """The tokens from start to end as a batch of their own."""
-        spans, numbers = [], []
-        for number, span in enumerate(self.spans):
-            first, last = max(span.start, start), min(span.start + span.length, end)
-            if first < last:
-                numbers.append(number)
-                spans.append(Span(first - start, last - first, span.context - (span.start + span.length - last)))
-        return StepBatch(
-            self.token_ids_T[start:end],
-            self.positions_T[start:end],
-            self.slots_T[start:end],
-            self.blocks_SB[numbers[0] : numbers[-1] + 1],
-            self.rows_R[(start <= self.rows_R) & (self.rows_R < end)] - start,
-            tuple(spans),
-        )
-
     def to(self, device: torch.device) -> "StepBatch":
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)

@@ -5,9 +5,7 @@ Shapes: T tokens of the step, R rows that need logits, D hidden, L layers, K top
 transformers' modeling_granitemoe.py.
 """
 
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +17,7 @@ from actors.model.front_layers import LayerSteps, LayerWeights, NativeLayers, To
 from actors.model.layers import AnyLinear, rms_norm
 from actors.model.paged_kv import PagedKV, routed_dtype
 from actors.model.rope import Rotary
-from actors.model.routing import interleave
 from cluster.models.granite_moe import GraniteMoeConfig
-
-# Final hidden states of the rows that need logits [R, D], every token's experts [T, L, K].
-Way = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +39,17 @@ class FrontHalf:
         self.rotary = Rotary(config, self.device)
         self._native = native_layers(config, weights.layers)
 
-    def forward(
-        self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher, *, overlap: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Compute one step and write its keys, values and routing to the cache.
+    def forward(self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
+        """Compute one step and write its keys, values and routing to the cache: in each layer
+        attention -> route -> dispatch -> combine.
 
         Returns the final hidden states of `batch.rows_R` [R, D], for `logits`, and every token's experts [T, L, K].
-        With `overlap`, the step's halves are two micro-batches: one is at attention while the other is at the experts.
         """
-        micro_batches = batch.halves() if overlap else (batch,)
-        ways = interleave([self._layers(each, kv, dispatcher) for each in micro_batches], dispatcher)
-        if len(ways) == 1:
-            return ways[0]
-        hidden_RD, ids_TLK = (torch.cat(parts) for parts in zip(*ways, strict=True))
-        return hidden_RD, ids_TLK
-
-    def _layers(self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher) -> Generator[Any, Tensor, Way]:
-        """One micro-batch's way through the layers: yields what was dispatched, is sent what it combines to."""
         steps, routed = self._steps(batch, kv), []
         combined_TD: Tensor | None = None
         for number in range(len(self.weights.layers)):
-            h_TD, ids_TK, gates_TK = steps.run(number, combined_TD)
-            combined_TD = yield dispatcher.dispatch(number, h_TD, ids_TK, gates_TK)
+            h_TD, ids_TK, gates_TK = steps.attend_and_route(number, combined_TD)
+            combined_TD = dispatcher.combine(dispatcher.dispatch(number, h_TD, ids_TK, gates_TK))
             routed.append(ids_TK)
         ids_TLK = torch.stack(routed, dim=1).to(routed_dtype(self.config.num_local_experts))
         kv.write_routed(batch.slots_T, ids_TLK)

@@ -39,7 +39,7 @@ class LayerSteps(ABC):
     x_TD: Tensor
 
     @abstractmethod
-    def run(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """What layer `number` has for its experts: (h_TD, ids_TK int64, gates_TK).
 
         `combined_TD` is what the experts of the layer before have made of theirs. Keys and values go to the cache.
@@ -66,7 +66,7 @@ class TorchLayers(LayerSteps):
         self.kv = kv
         self.plan = plan_attention(batch, kv)
 
-    def run(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         layer, config = self.layers[number], self.config
         if combined_TD is not None:
             self._add(combined_TD)
@@ -106,7 +106,7 @@ class NativeLayers(LayerSteps):
         contexts_S = torch.tensor([span.context for span in batch.spans])
         self.batch = NativeBatch(batch.slots_T, starts_S1, contexts_S, batch.blocks_SB, angles, kv.block_size)
 
-    def run(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         k_BSGC, v_BSGC = self.kv.k_LBSGC[number], self.kv.v_LBSGC[number]
         return self.layers[number].run(self.batch, k_BSGC, v_BSGC, self.x_TD, combined_TD)
 

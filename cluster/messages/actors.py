@@ -7,9 +7,6 @@ from typing import Literal
 from cluster.expert_map import ExpertMap
 from cluster.logs import Format, Level
 
-OverlapMode = Literal["auto", "always", "never"]
-
-
 KernelChoice = Literal["auto", "native", "torch"]
 
 
@@ -42,7 +39,6 @@ class EngineOptions:
     max_num_seqs: int
     max_num_waiting: int
     enable_prefix_caching: bool
-    overlap: OverlapMode
     kernels: KernelChoice
     expert_dtype: ExpertDtype
     num_threads: int

@@ -129,7 +129,6 @@ def draw_blueprint(
         max_num_seqs=config.max_num_seqs,
         max_num_waiting=config.max_num_waiting,
         enable_prefix_caching=config.enable_prefix_caching,
-        overlap=config.overlap,
         kernels=config.kernels,
         expert_dtype=config.expert_dtype,
         num_threads=resources.threads_per_front,

@@ -35,7 +35,6 @@ def test_every_setting_has_an_environment_twin() -> None:
         "name": "a",
         "max_num_batched_tokens": "512",
         "lane": "local",
-        "overlap": "always",
         "kernels": "torch",
         "dtype": "float32",
         "expert_dtype": "int8",

@@ -43,8 +43,6 @@ def greedy(prompts: list[list[int]]) -> dict[str, tuple[list[int], SamplingParam
         {"num_blocks": 24, "budget": 9},
         {"block_size": 1, "num_blocks": 300},
         {"prefix_caching": False},
-        {"overlap": "always"},
-        {"overlap": "always", "budget": 7, "num_blocks": 24},
     ],
     ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "plain",
 )

@@ -201,14 +201,6 @@ def test_a_request_is_told_once_that_its_experts_are_computed_here(caplog: pytes
     assert told == ["front-1.2:0", "front-1.2:2"]
 
 
-def test_what_is_given_up_leaves_nothing_outstanding() -> None:
-    lane = ScriptedLane(a=echo, b=echo, c=echo, d=echo)
-    dispatcher = make(lane)
-    dispatcher.forget(dispatcher.dispatch(0, X, IDS, GATES))
-    assert [ticket.replica for ticket in lane.forgotten] == ["a", "c"]
-    assert not any(dispatcher._outstanding.values())
-
-
 def test_a_step_that_fails_leaves_nothing_outstanding() -> None:
     dispatcher = make(ScriptedLane(a=LaneError, b=LaneError, c=echo, d=echo))
     with pytest.raises(DispatchError):
@@ -532,7 +524,7 @@ def test_a_replica_that_hangs_is_given_up_at_once(slow: SlowLane) -> None:
 
 
 def test_whoever_takes_over_from_a_lost_replica_has_all_the_time_that_it_needs(slow: SlowLane) -> None:
-    """The loss may be noticed late: other parts, or another micro-batch, have used the lost one's time up."""
+    """The loss may be noticed late: other parts have used the lost one's time up."""
     dispatcher = make_slow(slow)
     pending = dispatcher.dispatch(0, X, IDS, GATES)
     slow.lost = [pending.parts[1].sent[0].replica.replica_id]

@@ -117,13 +117,13 @@ class Case:
         layers = native_layers(self.cfg, (packed(self.weights, isa),))
         assert layers is not None
         steps = NativeLayers(layers, self.x_TD.clone(), self.angles, self.batch, self._filled(torch.bfloat16))
-        return steps, steps.run(0, combined_TD)
+        return steps, steps.attend_and_route(0, combined_TD)
 
     def torch(self, combined_TD: Tensor | None) -> tuple[TorchLayers, tuple[Tensor, ...]]:
         layers, angles = (widened(self.weights),), (self.angles[0].float(), self.angles[1].float())
         kv = self._filled(torch.float32)
         steps = TorchLayers(self.cfg, layers, self.x_TD.float(), angles, self.batch, kv)
-        return steps, steps.run(0, None if combined_TD is None else combined_TD.float())
+        return steps, steps.attend_and_route(0, None if combined_TD is None else combined_TD.float())
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -201,7 +201,7 @@ def test_the_step_of_a_token_is_the_same_in_any_company(isa: int) -> None:  # no
     alone = NativeLayers(
         native_layers(cfg, (packed(weights, isa),)) or (), first.x_TD.clone(), first.angles, first.batch, together.kv
     )
-    h_1D, ids_1K, gates_1K = alone.run(0, None)
+    h_1D, ids_1K, gates_1K = alone.attend_and_route(0, None)
     assert h_1D.equal(h_TD[:1])
     assert ids_1K.equal(ids_TK[:1])
     assert gates_1K.equal(gates_TK[:1])

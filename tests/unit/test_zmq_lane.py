@@ -228,7 +228,7 @@ def test_a_late_answer_is_ignored(server: ZmqServer, echo: Echo, connect: Connec
 def test_without_time_left_an_answer_that_has_come_still_counts(
     server: ZmqServer, echo: Echo, connect: Connect
 ) -> None:
-    """The wait for an earlier part, or for another micro-batch, has used the time of this one up."""
+    """The wait for an earlier part has used the time of this one up."""
     lane = connect()
     ticket = lane.send(address(server, "ipc"), MESSAGE)
     assert lane._links["r0"].socket.poll(5000), "the answer has come"
