@@ -15,6 +15,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import torch
 import typer
 
+from actors.compute import Compute
 from actors.kernels.front_layer import NativeBatch, attend
 from actors.kernels.native import fastest
 from actors.model.attention import GatherPlan
@@ -22,9 +23,9 @@ from actors.model.batch import Span, StepBatch
 from actors.model.paged_kv import PagedKV
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.report import table
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.family import parse_config
 
-CONFIG = GraniteMoeConfig.model_validate(SHAPES["1b-a400m"] | {"num_hidden_layers": 1})
+SPEC = parse_config(SHAPES["1b-a400m"] | {"num_hidden_layers": 1})
 BLOCK_SIZE = 16
 
 
@@ -40,7 +41,7 @@ def _measure(lengths: list[tuple[int, int]], rounds: int) -> tuple[str, ...]:
     """Sequences of (new tokens, context)."""
     new, context = lengths[0]
     blocks_each = -(-context // BLOCK_SIZE)
-    kv = PagedKV(CONFIG, len(lengths) * blocks_each, BLOCK_SIZE, torch.device("cpu"), torch.bfloat16)
+    kv = PagedKV(SPEC, len(lengths) * blocks_each, BLOCK_SIZE, Compute.choose("cpu", "bfloat16"))
     kv.k_LBSGC.normal_()
     kv.v_LBSGC.normal_()
     k_BSGC, v_BSGC = kv.k_LBSGC[0], kv.v_LBSGC[0]
@@ -51,8 +52,8 @@ def _measure(lengths: list[tuple[int, int]], rounds: int) -> tuple[str, ...]:
     plan = GatherPlan(StepBatch(nothing, nothing, nothing, blocks, nothing, spans), kv)
     contexts, angles = torch.tensor([context for _, context in lengths]), (nothing, nothing)
     batch = NativeBatch(nothing, starts, contexts, blocks, angles, BLOCK_SIZE)
-    q = torch.randn(len(nothing), CONFIG.num_attention_heads, CONFIG.head_dim).bfloat16()
-    scale, isa, wide_q = CONFIG.attention_multiplier, fastest(), q.float()
+    q = torch.randn(len(nothing), SPEC.num_heads, SPEC.head_dim).bfloat16()
+    scale, isa, wide_q = SPEC.attention_scale, fastest(), q.float()
     choices = {
         "torch": lambda: plan.attend(q, k_BSGC, v_BSGC, scale),
         "native": lambda: attend(batch, wide_q, k_BSGC, v_BSGC, scale, isa),

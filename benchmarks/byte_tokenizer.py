@@ -1,4 +1,4 @@
-"""A tokenizer for models that were never trained: one token per byte, Granite's special tokens and chat format."""
+"""A tokenizer for models that were never trained: one token per byte, and a chat format with roles."""
 
 import json
 from pathlib import Path

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.lanes import INT8
 from benchmarks.limits import Cost, step_cost
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.spec import ModelSpec
 
 # Tokens of a step at most: longer prompts take several.
 BUDGET = 512
@@ -58,12 +58,12 @@ def prefill(engine: Any, length: int) -> float:
 
 
 def make_cases(
-    config: GraniteMoeConfig, batches: list[int], prompts: list[int], steps: int, context: int, itemsize: int
+    spec: ModelSpec, batches: list[int], prompts: list[int], steps: int, context: int, itemsize: int
 ) -> dict[str, Case]:
     def cost(passes: list[list[tuple[int, int]]], lane: str) -> Cost:
         """Of all passes over the weights: in each, sequences of (new tokens, context)."""
         expert_itemsize = 1 if lane.endswith(INT8) else itemsize
-        return sum((step_cost(config, each, itemsize, expert_itemsize) for each in passes), Cost(0, 0))
+        return sum((step_cost(spec, each, itemsize, expert_itemsize) for each in passes), Cost(0, 0))
 
     cases = {}
     for batch in batches:

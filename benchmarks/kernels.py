@@ -19,17 +19,17 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import torch
 import typer
 
-from actors.experts.store import ACTIVATIONS, ExpertStore, LayerExperts
-from actors.kernels import native, packed
+from actors.compute import Compute
+from actors.experts.layer_experts import ACTIVATIONS, LayerExperts
+from actors.experts.store import ExpertStore
+from actors.kernels import native
 from benchmarks.limits import Gauge, experts_cost
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.report import environment, table
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.family import parse_config
 
-CONFIG = GraniteMoeConfig.model_validate(SHAPES["1b-a400m"])
-EXPERTS, HIDDEN, WIDTH, TOP_K = (
-    CONFIG.num_local_experts, CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_experts_per_tok,
-)  # fmt: skip
+SPEC = parse_config(SHAPES["1b-a400m"])
+EXPERTS, HIDDEN, WIDTH, TOP_K = SPEC.num_experts, SPEC.hidden_size, SPEC.expert_size, SPEC.top_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +79,15 @@ def main(
 
 
 def _store(plain: LayerExperts, choice: Any) -> ExpertStore:
-    packed.Kernels.choose(choice)
-    return ExpertStore(CONFIG, (plain.packed(ACTIVATIONS[CONFIG.hidden_act]),))
+    compute = Compute.choose("cpu", "bfloat16", choice)
+    return ExpertStore(SPEC, (plain.packed(compute, ACTIVATIONS[SPEC.activation]),), compute)
 
 
 def _measure(stores: dict[str, ExpertStore], num_tokens: int, gauge: Gauge, rounds: int) -> list[Figure]:
     x = torch.randn(num_tokens, HIDDEN).bfloat16()
     ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(num_tokens)])
     gates = torch.full((num_tokens, TOP_K), 1 / TOP_K).bfloat16()
-    cost = experts_cost(CONFIG, num_tokens, ids.unique().numel(), itemsize=2)
+    cost = experts_cost(SPEC, num_tokens, ids.unique().numel(), itemsize=2)
     seconds: dict[str, list[float]] = {name: [] for name in stores}
     for _ in range(rounds):
         gauge.measure()

@@ -14,7 +14,8 @@ import zmq
 
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.messages.actors import ExpertDtype, LaneKeys, ReadyReport, ReplicaSpec
-from cluster.models.granite_moe import GraniteMoeConfig, read_model_config
+from cluster.models.checkpoint import Checkpoint
+from cluster.models.family import read_spec
 
 NAMESPACE = "bench"
 # Experts in int8, behind a lane.
@@ -61,9 +62,9 @@ def expert_cluster(
 
     if with_int8 and dtype != "bfloat16":
         raise SystemExit(f"int8 experts want the rest in bfloat16, not {dtype}: leave out lanes with {INT8}")
-    config = read_model_config(model_dir)
+    spec = read_spec(model_dir)
     keys = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
-    expert_map = ExpertMap(0, groups, contiguous_homes(config.num_hidden_layers, config.num_local_experts, groups))
+    expert_map = ExpertMap(0, groups, contiguous_homes(spec.num_layers, spec.num_experts, groups))
 
     def started(expert_dtype: ExpertDtype) -> ExpertMap:
         return expert_map.with_replicas(_start(model_dir, expert_map, replicas, dtype, keys, expert_dtype))
@@ -83,8 +84,8 @@ def _start(
     actor = ray.remote(num_cpus=0, concurrency_groups={"control": 2})(ExpertActor)
     specs = [
         ReplicaSpec(
-            f"{expert_dtype}-g{g}-r{i}", g, str(model_dir), "cpu", dtype, expert_map.experts_of(g), threads, keys,
-            expert_dtype=expert_dtype,
+            actor_id=f"{expert_dtype}-g{g}-r{i}", group=g, model_path=str(model_dir), device="cpu", dtype=dtype,
+            experts=expert_map.experts_of(g), num_threads=threads, lane_keys=keys, expert_dtype=expert_dtype,
         )
         for g in range(expert_map.num_groups)
         for i in range(replicas)
@@ -97,35 +98,32 @@ def _start(
     )
 
 
-def local_dispatcher(model_dir: Path, config: GraniteMoeConfig, dtype: Any) -> Any:
+def local_dispatcher(checkpoint: Checkpoint, compute: Any) -> Any:
     """All experts in this process, with all its threads."""
-    import torch
-
     from actors.dispatch.local import LocalDispatcher
-    from actors.model.loader import load_experts
+    from actors.experts.loading import load_experts
+    from actors.weights import Weights
 
-    everything = [tuple(range(config.num_local_experts))] * config.num_hidden_layers
-    return LocalDispatcher(load_experts(model_dir, config, everything, torch.device("cpu"), dtype, lambda _: None))
+    return LocalDispatcher(load_experts(Weights(checkpoint, compute), checkpoint.all_experts))
 
 
-def make_engine(model_dir: Path, config: GraniteMoeConfig, dtype: Any, max_tokens: int, budget: int) -> Any:
+def make_engine(checkpoint: Checkpoint, compute: Any, max_tokens: int, budget: int) -> Any:
     """An engine without experts (set `engine.dispatcher`), with a KV cache of `max_tokens`, no prefix caching."""
-    import torch
-
     from actors.engine.engine import Engine
     from actors.engine.kv_cache import BlockAllocator
     from actors.engine.scheduler import Scheduler
-    from actors.model.loader import load_front
+    from actors.model.loading import load_front
     from actors.model.paged_kv import PagedKV
+    from actors.weights import Weights
     from cluster.metrics import Metrics
 
-    cpu, num_blocks = torch.device("cpu"), max_tokens // 16
-    front = load_front(model_dir, config, cpu, dtype, lambda _: None)
-    kv = PagedKV(config, num_blocks, 16, cpu, dtype)
+    num_blocks = max_tokens // 16
     scheduler = Scheduler(
         BlockAllocator(num_blocks, 16, False),
         max_num_batched_tokens=budget,
         max_num_seqs=256,
-        max_model_len=config.max_context,
+        max_model_len=checkpoint.spec.max_context,
     )
+    kv = PagedKV(checkpoint.spec, num_blocks, 16, compute)
+    front = load_front(Weights(checkpoint, compute))
     return Engine(front, kv, None, scheduler, Metrics())  # type: ignore[arg-type]

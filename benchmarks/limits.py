@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.spec import ModelSpec
 
 READ_BYTES = 32 * 3 * 1024 * 512 * 2  # the experts of a layer of 1b-a400m: more than caches hold
 MATMUL = 2048
@@ -73,25 +73,25 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def experts_cost(config: GraniteMoeConfig, num_tokens: int, num_touched: float, itemsize: int) -> Cost:
+def experts_cost(spec: ModelSpec, num_tokens: int, num_touched: float, itemsize: int) -> Cost:
     """Experts of a layer, of which `num_touched` have tokens."""
-    expert = 3 * config.hidden_size * config.intermediate_size
-    return Cost(num_touched * expert * itemsize, 2 * num_tokens * config.num_experts_per_tok * expert)
+    expert = 3 * spec.hidden_size * spec.expert_size
+    return Cost(num_touched * expert * itemsize, 2 * num_tokens * spec.top_k * expert)
 
 
 def step_cost(
-    config: GraniteMoeConfig, lengths: list[tuple[int, int]], itemsize: int, expert_itemsize: int | None = None
+    spec: ModelSpec, lengths: list[tuple[int, int]], itemsize: int, expert_itemsize: int | None = None
 ) -> Cost:
     """A step of sequences with (new tokens, context with them), one row of logits each; experts chosen evenly."""
-    num_tokens, num_experts = sum(new for new, _ in lengths), config.num_local_experts
-    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    dense = config.hidden_size * (2 * queries + 2 * keys + num_experts)
-    touched = num_experts * (1 - (1 - config.num_experts_per_tok / num_experts) ** num_tokens)
+    num_tokens, num_experts = sum(new for new, _ in lengths), spec.num_experts
+    queries, keys = (n * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads))
+    dense = spec.hidden_size * (2 * queries + 2 * keys + num_experts)
+    touched = num_experts * (1 - (1 - spec.top_k / num_experts) ** num_tokens)
     read = sum(context for _, context in lengths)
     pairs = sum(new * (context - (new - 1) / 2) for new, context in lengths)  # of a query and a key
-    layer = experts_cost(config, num_tokens, touched, expert_itemsize or itemsize) + Cost(
+    layer = experts_cost(spec, num_tokens, touched, expert_itemsize or itemsize) + Cost(
         (dense + 2 * read * keys) * itemsize, 2 * num_tokens * dense + 4 * pairs * queries
     )
-    head = config.vocab_size * config.hidden_size
-    layers = config.num_hidden_layers
+    head = spec.vocab_size * spec.hidden_size
+    layers = spec.num_layers
     return Cost(layers * layer.num_bytes + head * itemsize, layers * layer.flops + 2 * len(lengths) * head)

@@ -12,42 +12,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-from benchmarks.byte_tokenizer import END_ID, write_tokenizer
+from benchmarks.byte_tokenizer import write_tokenizer
 from cluster.models.checkpoint import needed_tensors
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.family import parse_config
 
-COMMON: dict[str, Any] = {
-    "architectures": ["GraniteMoeForCausalLM"],
-    "model_type": "granitemoe",
-    "dtype": "bfloat16",
-    "vocab_size": 49155,
-    "intermediate_size": 512,
-    "num_key_value_heads": 8,
-    "num_experts_per_tok": 8,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "attention_multiplier": 0.015625,
-    "embedding_multiplier": 12.0,
-    "logits_scaling": 6.0,
-    "residual_multiplier": 0.22,
-    "max_position_embeddings": 4096,
-    "rope_theta": 10000.0,
-    "bos_token_id": END_ID,
-    "eos_token_id": END_ID,
-    "pad_token_id": END_ID,
-}
-ONE_B = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "num_local_experts": 32}
-THREE_B = {"num_hidden_layers": 32, "hidden_size": 1536, "num_attention_heads": 24, "num_local_experts": 40}
-LONG = {"max_position_embeddings": 131072, "rope_theta": 1e7}
-# Widths and depths of ibm-granite/granite-3.{0,1}-{1b-a400m,3b-a800m}; ibm/PowerMoE-3b is a 3b-a800m.
-SHAPES: dict[str, dict[str, Any]] = {
-    "1b-a400m": COMMON | ONE_B,
-    "1b-a400m-128k": COMMON | ONE_B | LONG,
-    "3b-a800m": COMMON | THREE_B | {"logits_scaling": 8.0},
-    "3b-a800m-128k": COMMON | THREE_B | LONG | {"logits_scaling": 8.0},
-}
+# Content of config.json: widths and depths of published models (shapes.json says of which).
+SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text())
 PIECE = 1 << 22
 
 
@@ -56,12 +26,12 @@ def make_checkpoint(shape: str, out: Path, layers: int | None = None, seed: int 
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(raw, indent=2))
     write_tokenizer(out, raw["vocab_size"])
-    tensors = [(names[0], shape) for _, names, shape in needed_tensors(GraniteMoeConfig.model_validate(raw))]
+    tensors = [(names[0], shape) for _, names, shape in needed_tensors(parse_config(raw))]
     with (out / "model.safetensors").open("wb") as file:
         file.write(safetensors_header(tensors))
         generator = torch.Generator().manual_seed(seed)
         for name, tensor_shape in tensors:
-            write_random(file, name, tensor_shape, raw["embedding_multiplier"], generator)
+            write_random(file, name, tensor_shape, raw.get("embedding_multiplier", 1.0), generator)
 
 
 def safetensors_header(tensors: list[tuple[str, tuple[int, ...]]]) -> bytes:

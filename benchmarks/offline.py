@@ -22,7 +22,7 @@ from benchmarks.cases import BUDGET, Case, make_cases
 from benchmarks.lanes import INT8, LANES, expert_cluster, local_dispatcher, make_engine
 from benchmarks.limits import Gauge, Limits
 from benchmarks.report import environment, table
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +132,15 @@ def main(
         from actors.process.limits import limit_threads
 
         limit_threads(threads)
-        import torch
+        from actors.compute import Compute
 
-        torch_dtype = getattr(torch, dtype)
-        config = read_model_config(checkpoint)
-        engine = make_engine(checkpoint, config, torch_dtype, 48 * 1024, BUDGET)
+        opened, compute = Checkpoint.open(checkpoint), Compute.choose("cpu", dtype)
+        engine = make_engine(opened, compute, 48 * 1024, BUDGET)
         dispatchers = {
-            lane: local_dispatcher(checkpoint, config, torch_dtype)
-            if lane == "local"
-            else cluster.dispatcher(lane, engine.metrics)
+            lane: local_dispatcher(opened, compute) if lane == "local" else cluster.dispatcher(lane, engine.metrics)
             for lane in lanes.split(",")
         }
-        cases = make_cases(config, numbers(batches), numbers(prompts), steps, context, torch_dtype.itemsize)
+        cases = make_cases(opened.spec, numbers(batches), numbers(prompts), steps, context, compute.dtype.itemsize)
         gauge = Gauge(threads)
         figures = measure(engine, dispatchers, cases, rounds, gauge)
     show(figures)

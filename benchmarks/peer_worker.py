@@ -25,16 +25,16 @@ def outcrop(checkpoint: str, dtype: str, stack: ExitStack) -> Generate:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from benchmarks.lanes import expert_cluster, make_engine
     from cluster.messages.requests import GenerationRequest, SamplingParams
-    from cluster.models.granite_moe import read_model_config
+    from cluster.models.checkpoint import Checkpoint
 
     path = Path(checkpoint)
     cluster = stack.enter_context(expert_cluster(path, 2, 1, dtype))
     from actors.process.limits import limit_threads
 
     limit_threads(os.cpu_count() or 1)
-    import torch
+    from actors.compute import Compute
 
-    engine = make_engine(path, read_model_config(path), getattr(torch, dtype), 16 * 1024, 2048)
+    engine = make_engine(Checkpoint.open(path), Compute.choose("cpu", dtype), 16 * 1024, 2048)
     engine.dispatcher = cluster.dispatcher("zmq", engine.metrics)
     stack.callback(engine.dispatcher.lane.close)
 

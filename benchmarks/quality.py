@@ -13,23 +13,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from actors.kernels.packed import Kernels, describe, describe_int8
+from actors.compute import Compute, describe
 from benchmarks.lanes import local_dispatcher, make_engine
 from benchmarks.report import environment, table
 from cluster.messages.actors import ExpertDtype
 from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
 from deploy.demo import MODEL_DIR
 from deploy.demo.training.faq import load_faq
 from deploy.ingress.text.tokens import Tokenizer
 
-WAYS: tuple[tuple[str, torch.dtype, ExpertDtype], ...] = (
-    ("bfloat16", torch.bfloat16, "auto"),
-    ("int8", torch.bfloat16, "int8"),
-    ("float32", torch.float32, "auto"),
+WAYS: tuple[tuple[str, str, ExpertDtype], ...] = (
+    ("bfloat16", "bfloat16", "auto"),
+    ("int8", "bfloat16", "int8"),
+    ("float32", "float32", "auto"),
 )
 
 
@@ -96,19 +95,20 @@ def num_right(engine: Any, asked: list[Question]) -> int:
 
 def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None) -> None:
     """Measure the demo model."""
-    config = read_model_config(MODEL_DIR)
-    asked = questions(Tokenizer.load(MODEL_DIR), config.eos_token_ids[:1])
+    checkpoint = Checkpoint.open(MODEL_DIR)
+    asked = questions(Tokenizer.load(MODEL_DIR), checkpoint.spec.eos_token_ids[:1])
     figures: list[Figure] = []
     reference: list[int] = []
     for name, dtype, experts in WAYS:
-        Kernels.choose("auto", experts)
-        engine = make_engine(MODEL_DIR, config, dtype, 32 * 1024, 2048)
-        engine.dispatcher = local_dispatcher(MODEL_DIR, config, dtype)
+        compute = Compute.choose("cpu", dtype, "auto", experts)
+        engine = make_engine(checkpoint, compute, 32 * 1024, 2048)
+        engine.dispatcher = local_dispatcher(checkpoint, compute)
         logprob, likeliest = scored(engine, asked)
         reference = reference or likeliest
         agreement = sum(a == b for a, b in zip(likeliest, reference, strict=True)) / len(reference)
         figures.append(Figure(name, math.exp(-logprob), agreement, num_right(engine, asked), len(asked)))
-    print(f"bfloat16: {describe()}; int8: {describe_int8()}; {len(reference)} tokens of answers")
+    int8 = Compute.choose("cpu", "bfloat16", "auto", "int8")
+    print("; ".join(describe(int8, "auto")), f"{len(reference)} tokens of answers", sep="; ")
     table(
         ("experts", "perplexity", "top-1 as bfloat16", "right answers"),
         [

@@ -20,13 +20,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def environment() -> dict[str, Any]:
     """Enough to judge whether two results may be compared."""
-    from actors.kernels.packed import describe  # late: threads are limited before torch is imported
+    from actors.compute import Compute, describe  # late: threads are limited before torch is imported
 
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "bfloat16": describe(),
+        "bfloat16": list(describe(Compute.choose("cpu", "bfloat16"), "auto")),
         "python": platform.python_version(),
         "torch": version("torch"),
         "ray": version("ray"),

@@ -20,7 +20,7 @@ import typer
 from benchmarks.cases import BUDGET, decode
 from benchmarks.lanes import expert_cluster, make_engine
 from benchmarks.report import environment, table
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
 
 VALUES = {
     "batch": (1, 2, 4, 8, 16, 32, 64),
@@ -78,13 +78,13 @@ def main(
             from actors.process.limits import limit_threads
 
             limit_threads(os.cpu_count() or 1)
-            import torch
+            from actors.compute import Compute
 
-            config = read_model_config(checkpoint)
-            engine = make_engine(checkpoint, config, getattr(torch, dtype), 8 * 1024, BUDGET)
+            opened, compute = Checkpoint.open(checkpoint), Compute.choose("cpu", dtype)
+            engine = make_engine(opened, compute, 8 * 1024, BUDGET)
             engine.dispatcher = cluster.dispatcher("zmq", engine.metrics)
             for axis, value, case in members:
-                seconds = measure(engine, case, steps, rounds, config.max_context)
+                seconds = measure(engine, case, steps, rounds, opened.spec.max_context)
                 figures.append(Figure(axis, value, 1000 * seconds, case.batch / seconds))
             engine.dispatcher.lane.close()
     table(

@@ -28,7 +28,7 @@ import typer
 
 from benchmarks.lanes import expert_cluster, make_engine
 from benchmarks.report import environment, table
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
 from deploy.cli.load_test import Results, percentile, stream_all
 
 START_S = 180
@@ -129,9 +129,9 @@ def main(
         from actors.process.limits import limit_threads
 
         limit_threads(os.cpu_count() or 1)
-        import torch
+        from actors.compute import Compute
 
-        engine = make_engine(checkpoint, read_model_config(checkpoint), getattr(torch, dtype), 16 * 1024, 512)
+        engine = make_engine(Checkpoint.open(checkpoint), Compute.choose("cpu", dtype), 16 * 1024, 512)
         engine.dispatcher = cluster.dispatcher("zmq", engine.metrics)
         figures = [measure(url, engine, n, prompt, tokens, rounds) for n in map(int, streams.split(","))]
         engine.dispatcher.lane.close()

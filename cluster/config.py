@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from cluster.errors import ConfigError
 from cluster.logs import Format, Level
-from cluster.messages.actors import ExpertDtype, KernelChoice
+from cluster.messages.actors import ActorKind, ExpertDtype, KernelChoice
 from cluster.validation import describe
 
 ENV_PREFIX = "OUTCROP_"
+Device = Literal["auto", "cpu", "cuda"]
 Lane = Literal["auto", "object_ref", "zmq", "local"]
 DEFAULT_NAME = "outcrop"
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
@@ -86,7 +87,9 @@ class ClusterConfig(BaseModel):
     expert_dtype: ExpertDtype = Field(
         "auto", description="Type of the experts' weights: as all others (auto), or int8, rounded at load; CPU only."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where fronts and experts compute.")
+    device: Device = Field("auto", description="Where fronts and experts compute.")
+    front_device: Device | None = Field(None, description="Where fronts compute; default: device.")
+    replica_device: Device | None = Field(None, description="Where expert replicas compute; default: device.")
     kernels: KernelChoice = Field("auto", description="What computes bfloat16 on a CPU: see `outcrop check`.")
     max_model_len: int | None = Field(None, description="Longest prompt + output, in tokens.", ge=1)
     kv_cache_gib: float | None = Field(
@@ -218,6 +221,9 @@ class ClusterConfig(BaseModel):
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    def device_of(self, kind: ActorKind) -> Device:
+        return (self.front_device if kind == "front" else self.replica_device) or self.device
 
     @property
     def model_name(self) -> str:

@@ -2,20 +2,19 @@
 
 from pathlib import Path
 
-import torch
-
+from actors.compute import Compute
 from actors.dispatch.dispatcher import Dispatcher
 from actors.dispatch.local import LocalDispatcher
 from actors.engine.engine import Engine
 from actors.engine.kv_cache import BlockAllocator
 from actors.engine.scheduler import Scheduler
-from actors.model.loader import load_experts, load_front
+from actors.experts.loading import load_experts
+from actors.model.loading import load_front
 from actors.model.paged_kv import PagedKV
+from actors.weights import Weights
 from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
 from cluster.metrics import Metrics
-from cluster.models.granite_moe import read_model_config
-
-CPU = torch.device("cpu")
+from cluster.models.checkpoint import Checkpoint
 
 
 def make_engine(
@@ -27,21 +26,19 @@ def make_engine(
     budget: int | None = 64,
     max_num_seqs: int = 8,
     prefix_caching: bool = True,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
 ) -> Engine:
-    config = read_model_config(model_dir)
-    if dispatcher is None:
-        everything = [tuple(range(config.num_local_experts))] * config.num_hidden_layers
-        dispatcher = LocalDispatcher(load_experts(model_dir, config, everything, CPU, dtype, lambda _: None))
+    checkpoint = Checkpoint.open(model_dir)
+    weights = Weights(checkpoint, Compute.choose("cpu", dtype))
+    dispatcher = dispatcher or LocalDispatcher(load_experts(weights, checkpoint.all_experts))
     scheduler = Scheduler(
         BlockAllocator(num_blocks, block_size, prefix_caching),
         max_num_batched_tokens=budget,
         max_num_seqs=max_num_seqs,
-        max_model_len=config.max_position_embeddings,
+        max_model_len=checkpoint.spec.max_positions,
     )
-    front = load_front(model_dir, config, CPU, dtype, lambda _: None)
-    kv = PagedKV(config, num_blocks, block_size, CPU, dtype)
-    return Engine(front, kv, dispatcher, scheduler, Metrics())
+    kv = PagedKV(checkpoint.spec, num_blocks, block_size, weights.compute)
+    return Engine(load_front(weights), kv, dispatcher, scheduler, Metrics())
 
 
 class Result:

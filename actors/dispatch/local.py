@@ -1,4 +1,4 @@
-"""The lane without a way to go: all experts in the front's own process."""
+"""Dispatch without a way to go: all experts in the front's own process."""
 
 import time
 

@@ -53,8 +53,8 @@ class Engine:
         self.is_broken = False
         self._num_failed = 0  # steps in a row
         self._step_id = StepId.first_of(actor_id)
-        config = model.config
-        self.expert_counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.int64)
+        spec = model.spec
+        self.expert_counts = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.int64)
 
     @property
     def has_work(self) -> bool:
@@ -79,7 +79,7 @@ class Engine:
         """Overwrites the start of a KV block."""
         zero, table = torch.zeros(1, dtype=torch.int64), torch.tensor([[block]], dtype=torch.int32)
         slot = torch.tensor([block * self.scheduler.allocator.block_size])
-        batch = StepBatch(zero, zero, slot, table, zero, (Span(0, 1, 1),)).to(self.model.device)
+        batch = StepBatch(zero, zero, slot, table, zero, (Span(0, 1, 1),)).to(self.model.compute.device)
         hidden_RD, _ = self.model.forward(batch, self.kv, dispatcher)
         self.model.logits(hidden_RD).cpu()
 
@@ -167,7 +167,7 @@ class Engine:
     @torch.inference_mode()
     def _compute(self, chunks: list[Chunk], step: Step) -> list[RequestOutput]:
         self.dispatcher.step = step
-        batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.device)
+        batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.compute.device)
         hidden_RD, ids_TLK = self.model.forward(batch, self.kv, self.dispatcher)
         self._count_experts(ids_TLK)
         return self._postprocess(chunks, hidden_RD)
@@ -269,7 +269,7 @@ class Engine:
         size, first = self.scheduler.allocator.block_size, sequence.num_routed
         positions = torch.arange(first, sequence.num_computed)
         slots = torch.tensor(sequence.blocks)[positions // size] * size + positions % size
-        ids_TLK = self.kv.read_routed(slots.to(self.model.device)).cpu().contiguous()
+        ids_TLK = self.kv.read_routed(slots.to(self.model.compute.device)).cpu().contiguous()
         sequence.num_routed = sequence.num_computed
         shape = (ids_TLK.shape[0], ids_TLK.shape[1], ids_TLK.shape[2])
         return RoutedExperts(shape, str(ids_TLK.dtype).removeprefix("torch."), ids_TLK.numpy().tobytes(), first)

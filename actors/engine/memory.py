@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import torch
 
+from actors.compute import Compute
 from actors.engine.host_memory import available_memory
 from actors.model.paged_kv import PagedKV
 from cluster.errors import ModelError
 from cluster.messages.actors import EngineOptions
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +23,17 @@ SHARE, LEAST = 0.5, GIB // 2
 
 def num_kv_blocks(
     options: EngineOptions,
-    config: GraniteMoeConfig,
-    dtype: torch.dtype,
-    device: torch.device,
+    spec: ModelSpec,
+    compute: Compute,
     others: Sequence[int] = (),
 ) -> int:
     """Blocks that fit the budget; never more than max_num_seqs sequences of full length could use.
 
     `others`: see cpu_budget. Raises ModelError if not even one sequence of max_model_len tokens fits.
     """
-    block = PagedKV.bytes_per_block(config, options.block_size, dtype)
+    block = PagedKV.bytes_per_block(spec, options.block_size, compute.dtype)
     needed = -(-options.max_model_len // options.block_size)
-    budget = options.kv_cache_bytes or _default_budget(options, device, needed * block, others)
+    budget = options.kv_cache_bytes or _default_budget(options, compute.device, needed * block, others)
     if budget < needed * block:
         raise ModelError(
             f"kv_cache_gib={budget / GIB:.3g} holds {budget // block * options.block_size} tokens, fewer than "

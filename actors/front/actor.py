@@ -12,8 +12,8 @@ from dataclasses import replace
 from actors.front.loop import FrontLoop
 from actors.process.limits import gently, limit_threads
 from actors.process.orphan import watch_for_orphanhood
+from actors.process.place import where_am_i
 from actors.process.readiness import show_ready
-from actors.replica.actor import where_am_i
 from cluster.expert_map import ExpertMap
 from cluster.logs import set_up_logs
 from cluster.messages.actors import ActorReport, FrontSpec, Identity, Legacy, LoadProgress, ReadyReport

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from actors.compute import Compute
 from actors.dispatch.dispatcher import Dispatcher
 from actors.dispatch.local import LocalDispatcher
 from actors.dispatch.remote import RemoteDispatcher
@@ -11,19 +12,18 @@ from actors.engine.kv_cache import BlockAllocator
 from actors.engine.memory import num_kv_blocks
 from actors.engine.scheduler import Scheduler
 from actors.experts.fallback import CheckpointExperts
-from actors.kernels.packed import Kernels
+from actors.experts.loading import load_experts
 from actors.lanes.auto import AutoLane
 from actors.lanes.lane import Lane
 from actors.lanes.object_ref import ObjectRefLane
 from actors.lanes.zmq_client import ZmqLane
-from actors.model import loader
-from actors.model.device import torch_device, torch_dtype
 from actors.model.front_half import FrontHalf
+from actors.model.loading import load_front
 from actors.model.paged_kv import PagedKV
+from actors.weights import Weights
 from cluster.messages.actors import EngineOptions, FrontSpec, LoadProgress
 from cluster.metrics import Metrics
-from cluster.models.checkpoint import check_checkpoint
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
 from cluster.models.hub import local_copy
 
 
@@ -49,31 +49,28 @@ class _Loading:
 
 
 def load_parts(spec: FrontSpec, namespace: str, metrics: Metrics, report: Callable[[LoadProgress], None]) -> FrontParts:
-    options, model_dir = spec.engine, local_copy(spec.engine.model_path)
-    config = read_model_config(model_dir)
-    Kernels.choose(options.kernels, options.expert_dtype)
-    device, dtype = torch_device(options.device), torch_dtype(options.dtype)
-    everything = (tuple(range(config.num_local_experts)),) * config.num_hidden_layers
-    info = check_checkpoint(model_dir, config)
-    loading = _Loading(info.total_bytes if spec.lane == "local" else info.front_bytes, report)
-    model = loader.load_front(model_dir, config, device, dtype, loading)
-    remote = None
-    dispatcher: Dispatcher
-    if spec.lane == "local":
-        dispatcher = LocalDispatcher(loader.load_experts(model_dir, config, everything, device, dtype, loading))
-    else:
-        fallback = CheckpointExperts(model_dir, config, device, dtype)
-        dispatcher = remote = RemoteDispatcher(make_lane(spec, namespace), metrics, fallback.run)
-    return FrontParts(model, dispatcher, remote, loading.total)
+    """Raises ConfigError or ModelError."""
+    options = spec.engine
+    checkpoint = Checkpoint.open(local_copy(options.model_path))
+    compute = Compute.choose(options.device, options.dtype, options.kernels)
+    of_experts = Compute.choose(options.expert_device, options.dtype, options.kernels, options.expert_dtype)
+    is_local = spec.lane == "local"
+    loading = _Loading(checkpoint.total_bytes if is_local else checkpoint.front_bytes, report)
+    model = load_front(Weights(checkpoint, compute, loading))
+    if is_local:
+        local = LocalDispatcher(load_experts(Weights(checkpoint, of_experts, loading), checkpoint.all_experts))
+        return FrontParts(model, local, None, loading.total)
+    fallback = CheckpointExperts(Weights(checkpoint, of_experts))
+    remote = RemoteDispatcher(make_lane(spec, namespace), metrics, fallback.run)
+    return FrontParts(model, remote, remote, loading.total)
 
 
 def build_engine(spec: FrontSpec, parts: FrontParts, metrics: Metrics, others: Sequence[int] = ()) -> Engine:
     """`others`: see num_kv_blocks. Raises ModelError if the KV cache can't hold one sequence of full length."""
     options, model = spec.engine, parts.model
-    num_blocks = num_kv_blocks(options, model.config, model.dtype, model.device, others)
-    kv = PagedKV(model.config, num_blocks, options.block_size, model.device, model.dtype)
-    scheduler = make_scheduler(options, num_blocks)
-    return Engine(model, kv, parts.dispatcher, scheduler, metrics, spec.actor_id)
+    num_blocks = num_kv_blocks(options, model.spec, model.compute, others)
+    kv = PagedKV(model.spec, num_blocks, options.block_size, model.compute)
+    return Engine(model, kv, parts.dispatcher, make_scheduler(options, num_blocks), metrics, spec.actor_id)
 
 
 def make_lane(spec: FrontSpec, namespace: str) -> Lane:

@@ -224,7 +224,7 @@ class FrontLoop:
         return ActorReport(
             self.spec.actor_id,
             version,
-            int(engine.expert_counts[0].sum()) // engine.model.config.num_experts_per_tok,
+            int(engine.expert_counts[0].sum()) // engine.model.spec.top_k,
             self.metrics.samples(),
             tuple(tuple(layer) for layer in engine.expert_counts.tolist()),
             self.remote.lane_names() if self.remote else "local",

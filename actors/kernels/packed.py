@@ -1,24 +1,23 @@
 """bfloat16 matrices on a CPU, in the form that the CPU computes fastest with. The plain matrix is the oracle of each
 (tests/unit/test_packed.py). Experts may be rounded to int8 on the way: half the bytes, and half the arithmetic.
 
-With bfloat16 instructions, a matrix is packed once, at load, into the layout that oneDNN computes with: decode reads it
-up to twice as fast. Without such instructions, it is packed for our own kernels (native.py). Packing keeps the size:
-the plain matrix can be dropped. Where the kernels have not been built, torch computes bfloat16 products row by row of
-x; from a few rows on it is faster to widen the matrix to float32 piece by piece.
+A matrix is packed once, at load: for our own kernels (native.py), or into the layout that oneDNN computes with where
+the CPU has bfloat16 instructions. Packing keeps the size: the plain matrix can be dropped. Without either, torch
+computes bfloat16 products row by row of x; from a few rows on it is faster to widen the matrix to float32 piece by
+piece. Which form is used is the business of actors/compute.py.
 
 Shapes: T tokens, D input width, O output width.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.compute import Compute, Products
 from actors.kernels import native
 from actors.kernels.native import NativeLinear
-from cluster.messages.actors import ExpertDtype, KernelChoice
 
 # With fewer rows than this, widening costs more than it saves, the more so with several threads that must be woken.
 WIDEN_ROWS = 8
@@ -88,75 +87,16 @@ def quantise(x_TD: Tensor) -> tuple[Tensor, Tensor]:
 FastLinear = PackedLinear | NativeLinear | WidenedLinear | Int8Linear
 
 
-def can_pack(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Whether this CPU and this build of torch multiply bfloat16 matrices natively."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class Kernels:
-    """What this process computes with; set once, before weights are loaded."""
-
-    choice: KernelChoice = "auto"
-    experts: ExpertDtype = "auto"
-
-    @classmethod
-    def choose(cls, choice: KernelChoice, experts: ExpertDtype = "auto") -> None:
-        """Raises RuntimeError if they are asked for and can't be had."""
-        if choice == "native" and not native.instruction_sets():
-            raise RuntimeError(f"kernels='native': {why_not_native()}: choose auto or torch")
-        cls.choice, cls.experts = choice, experts
-
-
-def use_native(is_int8: bool = False) -> bool:
-    """Whether our own kernels are the best choice here: oneDNN comes first where the CPU has bfloat16 instructions."""
-    if Kernels.choice == "torch" or not native.instruction_sets():
-        return False
-    return Kernels.choice == "native" or is_int8 or not has_bfloat16()
-
-
-def are_experts_int8() -> bool:
-    return Kernels.experts == "int8"
-
-
-def why_not_native() -> str:
-    if native.library() is None:
-        return "the native kernels have not been built (was a C++ compiler there when Outcrop was installed?)"
-    return "this CPU has none of the instruction sets of the native kernels (the least is AVX2)"
-
-
-def describe() -> str:
-    """Which kernels compute bfloat16 on this CPU, and why."""
-    if use_native():
-        names = list(native.instruction_sets())
-        return f"native, {names[-1]}" + ("" if has_bfloat16() else ": oneDNN finds no bfloat16 instructions here")
-    if has_bfloat16():
-        return "oneDNN: this CPU has bfloat16 instructions"
-    return "torch, slow: " + _why_torch()
-
-
-def describe_int8() -> str:
-    """Which kernels compute int8 experts on this CPU, and why."""
-    return f"native, {list(native.instruction_sets())[-1]}" if use_native(is_int8=True) else f"torch: {_why_torch()}"
-
-
-def _why_torch() -> str:
-    return "as chosen" if Kernels.choice == "torch" else why_not_native()
-
-
-def pack(weight_OD: Tensor, bias_O: Tensor | None = None) -> FastLinear:
-    """In memory of its own. For matrices that can_pack() accepts."""
-    if use_native():
-        return NativeLinear(native.pack(weight_OD), weight_OD.shape[0], bias_O, native.fastest())
-    if has_bfloat16():
+def pack(weight_OD: Tensor, bias_O: Tensor | None, products: Products, isa: int = -1) -> FastLinear:
+    """A bfloat16 matrix on a CPU, in memory of its own."""
+    if products == "native":
+        return NativeLinear(native.pack(weight_OD), weight_OD.shape[0], bias_O, isa)
+    if products == "onednn":
         return PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), None), bias_O)
+    assert products == "widened", "what torch computes as it is, is not packed"
     return WidenedLinear(weight_OD.clone(), bias_O)
 
 
-def pack_expert(weight_OD: Tensor) -> FastLinear:
+def pack_expert(weight_OD: Tensor, compute: Compute) -> FastLinear:
     """As pack, in the type chosen for experts."""
-    return Int8Linear.of(weight_OD) if are_experts_int8() else pack(weight_OD)
+    return Int8Linear.of(weight_OD) if compute.int8_experts else pack(weight_OD, None, compute.experts, compute.isa)

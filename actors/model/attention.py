@@ -1,7 +1,7 @@
-"""Causal attention of a step's new tokens over the paged KV cache, with two back ends.
+"""Causal attention of a step's new tokens over the paged KV cache, with three back ends.
 
 GatherPlan is plain torch and runs anywhere: it copies the keys and values that a sequence needs out of their blocks.
-The native kernels, where they are used, read blocks where they lie instead (actors/kernels/attention.cpp).
+NativePlan reads blocks where they lie instead, on a CPU.
 VarlenPlan is PyTorch's flash attention with block tables; it has not been run on a GPU yet.
 A plan is made once per step; every layer then calls `attend`. New tokens are in the cache before they attend.
 
@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.compute import Compute
+from actors.kernels.front_layer import NativeBatch
+from actors.kernels.front_layer import attend as native_attend
 from actors.model.batch import Span, StepBatch
 from actors.model.paged_kv import PagedKV
 
@@ -31,8 +34,12 @@ class AttentionPlan(ABC):
         """softmax(scale * q.k) v over each sequence's own tokens up to the query's position: [T, H, C]."""
 
 
-def plan_attention(batch: StepBatch, kv: PagedKV) -> AttentionPlan:
-    return VarlenPlan(batch) if can_use_varlen(kv) else GatherPlan(batch, kv)
+def plan_attention(batch: StepBatch, kv: PagedKV, compute: Compute) -> AttentionPlan:
+    if compute.attention == "flash" and can_use_varlen(kv):
+        return VarlenPlan(batch)
+    if compute.attention == "native" and kv.k_LBSGC.shape[-1] % 8 == 0:
+        return NativePlan(batch, kv, compute.isa)
+    return GatherPlan(batch, kv)
 
 
 def can_use_varlen(kv: PagedKV) -> bool:
@@ -148,6 +155,27 @@ def group_by_length(spans: tuple[Span, ...], max_tokens: int = GATHER_TOKENS) ->
         group.append(number)
     if group:
         yield group
+
+
+class NativePlan(AttentionPlan):
+    """Reads keys and values in their blocks (actors/kernels/attention.cpp). For linear layers that are not native;
+    where they are, one call does a layer's whole half (front_layers.py).
+    """
+
+    def __init__(self, batch: StepBatch, kv: PagedKV, isa: int) -> None:
+        self.isa = isa
+        self.batch = native_batch(batch, kv.block_size)
+
+    def attend(self, q_THC: Tensor, k_BPGC: Tensor, v_BPGC: Tensor, scale: float) -> Tensor:
+        return native_attend(self.batch, q_THC.float(), k_BPGC, v_BPGC, scale, self.isa).to(q_THC.dtype)
+
+
+def native_batch(batch: StepBatch, block_size: int, angles: tuple[Tensor, ...] = ()) -> NativeBatch:
+    """The step as the kernels take it; attention alone needs no angles."""
+    starts_S1 = torch.tensor([*(span.start for span in batch.spans), batch.num_tokens])
+    contexts_S = torch.tensor([span.context for span in batch.spans])
+    cos, sin = angles or (torch.empty(0), torch.empty(0))
+    return NativeBatch(batch.slots_T, starts_S1, contexts_S, batch.blocks_SB, (cos, sin), block_size)
 
 
 class VarlenPlan(AttentionPlan):

@@ -1,8 +1,7 @@
-"""The front's half of GraniteMoE: embeddings, its half of each layer (front_layers.py), head. It holds no expert
+"""The front's half of the model: embeddings, its half of each layer (front_layers.py), head. It holds no expert
 weights and does not know where experts are: a Dispatcher does.
 
-Shapes: T tokens of the step, R rows that need logits, D hidden, L layers, K top-k, V vocabulary. Multipliers as in
-transformers' modeling_granitemoe.py.
+Shapes: T tokens of the step, R rows that need logits, D hidden, L layers, K top-k, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -11,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.compute import Compute
 from actors.dispatch.dispatcher import Dispatcher
+from actors.model.attention import plan_attention
 from actors.model.batch import StepBatch
 from actors.model.front_layers import LayerSteps, LayerWeights, NativeLayers, TorchLayers, native_layers
 from actors.model.layers import AnyLinear, rms_norm
 from actors.model.paged_kv import PagedKV, routed_dtype
 from actors.model.rope import Rotary
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,12 @@ class FrontWeights:
 
 
 class FrontHalf:
-    def __init__(self, config: GraniteMoeConfig, weights: FrontWeights) -> None:
-        self.config = config
+    def __init__(self, spec: ModelSpec, compute: Compute, weights: FrontWeights) -> None:
+        self.spec = spec
+        self.compute = compute
         self.weights = weights
-        self.device = weights.embed_VD.device
-        self.dtype = weights.embed_VD.dtype
-        self.rotary = Rotary(config, self.device)
-        self._native = native_layers(config, weights.layers)
+        self.rotary = Rotary(spec, compute.device)
+        self._native = native_layers(spec, weights.layers)
 
     def forward(self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
         """Compute one step and write its keys, values and routing to the cache: in each layer
@@ -51,20 +51,21 @@ class FrontHalf:
             h_TD, ids_TK, gates_TK = steps.attend_and_route(number, combined_TD)
             combined_TD = dispatcher.combine(dispatcher.dispatch(number, h_TD, ids_TK, gates_TK))
             routed.append(ids_TK)
-        ids_TLK = torch.stack(routed, dim=1).to(routed_dtype(self.config.num_local_experts))
+        ids_TLK = torch.stack(routed, dim=1).to(routed_dtype(self.spec.num_experts))
         kv.write_routed(batch.slots_T, ids_TLK)
         assert combined_TD is not None, "a model has layers"
         rows_R = batch.rows_R
-        x_RD = torch.add(steps.x_TD[rows_R], combined_TD[rows_R], alpha=self.config.residual_multiplier)
-        return rms_norm(x_RD, self.weights.norm_D, self.config.rms_norm_eps), ids_TLK
+        x_RD = torch.add(steps.x_TD[rows_R], combined_TD[rows_R], alpha=self.spec.residual_multiplier)
+        return rms_norm(x_RD, self.weights.norm_D, self.spec.norm_eps), ids_TLK
 
     def _steps(self, batch: StepBatch, kv: PagedKV) -> LayerSteps:
-        x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD) * self.config.embedding_multiplier
-        angles = self.rotary.angles(batch.positions_T, self.dtype)
+        x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD) * self.spec.embedding_multiplier
+        angles = self.rotary.angles(batch.positions_T, self.compute.dtype)
         if self._native:
             return NativeLayers(self._native, x_TD, angles, batch, kv)
-        return TorchLayers(self.config, self.weights.layers, x_TD, angles, batch, kv)
+        plan = plan_attention(batch, kv, self.compute)
+        return TorchLayers(self.spec, self.weights.layers, x_TD, angles, batch, kv, plan)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """float32 [R, V]."""
-        return self.weights.head(hidden_RD).float() / self.config.logits_scaling
+        return self.weights.head(hidden_RD).float() / self.spec.logits_divisor

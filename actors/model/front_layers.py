@@ -2,7 +2,7 @@
 native kernels.
 
 Shapes: T tokens of the step, S sequences, D hidden, K top-k, H query heads, G key/value heads, C head dimension,
-N heads of any kind. Multipliers as in transformers' modeling_granitemoe.py.
+N heads of any kind.
 """
 
 from abc import ABC, abstractmethod
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.kernels.front_layer import NativeBatch, NativeFrontLayer
+from actors.kernels.front_layer import NativeFrontLayer
 from actors.kernels.native import NativeLinear
-from actors.model.attention import plan_attention
+from actors.model.attention import AttentionPlan, native_batch
 from actors.model.batch import StepBatch
 from actors.model.layers import AnyLinear, rms_norm
 from actors.model.paged_kv import PagedKV
 from actors.model.rope import apply_rotary
 from actors.model.routing import route
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,39 +51,40 @@ class TorchLayers(LayerSteps):
 
     def __init__(
         self,
-        config: GraniteMoeConfig,
+        spec: ModelSpec,
         layers: tuple[LayerWeights, ...],
         x_TD: Tensor,
         angles: tuple[Tensor, Tensor],
         batch: StepBatch,
         kv: PagedKV,
+        plan: AttentionPlan,
     ) -> None:
-        self.config = config
+        self.spec = spec
         self.layers = layers
         self.x_TD = x_TD
         self.angles = angles
         self.slots_T = batch.slots_T
         self.kv = kv
-        self.plan = plan_attention(batch, kv)
+        self.plan = plan
 
     def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        layer, config = self.layers[number], self.config
+        layer, spec = self.layers[number], self.spec
         if combined_TD is not None:
             self._add(combined_TD)
-        self._add(self._attention(number, layer, rms_norm(self.x_TD, layer.attention_norm_D, config.rms_norm_eps)))
-        h_TD = rms_norm(self.x_TD, layer.moe_norm_D, config.rms_norm_eps)
-        return h_TD, *route(h_TD, layer.router, config.num_experts_per_tok)
+        self._add(self._attention(number, layer, rms_norm(self.x_TD, layer.attention_norm_D, spec.norm_eps)))
+        h_TD = rms_norm(self.x_TD, layer.moe_norm_D, spec.norm_eps)
+        return h_TD, *route(h_TD, layer.router, spec.top_k)
 
     def _add(self, y_TD: Tensor) -> None:
-        self.x_TD = torch.add(self.x_TD, y_TD, alpha=self.config.residual_multiplier)
+        self.x_TD = torch.add(self.x_TD, y_TD, alpha=self.spec.residual_multiplier)
 
     def _attention(self, number: int, layer: LayerWeights, h_TD: Tensor) -> Tensor:
-        num_q, num_kv = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv_TNC = layer.qkv(h_TD).view(h_TD.shape[0], -1, self.config.head_dim)
+        num_q, num_kv = self.spec.num_heads, self.spec.num_kv_heads
+        qkv_TNC = layer.qkv(h_TD).view(h_TD.shape[0], -1, self.spec.head_dim)
         qk_TNC = apply_rotary(qkv_TNC[:, : num_q + num_kv], self.angles)
         q_THC, k_TGC = qk_TNC[:, :num_q], qk_TNC[:, num_q:]
         self.kv.write(number, self.slots_T, k_TGC, qkv_TNC[:, num_q + num_kv :])
-        scale = self.config.attention_multiplier
+        scale = self.spec.attention_scale
         out_THC = self.plan.attend(q_THC, self.kv.k_LBSGC[number], self.kv.v_LBSGC[number], scale)
         return layer.out(out_THC.flatten(1))
 
@@ -102,16 +103,14 @@ class NativeLayers(LayerSteps):
         self.layers = layers
         self.x_TD = x_TD
         self.kv = kv
-        starts_S1 = torch.tensor([*(span.start for span in batch.spans), batch.num_tokens])
-        contexts_S = torch.tensor([span.context for span in batch.spans])
-        self.batch = NativeBatch(batch.slots_T, starts_S1, contexts_S, batch.blocks_SB, angles, kv.block_size)
+        self.batch = native_batch(batch, kv.block_size, angles)
 
     def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         k_BSGC, v_BSGC = self.kv.k_LBSGC[number], self.kv.v_LBSGC[number]
         return self.layers[number].run(self.batch, k_BSGC, v_BSGC, self.x_TD, combined_TD)
 
 
-def native_layers(config: GraniteMoeConfig, layers: tuple[LayerWeights, ...]) -> tuple[NativeFrontLayer, ...] | None:
+def native_layers(spec: ModelSpec, layers: tuple[LayerWeights, ...]) -> tuple[NativeFrontLayer, ...] | None:
     """The same layers for NativeLayers, sharing their memory; None unless all are packed for the native kernels."""
 
     def native(layer: LayerWeights) -> NativeFrontLayer | None:
@@ -121,14 +120,14 @@ def native_layers(config: GraniteMoeConfig, layers: tuple[LayerWeights, ...]) ->
         return NativeFrontLayer.of(
             (qkv, out, router),
             (layer.attention_norm_D, layer.moe_norm_D),
-            num_q=config.num_attention_heads,
-            num_kv=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            top_k=config.num_experts_per_tok,
-            eps=config.rms_norm_eps,
-            residual=config.residual_multiplier,
-            scale=config.attention_multiplier,
+            num_q=spec.num_heads,
+            num_kv=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            top_k=spec.top_k,
+            eps=spec.norm_eps,
+            residual=spec.residual_multiplier,
+            scale=spec.attention_scale,
         )
 
     found = tuple(each for each in map(native, layers) if each)
-    return found if len(found) == len(layers) and config.head_dim % 8 == 0 else None
+    return found if len(found) == len(layers) and spec.head_dim % 8 == 0 else None

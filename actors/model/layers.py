@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.kernels.packed import FastLinear, WidenedLinear, can_pack, has_bfloat16, pack, use_native
+from actors.compute import Compute
+from actors.kernels.packed import FastLinear, WidenedLinear, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +25,18 @@ class Linear:
 AnyLinear = Linear | FastLinear
 
 
-def packed_if_possible(linear: Linear) -> AnyLinear:
-    """The same matrix in a faster form, where there is one."""
-    return pack(linear.weight_OD, linear.bias_O) if can_pack(linear.weight_OD) else linear
+def packed(linear: Linear, compute: Compute) -> AnyLinear:
+    """The same matrix in the form that the actor computes with."""
+    if compute.linears == "torch":
+        return linear
+    return pack(linear.weight_OD, linear.bias_O, compute.linears, compute.isa)
 
 
-def in_place(linear: Linear) -> AnyLinear:
+def in_place(linear: Linear, compute: Compute) -> AnyLinear:
     """A faster form of a matrix that is needed as it is, too, or small: packed only where nothing else is fast."""
-    if can_pack(linear.weight_OD) and use_native():
-        return pack(linear.weight_OD, linear.bias_O)
-    if can_pack(linear.weight_OD) and not has_bfloat16():
-        return WidenedLinear(linear.weight_OD, linear.bias_O)
-    return linear
+    if compute.linears == "native":
+        return packed(linear, compute)
+    return WidenedLinear(linear.weight_OD, linear.bias_O) if compute.linears == "widened" else linear
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,8 @@ Shapes: L layers, B blocks, S slots in a block, G key/value heads, C head dimens
 import torch
 from torch import Tensor
 
-from cluster.models.granite_moe import GraniteMoeConfig
+from actors.compute import Compute
+from cluster.models.spec import ModelSpec
 
 
 def routed_dtype(num_experts: int) -> torch.dtype:
@@ -21,15 +22,13 @@ class PagedKV:
     """k_LBSGC, v_LBSGC: rotated keys and values. routed_NLK: the experts that computed each cached token, kept
     because a prefix-cache hit skips the computation, but its routing may still be asked for."""
 
-    def __init__(
-        self, config: GraniteMoeConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        routed_shape = (num_blocks * block_size, config.num_hidden_layers, config.num_experts_per_tok)
+    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, compute: Compute) -> None:
+        shape = (spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        routed_shape = (num_blocks * block_size, spec.num_layers, spec.top_k)
         # empty: on CPU, pages get memory when they are first written, so an idle server stays small.
-        self.k_LBSGC = torch.empty(shape, dtype=dtype, device=device)
-        self.v_LBSGC = torch.empty(shape, dtype=dtype, device=device)
-        self.routed_NLK = torch.empty(routed_shape, dtype=routed_dtype(config.num_local_experts), device=device)
+        self.k_LBSGC = torch.empty(shape, dtype=compute.dtype, device=compute.device)
+        self.v_LBSGC = torch.empty(shape, dtype=compute.dtype, device=compute.device)
+        self.routed_NLK = torch.empty(routed_shape, dtype=routed_dtype(spec.num_experts), device=compute.device)
 
     @property
     def num_blocks(self) -> int:
@@ -55,7 +54,7 @@ class PagedKV:
         return self.routed_NLK[slots_T]
 
     @staticmethod
-    def bytes_per_block(config: GraniteMoeConfig, block_size: int, dtype: torch.dtype) -> int:
-        kv = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-        routed = config.num_experts_per_tok * routed_dtype(config.num_local_experts).itemsize
-        return config.num_hidden_layers * block_size * (kv + routed)
+    def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+        kv = 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+        routed = spec.top_k * routed_dtype(spec.num_experts).itemsize
+        return spec.num_layers * block_size * (kv + routed)

@@ -1,7 +1,7 @@
 """Rotary position embedding (NeoX style), for every rope type whose frequencies do not depend on the sequence length.
 
 Formulas and defaults are those of transformers' modeling_rope_utils (ROPE_INIT_FUNCTIONS), which is the test oracle.
-`dynamic` and `longrope` are served in their first regime only; see GraniteMoeConfig.max_context.
+`dynamic` and `longrope` are served in their first regime only; see Rope.max_context in cluster/models/rope.py.
 
 Shapes: T tokens, N heads (any), C head dimension.
 """
@@ -12,27 +12,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.spec import ModelSpec
 
 # Inverse frequencies [C/2] and the factor that multiplies cos and sin.
 Frequencies = tuple[Tensor, float]
 
 
-def _default(config: GraniteMoeConfig) -> Frequencies:
-    return 1.0 / _powers(config), 1.0
+def _default(spec: ModelSpec) -> Frequencies:
+    return 1.0 / _powers(spec), 1.0
 
 
-def _linear(config: GraniteMoeConfig) -> Frequencies:
-    return 1.0 / _powers(config) / _factor(config), 1.0
+def _linear(spec: ModelSpec) -> Frequencies:
+    return 1.0 / _powers(spec) / _factor(spec), 1.0
 
 
-def _yarn(config: GraniteMoeConfig) -> Frequencies:
+def _yarn(spec: ModelSpec) -> Frequencies:
     """https://arxiv.org/abs/2309.00071: high frequencies as they are, low ones interpolated, a ramp between."""
-    rope, factor = config.rope_parameters, _factor(config)
-    low, high = _yarn_range(config)
-    steps = torch.arange(config.head_dim // 2, dtype=torch.float32)
+    rope, factor = spec.rope, _factor(spec)
+    low, high = _yarn_range(spec)
+    steps = torch.arange(spec.head_dim // 2, dtype=torch.float32)
     keep = 1 - ((steps - low) / (high - low)).clamp(0, 1)
-    powers = _powers(config)
+    powers = _powers(spec)
     inverse = 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep
     if rope.attention_factor is not None:
         return inverse, rope.attention_factor
@@ -41,11 +41,11 @@ def _yarn(config: GraniteMoeConfig) -> Frequencies:
     return inverse, _yarn_mscale(factor, 1.0)
 
 
-def _yarn_range(config: GraniteMoeConfig) -> tuple[float, float]:
-    rope, dim = config.rope_parameters, config.head_dim
+def _yarn_range(spec: ModelSpec) -> tuple[float, float]:
+    rope, dim = spec.rope, spec.head_dim
 
     def dimension_of(rotations: float) -> float:
-        turns = config.rope_original_context / (rotations * 2 * math.pi)
+        turns = spec.rope_original_context / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(rope.rope_theta))
 
     low, high = dimension_of(rope.beta_fast or 32), dimension_of(rope.beta_slow or 1)
@@ -59,23 +59,23 @@ def _yarn_mscale(scale: float, mscale: float) -> float:
     return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
 
-def _longrope(config: GraniteMoeConfig) -> Frequencies:
+def _longrope(spec: ModelSpec) -> Frequencies:
     """https://arxiv.org/abs/2402.13753, the short factors: sequences are kept within the original context."""
-    rope, factor = config.rope_parameters, _factor(config)
-    inverse = 1.0 / (torch.tensor(rope.short_factor, dtype=torch.float32) * _powers(config))
+    rope, factor = spec.rope, _factor(spec)
+    inverse = 1.0 / (torch.tensor(rope.short_factor, dtype=torch.float32) * _powers(spec))
     if rope.attention_factor is not None:
         return inverse, rope.attention_factor
     if factor <= 1:
         return inverse, 1.0
-    return inverse, math.sqrt(1 + math.log(factor) / math.log(config.rope_original_context))
+    return inverse, math.sqrt(1 + math.log(factor) / math.log(spec.rope_original_context))
 
 
-def _llama3(config: GraniteMoeConfig) -> Frequencies:
-    rope, context = config.rope_parameters, config.rope_original_context
+def _llama3(spec: ModelSpec) -> Frequencies:
+    rope, context = spec.rope, spec.rope_original_context
     assert rope.low_freq_factor is not None
     assert rope.high_freq_factor is not None
-    low, high, factor = rope.low_freq_factor, rope.high_freq_factor, _factor(config)
-    inverse = 1.0 / _powers(config)
+    low, high, factor = rope.low_freq_factor, rope.high_freq_factor, _factor(spec)
+    inverse = 1.0 / _powers(spec)
     wavelength = 2 * math.pi / inverse
     smooth = (context / wavelength - low) / (high - low)
     between = (1 - smooth) * inverse / factor + smooth * inverse
@@ -83,18 +83,18 @@ def _llama3(config: GraniteMoeConfig) -> Frequencies:
     return torch.where(wavelength < context / high, inverse, scaled), 1.0
 
 
-def _powers(config: GraniteMoeConfig) -> Tensor:
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    powers: Tensor = config.rope_parameters.rope_theta**exponents
+def _powers(spec: ModelSpec) -> Tensor:
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    powers: Tensor = spec.rope.rope_theta**exponents
     return powers
 
 
-def _factor(config: GraniteMoeConfig) -> float:
-    factor = config.rope_parameters.factor
-    return config.max_position_embeddings / config.rope_original_context if factor is None else factor
+def _factor(spec: ModelSpec) -> float:
+    factor = spec.rope.factor
+    return spec.max_positions / spec.rope_original_context if factor is None else factor
 
 
-FREQUENCIES: dict[str, Callable[[GraniteMoeConfig], Frequencies]] = {
+FREQUENCIES: dict[str, Callable[[ModelSpec], Frequencies]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _default,
@@ -107,8 +107,8 @@ FREQUENCIES: dict[str, Callable[[GraniteMoeConfig], Frequencies]] = {
 class Rotary:
     """Angles of a step's positions, computed once and used by every layer."""
 
-    def __init__(self, config: GraniteMoeConfig, device: torch.device) -> None:
-        inverse, self.scale = FREQUENCIES[config.rope_parameters.rope_type](config)
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        inverse, self.scale = FREQUENCIES[spec.rope.rope_type](spec)
         self.inverse = inverse.to(device)
 
     def angles(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,16 +3,17 @@
 torch is imported when an actor starts, so that the supervisor can name this class without loading it.
 """
 
-import os
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import ray
 
 from actors.process.limits import gently, limit_threads, release_free_memory
 from actors.process.orphan import watch_for_orphanhood
+from actors.process.place import where_am_i
 from actors.process.readiness import show_ready
 from cluster.logs import set_up_logs
 from cluster.messages.actors import ActorReport, Identity, LoadProgress, ReadyReport, ReplicaSpec
@@ -52,26 +53,21 @@ class ExpertActor:
         return self.ready
 
     def _read(self) -> "Replica":
-        from actors.kernels.packed import Kernels
-        from actors.model.device import torch_device, torch_dtype
-        from actors.model.loader import TensorReader, load_experts, read_layer_experts
+        from actors.compute import Compute
+        from actors.experts.loading import load_experts, read_layer_experts
         from actors.replica.replica import Replica
-        from cluster.models.checkpoint import check_checkpoint
-        from cluster.models.granite_moe import read_model_config
+        from actors.weights import Weights
+        from cluster.models.checkpoint import Checkpoint
         from cluster.models.hub import local_copy
 
-        model_dir = local_copy(self.spec.model_path)
-        config = read_model_config(model_dir)
-        info = check_checkpoint(model_dir, config)
-        self._total = info.bytes_per_expert * sum(len(layer) for layer in self.spec.experts)
-        Kernels.choose(self.spec.kernels, self.spec.expert_dtype)
-        device, dtype = torch_device(self.spec.device), torch_dtype(self.spec.dtype)
-        store = load_experts(model_dir, config, self.spec.experts, device, dtype, self._advance)
-        reader = TensorReader(info, device, dtype, lambda _: None)
+        spec = self.spec
+        checkpoint = Checkpoint.open(local_copy(spec.model_path))
+        compute = Compute.choose(spec.device, spec.dtype, spec.kernels, spec.expert_dtype)
+        self._total = checkpoint.bytes_per_expert * sum(len(layer) for layer in spec.experts)
+        store = load_experts(Weights(checkpoint, compute, self._advance), spec.experts)
         release_free_memory()
-        return Replica(
-            self.spec, store, lambda layer, ids: read_layer_experts(reader, config, layer, ids), self.metrics
-        )
+        read = partial(read_layer_experts, Weights(checkpoint, compute))
+        return Replica(spec, store, read, self.metrics)
 
     def _advance(self, num_bytes: int) -> None:
         self._loaded += num_bytes
@@ -131,9 +127,3 @@ class ExpertActor:
         if self.server:
             self.server.stop()
             self.server = None
-
-
-def where_am_i() -> tuple[str, int, str]:
-    """(node address, process id, GPU ids) of the calling actor."""
-    gpus = ",".join(str(gpu) for gpu in ray.get_gpu_ids())
-    return ray.util.get_node_ip_address(), os.getpid(), gpus

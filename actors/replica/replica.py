@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from actors.experts.store import ExpertStore, LayerExperts, NotHeld
+from actors.experts.layer_experts import LayerExperts
+from actors.experts.store import ExpertStore, NotHeld
 from actors.lanes import wire
-from actors.model.device import torch_dtype
 from cluster.messages.actors import ReplicaSpec
 from cluster.metrics import Metrics
 
@@ -28,7 +28,6 @@ class Replica:
         self.read = read
         self.metrics = metrics
         self.num_tokens = 0
-        self._dtype = torch_dtype(spec.dtype)
         self._last_steps: dict[int, wire.StepId] = {}  # by front, those that the log has a line of
         self._computing = threading.Lock()
         self._began: float | None = None
@@ -88,13 +87,13 @@ class Replica:
 
     def _check(self, dispatch: wire.Dispatch) -> None:
         """Kernels believe that sizes are the model's, and read past the end of what is smaller. Raises ValueError."""
-        config = self.store.config
+        spec = self.store.spec
         if dispatch.layer >= len(self.store.layers):
             raise ValueError(f"layer {dispatch.layer} of {len(self.store.layers)}")
         for what, sent, ours in (
-            ("hidden size", dispatch.x_TD.shape[1], config.hidden_size),
-            ("top-k", dispatch.ids_TK.shape[1], config.num_experts_per_tok),
-            ("type", dispatch.x_TD.dtype, self._dtype),
+            ("hidden size", dispatch.x_TD.shape[1], spec.hidden_size),
+            ("top-k", dispatch.ids_TK.shape[1], spec.top_k),
+            ("type", dispatch.x_TD.dtype, self.store.compute.dtype),
         ):
             if sent != ours:
                 raise ValueError(f"{what} {sent} was sent to a model of {what} {ours}")
@@ -119,7 +118,7 @@ class Replica:
         x_TD, ids_TK, gates_TK = (
             _cat(parts) for parts in zip(*((d.x_TD, d.ids_TK, d.gates_TK) for d in dispatches), strict=True)
         )
-        device = self.store.device
+        device = self.store.compute.device
         return self.store.run(layer, x_TD.to(device), ids_TK.to(device).long(), gates_TK.to(device)).cpu()
 
     def _count(self, num_tokens: int, seconds: float) -> None:

@@ -28,8 +28,7 @@ from cluster.errors import ConfigError, ModelError, NotRunning
 from cluster.messages.actors import FrontSpec, LaneKeys, ReplicaSpec, Sample, Wanted
 from cluster.messages.state import ClusterState, RebalanceReport
 from cluster.metrics import Metrics
-from cluster.models.checkpoint import check_checkpoint
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
 from cluster.models.hub import local_copy, resolve_model
 from cluster.policy.blueprint import Blueprint, draw_blueprint
 from cluster.policy.expert_load import ExpertLoad
@@ -213,11 +212,10 @@ class Supervisor:
         keys = known.lane_keys if known else None
         model_dir = await asyncio.to_thread(resolve_model, self.config.model, known.model_path if known else "")
         here = await asyncio.to_thread(local_copy, str(model_dir))
-        model = read_model_config(here)
-        info = await asyncio.to_thread(check_checkpoint, here, model)
+        checkpoint = await asyncio.to_thread(Checkpoint.open, here)
         if keys is None and self.config.lane in ("auto", "zmq"):
             keys = _new_keys()
-        return draw_blueprint(self.config, info, model_dir, model, machine, keys)
+        return draw_blueprint(self.config, checkpoint, str(model_dir), machine, keys)
 
     # -- watching and healing ------------------------------------------------------------------------------------
 

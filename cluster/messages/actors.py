@@ -26,10 +26,13 @@ Sample = tuple[str, tuple[tuple[str, str], ...], float]
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What a front needs to run the engine, resolved from ClusterConfig."""
+    """What a front needs to run the engine, resolved from ClusterConfig. `expert_device` is where it computes experts
+    itself, when no replica answers, or all of them, on the local lane.
+    """
 
     model_path: str
     device: str
+    expert_device: str
     dtype: str
     max_model_len: int
     block_size: int
@@ -73,10 +76,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class ResourcePlan:
-    """What each actor gets of a machine. `device` may stay "auto": then an actor takes its GPU if torch can use it."""
+    """What each actor gets of a machine. A device may stay "auto": then an actor takes its GPU if torch can use it."""
 
     machine: Machine = Machine()
-    device: str = "auto"
+    front_device: str = "auto"
+    replica_device: str = "auto"
     cpus_per_front: float = 1.0
     cpus_per_replica: float = 1.0
     gpus_per_front: float = 0.0

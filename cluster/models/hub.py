@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from cluster.errors import ModelError
+from cluster.models.family import example_ids
 
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,7 +28,7 @@ def resolve_model(model: str, known: str = "") -> Path:
     if not HUB_ID.fullmatch(model):
         raise ModelError(
             f"model={model!r} is no directory, and no Hub id (owner/name): give a directory in Hugging Face layout, "
-            "a Hub id such as ibm-granite/granite-3.1-1b-a400m-instruct, or `demo`"
+            f"a Hub id such as {example_ids()}, or `demo`"
         )
     return _download(model)
 

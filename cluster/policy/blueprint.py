@@ -1,7 +1,6 @@
 """What to start: configuration, model and machine turned into the specs of fronts and expert replicas. Pure."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
@@ -16,8 +15,8 @@ from cluster.messages.actors import (
     ResourcePlan,
     Wanted,
 )
-from cluster.models.checkpoint import CheckpointInfo
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.checkpoint import Checkpoint
+from cluster.models.spec import ModelSpec
 from cluster.policy.resources import plan_resources
 
 GIB = 2**30
@@ -45,18 +44,18 @@ class Blueprint:
     def replica(self, group: int, index: int, expert_map: ExpertMap) -> ReplicaSpec:
         """A replica that holds what the map has at home in its group."""
         return ReplicaSpec(
-            f"expert-g{group}-r{index}",
-            group,
-            self.engine.model_path,
-            self.resources.device,
-            self.engine.dtype,
-            expert_map.experts_of(group),
-            self.resources.threads_per_replica,
-            self.lane_keys,
-            self.logs,
-            self.engine.kernels,
-            self.engine.expert_dtype,
-            self.resources,
+            actor_id=f"expert-g{group}-r{index}",
+            group=group,
+            model_path=self.engine.model_path,
+            device=self.resources.replica_device,
+            dtype=self.engine.dtype,
+            experts=expert_map.experts_of(group),
+            num_threads=self.resources.threads_per_replica,
+            lane_keys=self.lane_keys,
+            logs=self.logs,
+            kernels=self.engine.kernels,
+            expert_dtype=self.engine.expert_dtype,
+            resources=self.resources,
         )
 
 
@@ -70,15 +69,14 @@ def recall_blueprint(spec: FrontSpec, expert_map: ExpertMap, wanted: Wanted) -> 
     )
 
 
-def check_config(config: ClusterConfig, model: GraniteMoeConfig) -> ExpertMap:
+def check_config(config: ClusterConfig, spec: ModelSpec) -> ExpertMap:
     """The initial map. Raises ConfigError where settings and model don't fit."""
-    max_model_len(config, model)
-    homes = contiguous_homes(model.num_hidden_layers, model.num_local_experts, config.groups)
-    return ExpertMap(0, config.groups, homes)
+    max_model_len(config, spec)
+    return ExpertMap(0, config.groups, contiguous_homes(spec.num_layers, spec.num_experts, config.groups))
 
 
-def max_model_len(config: ClusterConfig, model: GraniteMoeConfig) -> int:
-    longest = model.max_context
+def max_model_len(config: ClusterConfig, spec: ModelSpec) -> int:
+    longest = spec.max_context
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len={config.max_model_len} is more than the model's context of {longest} tokens "
@@ -87,42 +85,68 @@ def max_model_len(config: ClusterConfig, model: GraniteMoeConfig) -> int:
     return config.max_model_len or longest
 
 
-def served_dtype(config: ClusterConfig, model: GraniteMoeConfig, stored: str) -> str:
+def served_dtype(config: ClusterConfig, checkpoint: Checkpoint) -> str:
     """What the operator says, or config.json, or the files; float16 is served as bfloat16, which has its range."""
     if config.dtype != "auto":
         return config.dtype
-    return "float32" if (model.dtype or stored) == "float32" else "bfloat16"
+    return "float32" if (checkpoint.spec.dtype or checkpoint.dtype) == "float32" else "bfloat16"
 
 
 def check_expert_dtype(config: ClusterConfig, dtype: str, device: str) -> None:
-    """Raises ConfigError where int8 experts can't be computed."""
+    """Raises ConfigError where int8 experts can't be computed. `device` is the one that experts are computed on."""
     if config.expert_dtype == "int8" and device == "cuda":
-        raise ConfigError("expert_dtype='int8' is computed on CPUs only: choose auto, or device cpu")
+        raise ConfigError("expert_dtype='int8' is computed on CPUs only: choose auto, or replica_device cpu")
     if config.expert_dtype == "int8" and dtype == "float32":
         raise ConfigError(
             "expert_dtype='int8' wants the rest in bfloat16, and this is served in float32: set dtype bfloat16"
         )
 
 
+def device_of_experts(config: ClusterConfig) -> str:
+    """Of replicas; on the local lane a front has them."""
+    return config.device_of("front" if config.lane == "local" else "expert")
+
+
 def draw_blueprint(
     config: ClusterConfig,
-    checkpoint: CheckpointInfo,
-    model_dir: Path,
-    model: GraniteMoeConfig,
+    checkpoint: Checkpoint,
+    model_path: str,
     machine: Machine,
     lane_keys: LaneKeys | None = None,
 ) -> Blueprint:
-    """`lane_keys` open the zmq lane; the lanes local and object_ref need none. Raises ConfigError."""
-    expert_map = check_config(config, model)
+    """`model_path` is what actors of all nodes are told: the checkpoint may be a copy of it. `lane_keys` open the zmq
+    lane; the lanes local and object_ref need none. Raises ConfigError.
+    """
+    expert_map = check_config(config, checkpoint.spec)
     resources = plan_resources(config, machine)
-    dtype = served_dtype(config, model, checkpoint.dtype)
-    check_expert_dtype(config, dtype, resources.device)
-    engine = EngineOptions(
-        model_path=str(model_dir),
-        device=resources.device,
+    dtype = served_dtype(config, checkpoint)
+    check_expert_dtype(config, dtype, device_of_experts(config))
+    num_replicas = 0 if config.lane == "local" else config.replicas
+    return Blueprint(
+        resources=resources,
+        engine=_engine_options(config, checkpoint.spec, resources, model_path, dtype),
+        lane=config.lane,
+        lane_keys=lane_keys,
+        logs=LogOptions(config.log_format, config.log_level),
+        expert_map=expert_map,
+        wanted=Wanted(config.fronts, (num_replicas,) * config.groups),
+        slots_per_layer=checkpoint.spec.num_experts + config.redundant_experts,
+        bytes_per_expert=checkpoint.bytes_per_expert,
+    )
+
+
+def _engine_options(
+    config: ClusterConfig, spec: ModelSpec, resources: ResourcePlan, model_path: str, dtype: str
+) -> EngineOptions:
+    front, replica = resources.front_device, resources.replica_device
+    return EngineOptions(
+        model_path=model_path,
+        device=front,
+        # What a front computes in a replica's place must be what the replica would have computed.
+        expert_device="cpu" if replica == "cpu" and config.lane != "local" else front,
         dtype=dtype,
-        max_model_len=max_model_len(config, model),
-        block_size=config.block_size or (CPU_BLOCK if resources.device == "cpu" else GPU_BLOCK),
+        max_model_len=max_model_len(config, spec),
+        block_size=config.block_size or (CPU_BLOCK if front == "cpu" else GPU_BLOCK),
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * GIB),
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -132,16 +156,4 @@ def draw_blueprint(
         kernels=config.kernels,
         expert_dtype=config.expert_dtype,
         num_threads=resources.threads_per_front,
-    )
-    num_replicas = 0 if config.lane == "local" else config.replicas
-    return Blueprint(
-        resources,
-        engine,
-        config.lane,
-        lane_keys,
-        LogOptions(config.log_format, config.log_level),
-        expert_map,
-        Wanted(config.fronts, (num_replicas,) * config.groups),
-        model.num_local_experts + config.redundant_experts,
-        checkpoint.bytes_per_expert,
     )

@@ -8,7 +8,7 @@ from cluster.messages.actors import Machine, ResourcePlan
 
 
 def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
-    """Share the cluster so that every actor fits. Raises ConfigError if device=cuda and there are too few GPUs.
+    """Share the cluster so that every actor fits. Raises ConfigError if a device is cuda and there are too few GPUs.
 
     CPUs are shared as if all had been scaled up that may be: Ray must find room for them then. Fronts and replicas
     compute in turn, so each kind may use all cores: threads are shared within a kind only.
@@ -16,30 +16,62 @@ def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
     num_replicas = 0 if config.lane == "local" else config.groups * config.replicas
     max_replicas = 0 if config.lane == "local" else config.groups * max(config.replicas, config.max_replicas)
     most_actors = max(config.fronts, config.max_fronts) + max_replicas
-    gpus_front, gpus_replica = _or(config.gpus_per_front, 1.0), _or(config.gpus_per_replica, 1.0)
-    gpus_wanted = config.fronts * gpus_front + num_replicas * gpus_replica
-    expects_nodes = bool(config.front_resources or config.replica_resources)
-    if config.device == "cuda" and machine.cluster_gpus < gpus_wanted and not expects_nodes:
-        raise ConfigError(
-            f"device='cuda' needs {gpus_wanted:g} GPUs for {config.fronts} fronts and {num_replicas} expert replicas, "
-            f"the Ray cluster has {machine.cluster_gpus:g}: lower fronts, groups, replicas, gpus_per_front or "
-            "gpus_per_replica, or set device to cpu"
-        )
-    use_gpus = config.device == "cuda" or (config.device == "auto" and machine.cluster_gpus >= gpus_wanted)
+    _check_gpus(config, machine, num_replicas)
+    has_gpus = machine.cluster_gpus >= _gpus_wanted(config, num_replicas, ("auto", "cuda"))
+    front_device, gpus_per_front = _place(config.device_of("front"), config.gpus_per_front, has_gpus)
+    replica_device, gpus_per_replica = _place(config.device_of("expert"), config.gpus_per_replica, has_gpus)
     # Two decimals down, so that the sum never exceeds what the cluster has.
     share = max(0.01, min(1.0, math.floor(100 * machine.cluster_cpus / most_actors) / 100))
     return ResourcePlan(
         machine=machine,
-        device=config.device if use_gpus else "cpu",
+        front_device=front_device,
+        replica_device=replica_device,
         cpus_per_front=_or(config.cpus_per_front, share),
         cpus_per_replica=_or(config.cpus_per_replica, share),
-        gpus_per_front=gpus_front if use_gpus else config.gpus_per_front or 0.0,
-        gpus_per_replica=gpus_replica if use_gpus else config.gpus_per_replica or 0.0,
+        gpus_per_front=gpus_per_front,
+        gpus_per_replica=gpus_per_replica,
         threads_per_front=config.threads_per_front or _threads(machine, config.fronts),
         threads_per_replica=config.threads_per_replica or _threads(machine, max(1, num_replicas)),
         front_resources=config.front_resources,
         replica_resources=config.replica_resources,
     )
+
+
+def _place(device: str, gpus: float | None, has_gpus: bool) -> tuple[str, float]:
+    """Where a kind of actor computes, and how many GPUs each one gets. `has_gpus`: there are enough for all that may
+    have some. 0 GPUs mean the CPU: Ray lets an actor that has reserved none see all of them.
+    """
+    if device == "cuda" or (device == "auto" and has_gpus and gpus != 0):
+        return device, _or(gpus, 1.0)
+    return "cpu", gpus or 0.0
+
+
+def _gpus_wanted(config: ClusterConfig, num_replicas: int, devices: tuple[str, ...]) -> float:
+    """By all actors whose device is among these."""
+    fronts = config.fronts * _or(config.gpus_per_front, 1.0) if config.device_of("front") in devices else 0.0
+    replicas = num_replicas * _or(config.gpus_per_replica, 1.0) if config.device_of("expert") in devices else 0.0
+    return fronts + replicas
+
+
+def _check_gpus(config: ClusterConfig, machine: Machine, num_replicas: int) -> None:
+    """Raises ConfigError."""
+    for setting, device, gpus in (
+        ("front", config.device_of("front"), config.gpus_per_front),
+        ("replica", config.device_of("expert") if num_replicas else "", config.gpus_per_replica),
+    ):
+        if device == "cuda" and gpus == 0:
+            raise ConfigError(
+                f"gpus_per_{setting}=0 with device='cuda': an actor without a GPU computes on the CPU: set "
+                f"{setting}_device to cpu, or gpus_per_{setting} to 1 or to a share of one"
+            )
+    needed = _gpus_wanted(config, num_replicas, ("cuda",))
+    expects_nodes = bool(config.front_resources or config.replica_resources)
+    if machine.cluster_gpus < needed and not expects_nodes:
+        raise ConfigError(
+            f"device='cuda' needs {needed:g} GPUs for {config.fronts} fronts and {num_replicas} expert replicas, "
+            f"the Ray cluster has {machine.cluster_gpus:g}: lower fronts, groups, replicas, gpus_per_front or "
+            "gpus_per_replica, or set device, front_device or replica_device to cpu"
+        )
 
 
 def _threads(machine: Machine, num_actors: int) -> int:

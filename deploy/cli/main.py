@@ -47,11 +47,13 @@ def check(config_file: Path | None, **settings: Any) -> None:
     try:
         config = _load(config_file, settings)
         found = check_everything(config)
-        kernels = None if config.device == "cuda" else kernels_here(config)
+        is_on_gpus = {config.device_of("front"), config.device_of("expert")} == {"cuda"}
+        kernels = None if is_on_gpus else kernels_here(config)
     except (ConfigError, ModelError) as error:
         raise fail(str(error)) from None
     console.print(
-        f"{config.model_name}: {found.info.total_bytes / 2**20:,.1f} MiB, {found.info.dtype}; {map_line(config, found)}"
+        f"{config.model_name}: {found.checkpoint.total_bytes / 2**20:,.1f} MiB, {found.checkpoint.dtype}; "
+        f"{map_line(config, found)}"
     )
     if kernels:
         console.print(kernels)

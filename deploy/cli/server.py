@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -20,10 +21,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, ModelError
 from cluster.messages.state import ClusterState
-from cluster.models.checkpoint import CheckpointInfo, check_checkpoint
-from cluster.models.granite_moe import GraniteMoeConfig, read_model_config
+from cluster.models.checkpoint import Checkpoint
 from cluster.models.hub import resolve_model
-from cluster.policy.blueprint import check_config, check_expert_dtype, served_dtype
+from cluster.policy.blueprint import check_config, check_expert_dtype, device_of_experts, served_dtype
 from deploy.cli.local_ray import ray_cluster, reachable_address
 from deploy.cli.on_serve import address, place, route, wait_for_answer
 from deploy.ingress.sandbox import Sandbox
@@ -71,37 +71,36 @@ def _is_stop(error: BaseException | None) -> bool:
     return error is not None
 
 
+@dataclass(frozen=True, slots=True)
 class Check:
     """What is known of a model before anything is started."""
 
-    def __init__(self, model: GraniteMoeConfig, info: CheckpointInfo, has_chat_template: bool) -> None:
-        self.model = model
-        self.info = info
-        self.has_chat_template = has_chat_template
+    checkpoint: Checkpoint
+    has_chat_template: bool
 
 
 def check_everything(config: ClusterConfig) -> Check:
     """All errors that can be found without Ray. Raises ConfigError or ModelError."""
     check_tracing(config)
     model_dir = resolve_model(config.model)
-    model = read_model_config(model_dir)
-    check_config(config, model)
-    info = check_checkpoint(model_dir, model)
-    check_expert_dtype(config, served_dtype(config, model, info.dtype), config.device)
+    checkpoint = Checkpoint.open(model_dir)
+    spec = checkpoint.spec
+    check_config(config, spec)
+    check_expert_dtype(config, served_dtype(config, checkpoint), device_of_experts(config))
     tokenizer = Tokenizer.load(model_dir, config.chat_template)
     if not tokenizer.has_chat_template and config.chat_template != "none":
         raise ModelError(
             f"{model_dir} has no chat template: give one with --chat-template FILE, or serve completions only with "
             "--chat-template none (base models such as PowerMoE-3b have none)"
         )
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.vocab_size > spec.vocab_size:
         raise ModelError(
-            f"{model_dir}/tokenizer.json has {tokenizer.vocab_size} tokens, config.json vocab_size={model.vocab_size}: "
+            f"{model_dir}/tokenizer.json has {tokenizer.vocab_size} tokens, config.json vocab_size={spec.vocab_size}: "
             "tokenizer and weights are of different models"
         )
     if tokenizer.template:
         asyncio.run(_check_template(tokenizer.template))
-    return Check(model, info, tokenizer.has_chat_template)
+    return Check(checkpoint, tokenizer.has_chat_template)
 
 
 async def _check_template(template: ChatTemplate) -> None:
@@ -115,7 +114,7 @@ async def _check_template(template: ChatTemplate) -> None:
 
 def kernels_here(config: ClusterConfig) -> str:
     """In a process of its own: the command line neither loads torch nor knows actors. Raises ConfigError."""
-    command = [sys.executable, "-m", "actors.kernels", config.kernels, config.expert_dtype]
+    command = [sys.executable, "-m", "actors.compute", config.kernels, config.expert_dtype]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode:
         raise ConfigError(found.stderr.strip().rpartition("\n")[2])
@@ -210,14 +209,14 @@ def _watch(supervisor: Any) -> NoReturn:
 
 
 def map_line(config: ClusterConfig, check: Check) -> str:
-    model, info = check.model, check.info
-    experts = f"experts: {model.num_local_experts} x {model.num_hidden_layers} layers"
+    spec = check.checkpoint.spec
+    experts = f"experts: {spec.num_experts} x {spec.num_layers} layers"
     if config.lane == "local":
         return f"{experts} in the front process"
-    size = info.expert_bytes / config.groups / 2**20
+    size = check.checkpoint.expert_bytes / config.groups / 2**20
     return (
         f"{experts} over {config.groups} groups x {config.replicas} replicas, "
-        f"{model.num_local_experts // config.groups} per group, {size:,.1f} MiB per replica"
+        f"{spec.num_experts // config.groups} per group, {size:,.1f} MiB per replica"
     )
 
 

@@ -16,7 +16,7 @@ from cluster.config import ClusterConfig
 from cluster.messages.actors import Wanted
 from cluster.messages.state import ClusterState, RebalanceReport
 from cluster.metrics import Metrics
-from cluster.models.granite_moe import read_model_config
+from cluster.models.family import read_spec
 from cluster.policy.blueprint import max_model_len
 from deploy.ingress.fronts.client import FrontClient
 from deploy.ingress.generation import Generation, Plan
@@ -71,7 +71,7 @@ class Service:
 
     def __init__(self, config: ClusterConfig, model_dir: Path, supervisor: SupervisorLink) -> None:
         self.config = config
-        self.model = read_model_config(model_dir)
+        self.model = read_spec(model_dir)
         self.tokenizer = Tokenizer.load(model_dir, config.chat_template)
         self.max_model_len = max_model_len(config, self.model)
         self.metrics = Metrics()

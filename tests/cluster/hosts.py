@@ -15,7 +15,7 @@ from actors.replica.actor import ExpertActor
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.messages.actors import ActorReport, ExpertDtype, LaneKeys, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
-from cluster.models.granite_moe import read_model_config
+from cluster.models.family import read_spec
 
 NAMESPACE = "hosts"
 KEYS = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
@@ -58,14 +58,14 @@ def place(
     expert_dtype: ExpertDtype = "auto",
 ) -> ExpertMap:
     """Spread all groups over all hosts: host i serves group i modulo num_groups."""
-    config = read_model_config(model_dir)
-    homes = contiguous_homes(config.num_hidden_layers, config.num_local_experts, num_groups)
+    spec = read_spec(model_dir)
+    homes = contiguous_homes(spec.num_layers, spec.num_experts, num_groups)
     expert_map = ExpertMap(0, num_groups, homes)
     loads = []
     for i, host in enumerate(hosts):
         group = i % num_groups
-        spec = ReplicaSpec(host.name, group, str(model_dir), "cpu", dtype, expert_map.experts_of(group), 1, KEYS)
-        loads.append(host.handle.hold.remote(replace(spec, expert_dtype=expert_dtype)))
+        replica = ReplicaSpec(host.name, group, str(model_dir), "cpu", dtype, expert_map.experts_of(group), 1, KEYS)
+        loads.append(host.handle.hold.remote(replace(replica, expert_dtype=expert_dtype)))
     reports: list[ReadyReport] = ray.get(loads)
     return expert_map.with_replicas(
         tuple(

@@ -7,12 +7,14 @@ import pytest
 import ray
 import torch
 
+from actors.compute import Compute
 from actors.dispatch.remote import RemoteDispatcher
 from actors.experts.fallback import CheckpointExperts
-from actors.kernels.packed import Kernels
+from actors.weights import Weights
 from cluster.expert_map import ExpertMap
+from cluster.messages.actors import ExpertDtype
 from cluster.messages.requests import SamplingParams
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.cluster.hosts import ExpertHost, connect, place
 from tests.engines import make_engine, run
@@ -96,8 +98,7 @@ def test_without_a_replica_the_front_computes_from_the_checkpoint(hosts: list[Ex
     expert_map = place(hosts, granite_dir, 2)
     expected = run(make_engine(granite_dir, dispatcher=connect(expert_map)), REQUESTS)
     lonely = expert_map.with_replicas(expert_map.replicas_of(0))
-    config = read_model_config(granite_dir)
-    fallback = CheckpointExperts(granite_dir, config, torch.device("cpu"), torch.float32)
+    fallback = CheckpointExperts(Weights(Checkpoint.open(granite_dir), Compute.choose("cpu", "float32")))
     dispatcher = connect(lonely)
     with pytest.raises(AssertionError, match="no replica of expert group 1 answers"):
         run(make_engine(granite_dir, dispatcher=dispatcher), REQUESTS)
@@ -107,21 +108,25 @@ def test_without_a_replica_the_front_computes_from_the_checkpoint(hosts: list[Ex
 
 
 def test_int8_experts_are_the_same_bits_in_replicas_and_in_the_front(
-    hosts: list[ExpertHost], granite_dir: Path, monkeypatch: pytest.MonkeyPatch
+    hosts: list[ExpertHost], granite_dir: Path
 ) -> None:
     expert_map = place(hosts, granite_dir, 2, "bfloat16", "int8")
-    config = read_model_config(granite_dir)
-    x_TD = torch.randn(7, config.hidden_size).bfloat16()
-    ids_TK = torch.stack([torch.randperm(config.num_local_experts)[: config.num_experts_per_tok] for _ in x_TD])
+    checkpoint = Checkpoint.open(granite_dir)
+    spec = checkpoint.spec
+    x_TD = torch.randn(7, spec.hidden_size).bfloat16()
+    ids_TK = torch.stack([torch.randperm(spec.num_experts)[: spec.top_k] for _ in x_TD])
     gates_TK = torch.rand(ids_TK.shape).bfloat16()
     lonely = connect(expert_map.with_replicas(expert_map.replicas_of(0)))
-    lonely._fallback = CheckpointExperts(granite_dir, config, torch.device("cpu"), torch.bfloat16).run
+
+    def compute_here(expert_dtype: ExpertDtype) -> None:
+        compute = Compute.choose("cpu", "bfloat16", "auto", expert_dtype)
+        lonely._fallback = CheckpointExperts(Weights(checkpoint, compute)).run
 
     def answer(dispatcher: RemoteDispatcher) -> torch.Tensor:
         return dispatcher.combine(dispatcher.dispatch(0, x_TD, ids_TK, gates_TK))
 
     by_replicas = answer(connect(expert_map))
-    monkeypatch.setattr(Kernels, "experts", "int8")
+    compute_here("int8")
     assert answer(lonely).equal(by_replicas)
-    monkeypatch.setattr(Kernels, "experts", "auto")
+    compute_here("auto")
     assert not answer(lonely).equal(by_replicas), "int8 is not bfloat16"

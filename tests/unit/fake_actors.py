@@ -18,8 +18,7 @@ from cluster.control.fleet import Fleet
 from cluster.control.members import Member
 from cluster.control.supervisor import Supervisor
 from cluster.messages.actors import ActorReport, Identity, LaneKeys, Legacy, Machine, ReadyReport, Wanted
-from cluster.models.checkpoint import check_checkpoint
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
 from cluster.policy.blueprint import Blueprint, draw_blueprint
 from tests.checkpoints import MODELS, write_checkpoint
 
@@ -63,8 +62,7 @@ class Cluster:
 
     @property
     def blueprint(self) -> Blueprint:
-        model = read_model_config(self.model)
-        return draw_blueprint(self.config, check_checkpoint(self.model, model), self.model, model, THEN, KEYS)
+        return draw_blueprint(self.config, Checkpoint.open(self.model), str(self.model), THEN, KEYS)
 
     def left(self, *names: str, version: int = 1, wanted: Wanted | None = None, **changes: Any) -> None:
         """By a supervisor that has died."""

@@ -10,17 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.kernels.packed import use_native
-from actors.model.loader import contiguous_runs, load_experts, load_front
+from actors.experts.loading import contiguous_runs, load_experts
+from actors.model.loading import load_front
+from actors.weights import Weights
 from benchmarks import make_checkpoint as maker
 from cluster.errors import ModelError
 from cluster.models import checkpoint
-from cluster.models.checkpoint import CheckpointInfo, check_checkpoint
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
+from cluster.models.family import read_spec
 from cluster.models.hub import is_commit_of, local_copy, resolve_model
 from cluster.models.tensor_files import read_headers
 from deploy.ingress.text.tokens import Tokenizer
 from tests.checkpoints import MODELS, load_reference, write_checkpoint
+from tests.specs import PLAIN, PLAIN_BFLOAT16
 
 CPU = torch.device("cpu")
 LAYER = "model.layers.1.block_sparse_moe."
@@ -46,8 +48,8 @@ def broken_shards(sharded: Path, tmp_path: Path) -> Path:
     return shutil.copytree(sharded, tmp_path / "shards")
 
 
-def check(model_dir: Path) -> CheckpointInfo:
-    return check_checkpoint(model_dir, read_model_config(model_dir))
+def check(model_dir: Path) -> Checkpoint:
+    return Checkpoint.open(model_dir)
 
 
 def change_tensors(model_dir: Path, **changes: torch.Tensor | None) -> None:
@@ -73,11 +75,12 @@ def change_header(model_dir: Path, change) -> None:
 @pytest.mark.parametrize("name", ["granite", "bias-sharded", "bf16-sharded-own-names", "odd-sizes"])
 def test_sizes_add_up(tmp_path: Path, name: str):
     write_checkpoint(MODELS[name], tmp_path)
-    config, info = read_model_config(tmp_path), check(tmp_path)
+    info = check(tmp_path)
+    spec = info.spec
     stored = sum(tensor.num_bytes for tensor in read_headers(tmp_path).values())
     assert info.total_bytes == info.front_bytes + info.expert_bytes == stored
-    assert info.bytes_per_expert * config.num_local_experts * config.num_hidden_layers == info.expert_bytes
-    assert info.dtype == str(MODELS[name].dtype).removeprefix("torch.") == config.dtype
+    assert info.bytes_per_expert * spec.num_experts * spec.num_layers == info.expert_bytes
+    assert info.dtype == str(MODELS[name].dtype).removeprefix("torch.") == spec.dtype
 
 
 def test_a_tied_model_may_store_its_head_all_the_same(broken: Path):
@@ -88,7 +91,7 @@ def test_a_tied_model_may_store_its_head_all_the_same(broken: Path):
 
 def test_headers_need_no_torch(single: Path):
     assert "torch" not in vars(checkpoint)
-    assert {"torch"}.isdisjoint(vars(sys.modules["cluster.models.granite_moe"]))
+    assert {"torch"}.isdisjoint(vars(sys.modules["cluster.models.families.granite_moe"]))
 
 
 def test_missing_tensor_is_named_with_both_spellings(broken: Path):
@@ -160,7 +163,7 @@ def test_json_of_a_stranger(broken: Path, text: bytes):
     (broken / "model.safetensors").unlink()
     for name in ("model.safetensors.index.json", "config.json", "generation_config.json"):
         (broken / name).write_bytes(text)
-    for read in (read_headers, read_model_config):
+    for read in (read_headers, read_spec):
         with pytest.raises(ModelError, match="can't be read"):
             read(broken)
 
@@ -196,7 +199,7 @@ FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_templat
 @pytest.mark.parametrize("name", FILES)
 def test_files_without_end_or_of_other_kinds(broken: Path, name: str):
     def read() -> None:
-        read_model_config(broken)
+        read_spec(broken)
         Tokenizer.load(broken)
 
     (broken / name).unlink(missing_ok=True)
@@ -321,10 +324,9 @@ def test_hub_errors_have_a_way_out(monkeypatch):
 
 @pytest.mark.parametrize("name", ["granite", "bf16-sharded-own-names"])
 def test_experts_are_loaded_by_slices(tmp_path: Path, name: str):
-    config = read_model_config(write_checkpoint(MODELS[name], tmp_path))
-    info, told = check(tmp_path), []
-    ids = [(0, 1, 5), (2, 3, 4), (7,), (), (0, 2, 4, 6), tuple(range(8))][: config.num_hidden_layers]
-    store = load_experts(tmp_path, config, ids, CPU, torch.float32, told.append)
+    info, told = check(write_checkpoint(MODELS[name], tmp_path)), []
+    ids = [(0, 1, 5), (2, 3, 4), (7,), (), (0, 2, 4, 6), tuple(range(8))][: info.spec.num_layers]
+    store = load_experts(Weights(info, PLAIN, told.append), ids)
     assert sum(told) == info.bytes_per_expert * sum(map(len, ids))
     state = load_reference(tmp_path).state_dict()
     for layer, (held, weights) in enumerate(zip(ids, store.layers, strict=True)):
@@ -334,11 +336,10 @@ def test_experts_are_loaded_by_slices(tmp_path: Path, name: str):
 
 
 def test_front_is_loaded_without_experts(single: Path):
-    config, told = read_model_config(single), []
-    front = load_front(single, config, CPU, torch.bfloat16, told.append)
-    assert sum(told) == check(single).front_bytes
-    if not use_native():  # which pack it: it is in memory twice
-        assert front.weights.head.weight_OD is front.weights.embed_VD, "a tied head takes no memory"
+    info, told = check(single), []
+    front = load_front(Weights(info, PLAIN_BFLOAT16, told.append))
+    assert sum(told) == info.front_bytes
+    assert front.weights.head.weight_OD is front.weights.embed_VD, "a tied head takes no memory"
     assert front.weights.embed_VD.dtype == torch.bfloat16
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,11 +13,10 @@ from cluster.errors import ConfigError
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.messages.actors import Machine, Wanted
 from cluster.metrics import PREFIX, TABLE, Metrics, cumulative, exposition, merge
-from cluster.models.checkpoint import CheckpointInfo
-from cluster.models.granite_moe import GraniteMoeConfig
 from cluster.policy.blueprint import check_expert_dtype, draw_blueprint
 from cluster.policy.expert_load import ExpertLoad
 from cluster.policy.resources import plan_resources
+from tests.specs import described, spec_of
 
 # -- configuration ---------------------------------------------------------------------------------------------------
 
@@ -39,6 +39,8 @@ def test_every_setting_has_an_environment_twin() -> None:
         "dtype": "float32",
         "expert_dtype": "int8",
         "device": "cpu",
+        "front_device": "cpu",
+        "replica_device": "cpu",
         "enable_prefix_caching": "false",
         "redundant_experts": "2",
         "otlp_traces_endpoint": "http://1",
@@ -162,6 +164,7 @@ def test_balancedness_is_mean_over_max_of_group_loads() -> None:
 # -- resources -------------------------------------------------------------------------------------------------------
 
 LAPTOP = Machine(cluster_cpus=2, cluster_gpus=0, largest_node_cpus=2)
+SMALL = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPU_BOX = Machine(cluster_cpus=64, cluster_gpus=8, largest_node_cpus=64)
 
 
@@ -170,7 +173,7 @@ def test_actors_always_fit_a_small_machine(groups: int, replicas: int, fronts: i
     plan = plan_resources(ClusterConfig(model="m", groups=groups, replicas=replicas, fronts=fronts), LAPTOP)
     assert fronts * plan.cpus_per_front + groups * replicas * plan.cpus_per_replica <= 2
     assert plan.threads_per_replica * groups * replicas <= max(2, groups * replicas)
-    assert plan.device == "cpu"
+    assert plan.front_device == plan.replica_device == "cpu"
 
 
 def test_a_front_uses_all_cores_while_replicas_wait() -> None:
@@ -180,7 +183,7 @@ def test_a_front_uses_all_cores_while_replicas_wait() -> None:
 
 def test_gpus_are_taken_when_there_are_enough() -> None:
     assert plan_resources(ClusterConfig(model="m"), GPU_BOX).gpus_per_replica == 1
-    assert plan_resources(ClusterConfig(model="m", groups=8), GPU_BOX).device == "cpu"
+    assert plan_resources(ClusterConfig(model="m", groups=8), GPU_BOX).replica_device == "cpu"
     assert plan_resources(ClusterConfig(model="m", device="cpu"), GPU_BOX).gpus_per_front == 0
 
 
@@ -189,27 +192,60 @@ def test_cuda_without_enough_gpus_is_refused() -> None:
         plan_resources(ClusterConfig(model="m", device="cuda", groups=8), GPU_BOX)
 
 
-def test_the_blueprint_names_every_actor_and_its_experts() -> None:
-    model = GraniteMoeConfig.model_validate(
-        {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2}
+@pytest.mark.parametrize(
+    ("settings", "front", "replica"),
+    [
+        ({"front_device": "cuda", "replica_device": "cpu"}, ("cuda", 1), ("cpu", 0)),
+        ({"device": "cpu", "replica_device": "cuda"}, ("cpu", 0), ("cuda", 1)),
+        ({"device": "cuda", "replica_device": "cpu", "groups": 16}, ("cuda", 1), ("cpu", 0)),
+        ({"replica_device": "cpu", "groups": 16}, ("auto", 1), ("cpu", 0)),
+        ({"gpus_per_replica": 0, "groups": 16}, ("auto", 1), ("cpu", 0)),
+        ({"front_device": "cuda", "groups": 16}, ("cuda", 1), ("cpu", 0)),  # no GPUs left for all replicas
+        ({"gpus_per_front": 0.5, "gpus_per_replica": 0.5}, ("auto", 0.5), ("auto", 0.5)),
+    ],
+)
+def test_fronts_and_replicas_have_devices_of_their_own(
+    settings: dict[str, Any], front: tuple[str, float], replica: tuple[str, float]
+) -> None:
+    config = ClusterConfig(model="m", **{"groups": 2} | settings)
+    plan = plan_resources(config, GPU_BOX)
+    assert (plan.front_device, plan.gpus_per_front) == front
+    assert (plan.replica_device, plan.gpus_per_replica) == replica
+    blueprint = draw_blueprint(config, described(spec_of(SMALL | {"num_local_experts": 16})), "/m", GPU_BOX)
+    assert blueprint.replica(0, 0, blueprint.expert_map).device == replica[0]
+    # What a front computes in a replica's place is computed where the replica would have.
+    assert (blueprint.engine.device, blueprint.engine.expert_device) == (
+        front[0],
+        "cpu" if replica[0] == "cpu" else front[0],
     )
+    assert blueprint.engine.block_size == (16 if front[0] == "cpu" else 256)
+
+
+def test_a_gpu_that_is_asked_for_and_not_reserved_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"gpus_per_replica=0 with device='cuda'.*replica_device to cpu"):
+        plan_resources(ClusterConfig(model="m", device="cuda", gpus_per_replica=0), GPU_BOX)
+    plan_resources(ClusterConfig(model="m", device="cuda", lane="local", gpus_per_replica=0), GPU_BOX)
+
+
+def test_the_blueprint_names_every_actor_and_its_experts() -> None:
+    model = spec_of(SMALL)
     config = ClusterConfig(model="m", groups=2, replicas=2, fronts=2)
-    stored = CheckpointInfo({}, "bfloat16", 0, 0, 0)
-    blueprint = draw_blueprint(config, stored, Path("/m"), model, LAPTOP)
+    stored = described(model)
+    blueprint = draw_blueprint(config, stored, "/m", LAPTOP)
     assert blueprint.wanted == Wanted(2, (2, 2))
     assert blueprint.front(1).actor_id == "front-1"
     replica = blueprint.replica(1, 0, blueprint.expert_map)
     assert (replica.actor_id, replica.group) == ("expert-g1-r0", 1)
     assert replica.experts == ((4, 5, 6, 7), (4, 5, 6, 7))
     assert blueprint.engine.dtype == "bfloat16"
-    int8 = draw_blueprint(config.model_copy(update={"expert_dtype": "int8"}), stored, Path("/m"), model, LAPTOP)
+    int8 = draw_blueprint(config.model_copy(update={"expert_dtype": "int8"}), stored, "/m", LAPTOP)
     assert int8.replica(1, 0, blueprint.expert_map).expert_dtype == int8.engine.expert_dtype == "int8"
     local = ClusterConfig(model="m", lane="local")
-    assert draw_blueprint(local, stored, Path("/m"), model, LAPTOP).wanted == Wanted(1, (0,))
+    assert draw_blueprint(local, stored, "/m", LAPTOP).wanted == Wanted(1, (0,))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "found"), [("float32", "cpu", "set dtype bfloat16"), ("bfloat16", "cuda", "device cpu")]
+    ("dtype", "device", "found"), [("float32", "cpu", "set dtype bfloat16"), ("bfloat16", "cuda", "replica_device cpu")]
 )
 def test_int8_experts_where_they_cannot_be_computed_are_refused(dtype: str, device: str, found: str) -> None:
     with pytest.raises(ConfigError, match=f"expert_dtype='int8'.*{found}"):

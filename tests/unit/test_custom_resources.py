@@ -52,6 +52,6 @@ def test_actors_with_custom_resources_wait_for_gpus_that_are_not_there_yet() -> 
         plan_resources(ClusterConfig(**settings), NOTHING_YET)
     wanted = {"outcrop_expert": 1.0}
     plan = plan_resources(ClusterConfig(**settings, replica_resources=wanted), NOTHING_YET)
-    assert (plan.device, plan.gpus_per_replica) == ("cuda", 1)
+    assert (plan.front_device, plan.replica_device, plan.gpus_per_replica) == ("cuda", "cuda", 1)
     assert plan.replica_resources == wanted
     assert plan.front_resources == {}

@@ -7,15 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from actors.experts.store import (
-    ACTIVATIONS,
-    ExpertStore,
-    LayerExperts,
-    NotHeld,
-    run_experts_grouped,
-    run_experts_loop,
-)
-from cluster.models.granite_moe import GraniteMoeConfig
+from actors.experts.layer_experts import ACTIVATIONS, LayerExperts, run_experts_grouped, run_experts_loop
+from actors.experts.store import ExpertStore, NotHeld
+from cluster.models.families import granite_moe
+from cluster.models.spec import ModelSpec
+from tests.specs import PLAIN, spec_of
 
 NUM_EXPERTS = 6
 
@@ -25,8 +21,8 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def config(hidden: int = 16, width: int = 8, act: str = "silu") -> GraniteMoeConfig:
-    return GraniteMoeConfig.model_validate(
+def config(hidden: int = 16, width: int = 8, act: str = "silu") -> ModelSpec:
+    return spec_of(
         {
             "vocab_size": 10,
             "hidden_size": hidden,
@@ -39,16 +35,16 @@ def config(hidden: int = 16, width: int = 8, act: str = "silu") -> GraniteMoeCon
     )
 
 
-def layer(ids: tuple[int, ...], cfg: GraniteMoeConfig, number: int = 0, dtype: torch.dtype = torch.float32):
+def layer(ids: tuple[int, ...], cfg: ModelSpec, number: int = 0, dtype: torch.dtype = torch.float32):
     generator = torch.Generator().manual_seed(number)
-    gate_up = torch.randn(NUM_EXPERTS, 2 * cfg.intermediate_size, cfg.hidden_size, generator=generator)
-    down = torch.randn(NUM_EXPERTS, cfg.hidden_size, cfg.intermediate_size, generator=generator)
+    gate_up = torch.randn(NUM_EXPERTS, 2 * cfg.expert_size, cfg.hidden_size, generator=generator)
+    down = torch.randn(NUM_EXPERTS, cfg.hidden_size, cfg.expert_size, generator=generator)
     return LayerExperts(ids, gate_up[list(ids)].to(dtype), down[list(ids)].to(dtype))
 
 
-def store(*ids: tuple[int, ...], cfg: GraniteMoeConfig | None = None, dtype: torch.dtype = torch.float32):
+def store(*ids: tuple[int, ...], cfg: ModelSpec | None = None, dtype: torch.dtype = torch.float32):
     cfg = cfg or config()
-    return ExpertStore(cfg, tuple(layer(i, cfg, number, dtype) for number, i in enumerate(ids)))
+    return ExpertStore(cfg, tuple(layer(i, cfg, number, dtype) for number, i in enumerate(ids)), PLAIN)
 
 
 def by_definition(weights: LayerExperts, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
@@ -122,10 +118,11 @@ def test_widths_that_grouped_mm_refuses_go_through_the_loop(hidden: int, width: 
     torch.testing.assert_close(experts.run(0, x_TD, ids_TK, gates_TK), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", granite_moe.ACTIVATIONS)
 def test_activations_are_those_of_transformers(act: str):
     x = torch.linspace(-6, 6, 101)
-    torch.testing.assert_close(ACTIVATIONS[act](x), ACT2FN[act](x), atol=1e-6, rtol=1e-6)
+    ours = ACTIVATIONS[config(act=act).activation]
+    torch.testing.assert_close(ours(x), ACT2FN[act](x), atol=1e-6, rtol=1e-6)
 
 
 def test_bfloat16_sums_are_kept_in_float32():
@@ -138,7 +135,7 @@ def test_bfloat16_sums_are_kept_in_float32():
     x_TD = torch.zeros(1, 16, dtype=torch.bfloat16)
     x_TD[0, 0] = 1.0
     ids_TK = torch.tensor([[0, 1, 1, 1, 1]])
-    out_TD = ExpertStore(cfg, (low, low)).run(0, x_TD, ids_TK, torch.ones(1, 5, dtype=torch.bfloat16))
+    out_TD = ExpertStore(cfg, (low, low), PLAIN).run(0, x_TD, ids_TK, torch.ones(1, 5, dtype=torch.bfloat16))
     assert out_TD.dtype == torch.bfloat16
     assert out_TD[0, 0].item() == 260.0
 

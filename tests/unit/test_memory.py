@@ -20,10 +20,11 @@ from cluster.control.members import Member
 from cluster.errors import ModelError
 from cluster.messages.actors import EngineOptions, ReadyReport
 from cluster.metrics import Metrics
-from cluster.models.checkpoint import CheckpointInfo
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.family import parse_config
+from cluster.models.spec import ModelSpec
 from cluster.policy.blueprint import draw_blueprint
 from cluster.policy.resources import Machine
+from tests.specs import PLAIN, PLAIN_BFLOAT16, described
 
 MEMINFO = "MemTotal:       24000000 kB\nMemFree:        1000000 kB\nMemAvailable:   {} kB\n"
 
@@ -113,17 +114,16 @@ def test_all_fronts_of_a_host_together_keep_to_what_is_free(available: int, toge
     assert sizes[0] >= SHARE * available // together
 
 
-def options(**settings: object) -> tuple[GraniteMoeConfig, EngineOptions]:
-    model = GraniteMoeConfig.model_validate(SHAPES["1b-a400m"])
-    checkpoint = CheckpointInfo({}, "float32", 1, 1, 1)
+def options(**settings: object) -> tuple[ModelSpec, EngineOptions]:
+    model = parse_config(SHAPES["1b-a400m"])
     config = load_config({"model": "m", "device": "cpu", "lane": "local", **settings}, environ={})
-    return model, draw_blueprint(config, checkpoint, Path("m"), model, Machine(2, 0, 2)).engine
+    return model, draw_blueprint(config, described(model), "m", Machine(2, 0, 2)).engine
 
 
 def test_never_more_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1000 * GIB)
     model, engine = options(max_num_seqs=3, max_model_len=100)
-    assert num_kv_blocks(engine, model, torch.float32, torch.device("cpu")) == 3 * 7
+    assert num_kv_blocks(engine, model, PLAIN) == 3 * 7
 
 
 def test_the_default_follows_memory_and_holds_one_sequence_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,16 +132,16 @@ def test_the_default_follows_memory_and_holds_one_sequence_at_least(monkeypatch:
     block = PagedKV.bytes_per_block(model, engine.block_size, torch.bfloat16)
     for available, expected in ((4000 * block, 2000), (100 * block, one), (0, one)):
         monkeypatch.setattr(memory, "available_memory", lambda available=available: available)
-        assert num_kv_blocks(engine, model, torch.bfloat16, torch.device("cpu")) == expected
+        assert num_kv_blocks(engine, model, PLAIN_BFLOAT16) == expected
 
 
 def test_a_setting_is_kept_and_refused_if_too_small() -> None:
     model, engine = options(kv_cache_gib=1)
     block = PagedKV.bytes_per_block(model, engine.block_size, torch.bfloat16)
-    assert num_kv_blocks(engine, model, torch.bfloat16, torch.device("cpu")) == GIB // block
+    assert num_kv_blocks(engine, model, PLAIN_BFLOAT16) == GIB // block
     model, engine = options(kv_cache_gib=0.1)
     with pytest.raises(ModelError, match=r"kv_cache_gib=0\.1 holds 2176 tokens, fewer than max_model_len=4096"):
-        num_kv_blocks(engine, model, torch.bfloat16, torch.device("cpu"))
+        num_kv_blocks(engine, model, PLAIN_BFLOAT16)
 
 
 class FrontHandle:
@@ -159,8 +159,7 @@ class FrontHandle:
 
 async def test_a_front_is_told_of_the_caches_on_its_own_node_only() -> None:
     config = load_config({"model": "m", "device": "cpu", "fronts": 4, "lane": "local"}, environ={})
-    model = GraniteMoeConfig.model_validate(SHAPES["1b-a400m"])
-    blueprint = draw_blueprint(config, CheckpointInfo({}, "float32", 1, 1, 1), Path("m"), model, Machine(2, 0, 2))
+    blueprint = draw_blueprint(config, described(parse_config(SHAPES["1b-a400m"])), "m", Machine(2, 0, 2))
     fleet = Fleet(blueprint, "test", Metrics())
     fleet.set_wanted(fleet.wanted)
     handles = []

@@ -9,30 +9,32 @@ import pytest
 from transformers import GraniteMoeConfig as TransformersConfig
 
 from cluster.errors import ModelError
-from cluster.models.granite_moe import GraniteMoeConfig, read_model_config
+from cluster.models.families.granite_moe import Config
+from cluster.models.family import read_spec
+from cluster.models.spec import ModelSpec
 from tests.checkpoints import BASE, LLAMA3, LONGROPE, YARN
 
 
-def read(tmp_path: Path, generation: dict[str, Any] | None = None, **changes: Any) -> GraniteMoeConfig:
+def read(tmp_path: Path, generation: dict[str, Any] | None = None, **changes: Any) -> ModelSpec:
     raw = BASE | {"model_type": "granitemoe"} | changes
     (tmp_path / "config.json").write_text(json.dumps(raw))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    return read_model_config(tmp_path)
+    return read_spec(tmp_path)
 
 
 def test_published_spelling(tmp_path: Path):
     config = read(tmp_path, rope_theta=1.5e6, rope_scaling=None, torch_dtype="bfloat16", num_key_value_heads=None)
-    assert config.rope_parameters.rope_theta == 1.5e6
-    assert config.rope_parameters.rope_type == "default"
+    assert config.rope.rope_theta == 1.5e6
+    assert config.rope.rope_type == "default"
     assert config.dtype == "bfloat16"
-    assert config.num_key_value_heads == config.num_attention_heads == 4
+    assert config.num_kv_heads == config.num_heads == 4
     assert config.head_dim == 8
 
 
 def test_defaults_are_those_of_transformers():
-    ours, theirs = GraniteMoeConfig.model_validate(BASE), TransformersConfig(**BASE)
-    same = [name for name in GraniteMoeConfig.model_fields if hasattr(theirs, name)]
+    ours, theirs = Config.model_validate(BASE), TransformersConfig(**BASE)
+    same = [name for name in Config.model_fields if hasattr(theirs, name)]
     same = [name for name in same if name not in ("rope_parameters", "dtype")]
     assert len(same) > 15
     assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
@@ -53,13 +55,15 @@ def test_defaults_are_those_of_transformers():
     ],
 )
 def test_rope_is_found_where_transformers_finds_it(rope: dict[str, Any]):
-    config = GraniteMoeConfig.model_validate(BASE | rope)
+    config = Config.model_validate(BASE | rope)
     reference = TransformersConfig(**BASE | copy.deepcopy(rope))  # it changes the dictionaries that it is given
     reference.standardize_rope_params()  # as the model does before it computes frequencies
     theirs = {name: value for name, value in reference.rope_parameters.items() if name != "type"}
     ours = config.rope_parameters.model_dump(exclude_unset=True) | {"rope_theta": config.rope_parameters.rope_theta}
     if "original_max_position_embeddings" in theirs:
-        ours["original_max_position_embeddings"] = config.rope_original_context
+        ours["original_max_position_embeddings"] = (
+            config.rope_parameters.original_max_position_embeddings or config.max_position_embeddings
+        )
     assert {name: list(value) if isinstance(value, tuple) else value for name, value in ours.items()} == theirs
 
 
@@ -122,10 +126,10 @@ def test_refusals_name_field_and_value(tmp_path: Path, changes: dict[str, Any], 
 
 def test_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(ModelError, match=r"config\.json is missing"):
-        read_model_config(tmp_path)
+        read_spec(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json can't be read"):
-        read_model_config(tmp_path)
+        read_spec(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelError, match=r"config\.json is not a JSON object"):
-        read_model_config(tmp_path)
+        read_spec(tmp_path)

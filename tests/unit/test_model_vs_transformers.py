@@ -10,18 +10,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.compute import Compute
 from actors.dispatch.local import LocalDispatcher
+from actors.experts.loading import load_experts
 from actors.kernels import native
-from actors.kernels.packed import Kernels
-from actors.model import attention
+from actors.model import attention, front_half
 from actors.model.batch import Span, StepBatch
-from actors.model.loader import load_experts, load_front
+from actors.model.loading import load_front
 from actors.model.paged_kv import PagedKV
+from actors.weights import Weights
 from cluster.messages.actors import KernelChoice
-from cluster.models.granite_moe import read_model_config
+from cluster.models.checkpoint import Checkpoint
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
+from tests.specs import PLAIN
 
-CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 NUM_NEW = 14
 PROMPTS = ([17, 200, 33, 5, 91, 140, 7, 7, 250, 61, 12, 99, 180], list(range(40, 98, 2)))
@@ -45,12 +47,12 @@ class Sequence:
 class Runner:
     """The smallest engine: packs the given number of new tokens of each sequence into a step, keeps all logits."""
 
-    def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32) -> None:
-        config = read_model_config(model_dir)
-        everything = [range(config.num_local_experts)] * config.num_hidden_layers
-        self.front = load_front(model_dir, config, CPU, dtype, lambda _: None)
-        self.dispatcher = LocalDispatcher(load_experts(model_dir, config, everything, CPU, dtype, lambda _: None))
-        self.kv = PagedKV(config, 64, BLOCK_SIZE, CPU, dtype)
+    def __init__(self, model_dir: Path, compute: Compute = PLAIN) -> None:
+        checkpoint = Checkpoint.open(model_dir)
+        weights = Weights(checkpoint, compute)
+        self.front = load_front(weights)
+        self.dispatcher = LocalDispatcher(load_experts(weights, checkpoint.all_experts))
+        self.kv = PagedKV(checkpoint.spec, 64, BLOCK_SIZE, compute)
         for cache in (self.kv.k_LBSGC, self.kv.v_LBSGC):
             cache.fill_(float("nan"))  # whatever reads a slot that was not written shows
         self.free = random.Random(0).sample(range(64), 64)
@@ -177,7 +179,8 @@ def test_the_gpu_back_end_asks_for_the_same_attention(tmp_path: Path, monkeypatc
         return torch.stack([logits for sequence in sequences for logits in sequence.logits])
 
     expected = run()
-    monkeypatch.setattr(attention, "can_use_varlen", lambda kv: True)
+    monkeypatch.setattr(attention, "plan_attention", lambda batch, kv, compute: attention.VarlenPlan(batch))
+    monkeypatch.setattr(front_half, "plan_attention", attention.plan_attention)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn_by_definition)
     torch.testing.assert_close(run(), expected, atol=1e-4, rtol=0)
 
@@ -205,16 +208,15 @@ def test_decodes_are_gathered_with_little_padding(contexts: list[int], limit: in
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
-def test_bfloat16_stays_close_to_transformers_in_bfloat16(
-    tmp_path: Path, kernels: KernelChoice, monkeypatch: pytest.MonkeyPatch
-):
+def test_bfloat16_stays_close_to_transformers_in_bfloat16(tmp_path: Path, kernels: KernelChoice):
     if kernels == "native" and not native.instruction_sets():
         pytest.skip("the native kernels have not been built, or this CPU has no AVX2")
-    monkeypatch.setattr(Kernels, "choice", kernels)
     # Every expert is chosen: rounding can't flip the router's choice, which would make any comparison loose.
     write_checkpoint(MODELS["all-experts"], tmp_path)
     prompt = PROMPTS[1]
-    ours = torch.stack(Runner(tmp_path, torch.bfloat16).run(prompt, [12, 17]).logits[: len(prompt)])
+    ours = torch.stack(
+        Runner(tmp_path, Compute.choose("cpu", "bfloat16", kernels)).run(prompt, [12, 17]).logits[: len(prompt)]
+    )
     exact, rounded = (
         load_reference(tmp_path, dtype)(torch.tensor([prompt])).logits[0].float()
         for dtype in (torch.float32, torch.bfloat16)

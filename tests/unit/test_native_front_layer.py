@@ -9,22 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from actors.compute import Compute
 from actors.kernels import native
 from actors.kernels.native import NativeLinear
+from actors.model.attention import GatherPlan
 from actors.model.batch import Span, StepBatch
 from actors.model.front_layers import LayerWeights, NativeLayers, TorchLayers, native_layers
 from actors.model.layers import Linear
 from actors.model.paged_kv import PagedKV
 from actors.model.rope import Rotary
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.spec import ModelSpec
+from tests.specs import CPU, PLAIN, PLAIN_BFLOAT16, spec_of
 from tests.unit.test_native import EXAMPLES, isa, numbers  # noqa: F401 - a fixture
 
-CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 
 
 def config(hidden: int = 48, num_q: int = 4, num_kv: int = 2, head_dim: int = 16, experts: int = 8, top_k: int = 3):
-    return GraniteMoeConfig.model_validate(
+    return spec_of(
         {
             "vocab_size": 10,
             "hidden_size": hidden,
@@ -42,17 +44,17 @@ def config(hidden: int = 48, num_q: int = 4, num_kv: int = 2, head_dim: int = 16
     )
 
 
-def weights_of(cfg: GraniteMoeConfig, *, has_bias: bool = False) -> LayerWeights:
+def weights_of(cfg: ModelSpec, *, has_bias: bool = False) -> LayerWeights:
     def linear(seed: int, outputs: int, inputs: int, *, has_bias: bool) -> Linear:
         return Linear(numbers(seed, outputs, inputs) / inputs**0.5, numbers(seed + 1, outputs) if has_bias else None)
 
-    hidden, queries = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim
+    hidden, queries = cfg.hidden_size, cfg.num_heads * cfg.head_dim
     return LayerWeights(
         1 + numbers(0, hidden) / 4,
-        linear(1, queries + 2 * cfg.num_key_value_heads * cfg.head_dim, hidden, has_bias=has_bias),
+        linear(1, queries + 2 * cfg.num_kv_heads * cfg.head_dim, hidden, has_bias=has_bias),
         linear(3, hidden, queries, has_bias=has_bias),
         1 + numbers(5, hidden) / 4,
-        linear(6, cfg.num_local_experts, hidden, has_bias=False),
+        linear(6, cfg.num_experts, hidden, has_bias=False),
     )
 
 
@@ -96,19 +98,19 @@ def batch_of(lengths: list[tuple[int, int]]) -> StepBatch:
 class Case:
     """One layer of a step, that can be computed by both."""
 
-    def __init__(self, cfg: GraniteMoeConfig, weights: LayerWeights, lengths: list[tuple[int, int]]) -> None:
+    def __init__(self, cfg: ModelSpec, weights: LayerWeights, lengths: list[tuple[int, int]]) -> None:
         self.cfg, self.weights, self.batch = cfg, weights, batch_of(lengths)
         self.x_TD = numbers(10, self.batch.num_tokens, cfg.hidden_size)
         self.combined_TD = numbers(11, self.batch.num_tokens, cfg.hidden_size)
         # Rounded for both: positions are not what is compared.
         self.angles = Rotary(cfg, CPU).angles(self.batch.positions_T, torch.bfloat16)
-        self.cached = numbers(12, 2, 1, *self._cache(torch.bfloat16).k_LBSGC.shape[1:])
+        self.cached = numbers(12, 2, 1, *self._cache(PLAIN_BFLOAT16).k_LBSGC.shape[1:])
 
-    def _cache(self, dtype: torch.dtype) -> PagedKV:
-        return PagedKV(self.cfg, self.batch.blocks_SB.numel(), BLOCK_SIZE, CPU, dtype)
+    def _cache(self, compute: Compute) -> PagedKV:
+        return PagedKV(self.cfg, self.batch.blocks_SB.numel(), BLOCK_SIZE, compute)
 
-    def _filled(self, dtype: torch.dtype) -> PagedKV:
-        kv = self._cache(dtype)
+    def _filled(self, compute: Compute) -> PagedKV:
+        kv = self._cache(compute)
         kv.k_LBSGC.copy_(self.cached[0])
         kv.v_LBSGC.copy_(self.cached[1])
         return kv
@@ -116,13 +118,13 @@ class Case:
     def native(self, isa: int, combined_TD: Tensor | None) -> tuple[NativeLayers, tuple[Tensor, ...]]:  # noqa: F811
         layers = native_layers(self.cfg, (packed(self.weights, isa),))
         assert layers is not None
-        steps = NativeLayers(layers, self.x_TD.clone(), self.angles, self.batch, self._filled(torch.bfloat16))
+        steps = NativeLayers(layers, self.x_TD.clone(), self.angles, self.batch, self._filled(PLAIN_BFLOAT16))
         return steps, steps.attend_and_route(0, combined_TD)
 
     def torch(self, combined_TD: Tensor | None) -> tuple[TorchLayers, tuple[Tensor, ...]]:
         layers, angles = (widened(self.weights),), (self.angles[0].float(), self.angles[1].float())
-        kv = self._filled(torch.float32)
-        steps = TorchLayers(self.cfg, layers, self.x_TD.float(), angles, self.batch, kv)
+        kv = self._filled(PLAIN)
+        steps = TorchLayers(self.cfg, layers, self.x_TD.float(), angles, self.batch, kv, GatherPlan(self.batch, kv))
         return steps, steps.attend_and_route(0, None if combined_TD is None else combined_TD.float())
 
 

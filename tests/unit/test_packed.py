@@ -1,38 +1,45 @@
 """Packed matrices compute what the plain ones do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from actors.experts import store as expert_half
-from actors.experts.store import ACTIVATIONS, LayerExperts, PackedExperts
-from actors.kernels import packed
-from actors.kernels.packed import Int8Linear, Kernels, can_pack, pack, quantise
-from actors.model.layers import Linear
+from actors import compute as compute_module
+from actors.compute import Compute, Products
+from actors.experts.layer_experts import ACTIVATIONS, LayerExperts, PackedExperts
+from actors.kernels import packed as packed_module
+from actors.kernels.packed import Int8Linear, pack, quantise
+from actors.model.layers import Linear, packed
+from tests.specs import PLAIN, PLAIN_BFLOAT16
 
 
-@pytest.fixture(params=[True, False], ids=["packed", "widened"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["onednn", "widened"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Products:
     """The forms that torch computes with, as far as this CPU can. tests/unit/test_native.py has our own."""
-    if request.param and not packed.has_bfloat16():
+    if request.param == "onednn" and not compute_module.has_bfloat16():
         pytest.skip("this CPU or build has no oneDNN bfloat16")
-    monkeypatch.setattr(packed, "has_bfloat16", lambda: request.param)
-    for module in (packed, expert_half):
-        monkeypatch.setattr(module, "use_native", lambda *_: False)
-    monkeypatch.setattr(packed, "PIECE", 256)  # several pieces even in the small matrices below
+    monkeypatch.setattr(packed_module, "PIECE", 256)  # several pieces even in the small matrices below
+    return request.param
+
+
+@pytest.fixture
+def compute(products: Products) -> Compute:
+    return replace(PLAIN_BFLOAT16, linears=products, experts=products)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 64])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_packed_linear_is_the_plain_one(num_tokens: int, has_bias: bool) -> None:
+def test_packed_linear_is_the_plain_one(products: Products, num_tokens: int, has_bias: bool) -> None:
     weight, x = torch.randn(24, 16).bfloat16(), torch.randn(num_tokens, 16).bfloat16()
     bias = torch.randn(24).bfloat16() if has_bias else None
-    torch.testing.assert_close(pack(weight, bias)(x), Linear(weight, bias)(x), atol=0.05, rtol=0.02)
+    torch.testing.assert_close(pack(weight, bias, products)(x), Linear(weight, bias)(x), atol=0.05, rtol=0.02)
 
 
-def test_packed_experts_are_the_plain_ones() -> None:
+def test_packed_experts_are_the_plain_ones(compute: Compute) -> None:
     torch.manual_seed(0)
     plain = LayerExperts((1, 4, 6), torch.randn(3, 32, 24).bfloat16() / 5, torch.randn(3, 24, 16).bfloat16() / 4)
-    fast = plain.packed(ACTIVATIONS["silu"])
+    fast = plain.packed(compute, ACTIVATIONS["silu"])
     assert isinstance(fast, PackedExperts)
     x, counts = torch.randn(9, 24).bfloat16(), torch.tensor([4, 0, 5])
     expected = plain.run(x, counts, ACTIVATIONS["silu"])
@@ -63,11 +70,10 @@ def test_int8_sums_are_exact(num_tokens: int, inner: int, outputs: int) -> None:
     assert torch.equal(actual.double(), expected.float().double())
 
 
-def test_experts_may_be_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Kernels, "experts", "int8")
+def test_experts_may_be_int8(compute: Compute) -> None:
     torch.manual_seed(0)
     plain = LayerExperts((1, 4), torch.randn(2, 128, 64).bfloat16() / 8, torch.randn(2, 64, 64).bfloat16() / 8)
-    fast = plain.packed(ACTIVATIONS["silu"])
+    fast = plain.packed(replace(compute, int8_experts=True), ACTIVATIONS["silu"])
     assert isinstance(fast, PackedExperts)
     assert isinstance(fast.down_E[0], Int8Linear)
     x, counts = torch.randn(9, 64).bfloat16(), torch.tensor([4, 5])
@@ -78,7 +84,8 @@ def test_experts_may_be_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     assert regrouped.down_E[0] is fast.down_E[0]
 
 
-def test_only_bfloat16_on_a_cpu_is_packed() -> None:
-    assert not can_pack(torch.empty(1))
+def test_what_torch_computes_as_it_is_is_not_packed() -> None:
+    linear = Linear(torch.empty(1, 1))
+    assert packed(linear, PLAIN) is linear
     plain = LayerExperts((0,), torch.zeros(1, 8, 4), torch.zeros(1, 4, 4))
-    assert plain.packed(ACTIVATIONS["silu"]) is plain
+    assert plain.packed(PLAIN, ACTIVATIONS["silu"]) is plain

@@ -6,16 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from actors.experts.store import ExpertStore, LayerExperts
+from actors.experts.layer_experts import LayerExperts
+from actors.experts.store import ExpertStore
 from actors.lanes import wire
 from actors.replica.actor import ExpertActor
 from actors.replica.replica import Replica
 from cluster.messages.actors import ReplicaSpec
 from cluster.metrics import Metrics
-from cluster.models.granite_moe import GraniteMoeConfig
+from tests.specs import PLAIN, spec_of
 
 HIDDEN, WIDTH = 4, 2
-CONFIG = GraniteMoeConfig.model_validate(
+SPEC = spec_of(
     {
         "vocab_size": 10,
         "hidden_size": HIDDEN,
@@ -33,7 +34,7 @@ def replica() -> Replica:
     """Holds expert 0 of both layers."""
     experts = LayerExperts((0,), torch.ones(1, 2 * WIDTH, HIDDEN), torch.ones(1, HIDDEN, WIDTH))
     spec = ReplicaSpec("expert-g0-r0", 0, "", "cpu", "float32", ((0,), (0,)), 1)
-    return Replica(spec, ExpertStore(CONFIG, (experts, experts)), lambda layer, ids: experts, Metrics())
+    return Replica(spec, ExpertStore(SPEC, (experts, experts), PLAIN), lambda layer, ids: experts, Metrics())
 
 
 def dispatch(number: int, layer: int = 0, expert: int = 0, front: int = 0) -> bytes:

@@ -7,8 +7,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeRotaryEmbedding, apply_rotary_pos_emb
 
 from actors.model.rope import FREQUENCIES, Rotary, apply_rotary
-from cluster.models.granite_moe import GraniteMoeConfig
+from cluster.models.spec import ModelSpec
 from tests.checkpoints import BASE, LLAMA3, LONGROPE, YARN
+from tests.specs import spec_of
 
 SHAPE = BASE | {"hidden_size": 32, "num_attention_heads": 4}
 ROPES = {
@@ -30,16 +31,14 @@ ROPES = {
 }
 
 
-def both_configs(rope: dict) -> tuple[GraniteMoeConfig, TransformersConfig]:
-    return GraniteMoeConfig.model_validate(SHAPE | {"rope_parameters": rope}), TransformersConfig(
-        **SHAPE | {"rope_parameters": dict(rope)}
-    )
+def both_configs(rope: dict) -> tuple[ModelSpec, TransformersConfig]:
+    return spec_of(SHAPE | {"rope_parameters": rope}), TransformersConfig(**SHAPE | {"rope_parameters": dict(rope)})
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_frequencies_equal_transformers(name: str):
     ours, theirs = both_configs(ROPES[name])
-    rope_type = ours.rope_parameters.rope_type
+    rope_type = ours.rope.rope_type
     reference = ROPE_INIT_FUNCTIONS.get(rope_type, GraniteMoeRotaryEmbedding.compute_default_rope_parameters)
     expected, expected_factor = reference(theirs)
     frequencies, factor = FREQUENCIES[rope_type](ours)

@@ -1,0 +1,163 @@
+"""One layer's experts in memory, and the sum of those that a token has chosen: plain, packed matrix by matrix, or
+packed for one native call. LayerExperts is the oracle of the other two.
+
+Shapes: T tokens, D hidden, F expert hidden, K top-k, E experts held of a layer, P (token, choice) pairs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actors.compute import Compute
+from actors.kernels.native import NativeExperts
+from actors.kernels.packed import FastLinear, pack_expert
+from cluster.models import spec
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[spec.Activation, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerExperts:
+    """One layer's experts. Row i of the weights is global expert `ids[i]`; gate rows come before up rows."""
+
+    ids: tuple[int, ...]
+    gate_up_EFD: Tensor
+    down_EDF: Tensor
+
+    def combine(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation) -> Tensor:
+        """Sum of gate * expert(x) over each token's choices, [T, D]; rows_TK int64, E and more: computed elsewhere."""
+        return combine_sorted(self, x_TD, rows_TK, gates_TK, activation)
+
+    def run(self, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+        """expert(x) for pairs sorted by expert, `counts_E` pairs of each: [P, D]."""
+        # grouped_mm wants rows that start at multiples of 16 bytes.
+        row_bytes = [n * self.down_EDF.dtype.itemsize for n in self.down_EDF.shape[1:]]
+        run = run_experts_loop if any(n % 16 for n in row_bytes) else run_experts_grouped
+        return run(self, x_PD, counts_E, activation)
+
+    def regrouped(self, ids: tuple[int, ...], more: "LayerExperts") -> "LayerExperts":
+        """The experts `ids` as a layer of their own; those that are not in this one come from `more`."""
+        rows = {expert: (layer, row) for layer in (more, self) for row, expert in enumerate(layer.ids)}
+        gate_up = [layer.gate_up_EFD[row] for layer, row in (rows[expert] for expert in ids)]
+        down = [layer.down_EDF[row] for layer, row in (rows[expert] for expert in ids)]
+        if not ids:
+            return LayerExperts(ids, self.gate_up_EFD[:0], self.down_EDF[:0])
+        return LayerExperts(ids, torch.stack(gate_up), torch.stack(down))
+
+    def packed(self, compute: Compute, activation: Activation) -> "AnyExperts":
+        """The same experts in the form that the actor computes with."""
+        if compute.experts == "torch":
+            return self
+        if compute.experts == "native" and activation is F.silu:
+            experts = NativeExperts.of(self.gate_up_EFD, self.down_EDF, compute.isa, compute.int8_experts)
+            return FusedExperts(self.ids, experts)
+        return PackedExperts.of(self, compute)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """One layer's experts on a CPU, each a pair of packed matrices."""
+
+    ids: tuple[int, ...]
+    gate_up_E: tuple[FastLinear, ...]
+    down_E: tuple[FastLinear, ...]
+    compute: Compute
+
+    @classmethod
+    def of(cls, plain: LayerExperts, compute: Compute) -> "PackedExperts":
+        gate_up_E = tuple(pack_expert(gate_up_FD, compute) for gate_up_FD in plain.gate_up_EFD)
+        return cls(plain.ids, gate_up_E, tuple(pack_expert(down_DF, compute) for down_DF in plain.down_EDF), compute)
+
+    def regrouped(self, ids: tuple[int, ...], more: LayerExperts) -> "PackedExperts":
+        """As LayerExperts.regrouped. Nothing is copied: each expert has matrices of its own."""
+        new = PackedExperts.of(more, self.compute)
+        known = {
+            expert: matrices
+            for layer in (new, self)
+            for expert, *matrices in zip(layer.ids, layer.gate_up_E, layer.down_E, strict=True)
+        }
+        return replace(self, ids=ids, gate_up_E=tuple(known[e][0] for e in ids), down_E=tuple(known[e][1] for e in ids))
+
+    def combine(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation) -> Tensor:
+        """As LayerExperts.combine."""
+        return combine_sorted(self, x_TD, rows_TK, gates_TK, activation)
+
+    def run(self, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+        """As LayerExperts.run."""
+        y_PD = torch.empty_like(x_PD)
+        start = 0
+        for gate_up, down, count in zip(self.gate_up_E, self.down_E, counts_E.tolist(), strict=True):
+            if count:
+                here = slice(start, start + count)
+                gate_F, up_F = gate_up(x_PD[here]).chunk(2, dim=-1)
+                y_PD[here] = down(activation(gate_F) * up_F)
+                start += count
+        return y_PD
+
+
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """One layer's experts on a CPU, all computed in one call."""
+
+    ids: tuple[int, ...]
+    experts: NativeExperts
+
+    def regrouped(self, ids: tuple[int, ...], more: LayerExperts) -> "FusedExperts":
+        """As LayerExperts.regrouped."""
+        new = NativeExperts.of(more.gate_up_EFD, more.down_EDF, self.experts.isa, self.experts.is_int8)
+        rows = {expert: row for row, expert in enumerate((*self.ids, *more.ids))}
+        return FusedExperts(ids, self.experts.select([rows[expert] for expert in ids], new))
+
+    def combine(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation) -> Tensor:
+        """As LayerExperts.combine."""
+        return self.experts.run(x_TD, rows_TK, gates_TK)
+
+
+AnyExperts = LayerExperts | PackedExperts | FusedExperts
+
+
+def combine_sorted(
+    experts: LayerExperts | PackedExperts, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation
+) -> Tensor:
+    """As LayerExperts.combine, for experts that want the pairs of each next to one another."""
+    num_tokens, top_k = rows_TK.shape
+    # One stable sort brings the pairs of an expert together, skipped ones (row E) last.
+    rows_P, order_P = rows_TK.flatten().sort(stable=True)
+    counts_E = torch.bincount(rows_P, minlength=len(experts.ids) + 1)[:-1]
+    order_P = order_P[: int(counts_E.sum())]
+    y_PD = experts.run(x_TD[order_P // top_k], counts_E, activation)
+    weighted_PD = y_PD.float().mul_(gates_TK.flatten()[order_P, None])
+    # Each pair has a place of its own and K places are summed in order: same bits every time, on GPUs as well.
+    out_XD = torch.zeros(num_tokens * top_k, x_TD.shape[1], device=x_TD.device)
+    out_XD[order_P] = weighted_PD
+    return out_XD.view(num_tokens, top_k, x_TD.shape[1]).sum(1).to(x_TD.dtype)
+
+
+def run_experts_grouped(experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+    """All experts in two grouped matrix products."""
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    gate_PF, up_PF = F.grouped_mm(x_PD, experts.gate_up_EFD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    h_PF = activation(gate_PF) * up_PF
+    return F.grouped_mm(h_PF, experts.down_EDF.transpose(1, 2), offs=ends_E)
+
+
+def run_experts_loop(experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+    """One expert after the other: for widths that grouped_mm refuses, and the oracle of the faster ways."""
+    y_PD = torch.empty_like(x_PD)
+    start = 0
+    for row, count in enumerate(counts_E.tolist()):
+        here = slice(start, start + count)
+        gate_F, up_F = F.linear(x_PD[here], experts.gate_up_EFD[row]).chunk(2, dim=-1)
+        y_PD[here] = F.linear(activation(gate_F) * up_F, experts.down_EDF[row])
+        start += count
+    return y_PD

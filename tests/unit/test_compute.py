@@ -1,0 +1,86 @@
+"""What an actor computes with, and what `outcrop check` says about it."""
+
+import pytest
+import torch
+
+from actors import compute as compute_module
+from actors.compute import Compute, describe
+from actors.kernels import native
+from cluster.errors import ConfigError, ModelError
+from cluster.messages.actors import ExpertDtype, KernelChoice
+
+ONEDNN = "oneDNN: this CPU has bfloat16 instructions"
+AVX2, AVX512, AMX = {"avx2": 0}, {"avx2": 0, "avx512_bf16": 1}, {"avx2": 0, "avx512_bf16": 1, "amx_bf16": 2}
+NO_KERNELS = {"none of ours, but bfloat16": -1}
+
+
+@pytest.fixture
+def _cpu(monkeypatch: pytest.MonkeyPatch, sets: dict[str, int]) -> None:
+    """A CPU with these instruction sets of the kernels, and a torch that knows them."""
+    ours = {name: number for name, number in sets.items() if number >= 0}
+    monkeypatch.setattr(compute_module, "has_bfloat16", lambda: bool(sets) and sets != AVX2)
+    monkeypatch.setattr(compute_module, "has_tiles", lambda: "amx_bf16" in sets)
+    monkeypatch.setattr(native, "instruction_sets", lambda: ours)
+
+
+@pytest.mark.usefixtures("_cpu")
+@pytest.mark.parametrize(
+    ("sets", "kernels", "attention", "linears", "isa"),
+    [
+        (AVX2, "auto", "native", "native", 0),
+        (AVX512, "auto", "native", "native", 1),
+        (AMX, "auto", "native", "onednn", 1),
+        (AMX, "native", "native", "native", 2),
+        (AVX512, "torch", "torch", "onednn", -1),
+        (AVX2, "torch", "torch", "widened", -1),
+        ({}, "auto", "torch", "widened", -1),
+        (NO_KERNELS, "auto", "torch", "onednn", -1),
+    ],
+)
+def test_each_part_is_what_is_fastest_and_has_run(
+    kernels: KernelChoice, attention: str, linears: str, isa: int
+) -> None:
+    compute = Compute.choose("cpu", "bfloat16", kernels)
+    assert (compute.attention, compute.linears, compute.experts, compute.isa) == (attention, linears, linears, isa)
+    assert Compute.choose("cpu", "float32", "auto") == Compute(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.usefixtures("_cpu")
+@pytest.mark.parametrize(
+    ("sets", "kernels", "expert_dtype", "told"),
+    [
+        (AVX2, "auto", "auto", ["native, avx2"] * 3),
+        (AMX, "auto", "auto", ["native, avx512_bf16", *[ONEDNN] * 2]),
+        (AVX2, "torch", "auto", ["torch: as chosen", *["torch, slow: as chosen"] * 2]),
+        (AVX512, "auto", "int8", ["native, avx512_bf16"] * 3),
+        (
+            AVX512,
+            "torch",
+            "int8",
+            ["torch: as chosen", ONEDNN, "torch: as chosen"],
+        ),
+    ],
+)
+def test_what_is_used_and_why(kernels: KernelChoice, expert_dtype: ExpertDtype, told: list[str]) -> None:
+    compute = Compute.choose("cpu", "bfloat16", kernels, expert_dtype)
+    parts = ("attention", "linear layers", "int8 experts" if expert_dtype == "int8" else "experts")
+    assert list(describe(compute, kernels)) == [f"{part}: {why}" for part, why in zip(parts, told, strict=True)]
+
+
+def test_what_was_asked_for_and_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "instruction_sets", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"kernels='native': .*: choose auto or torch"):
+        Compute.choose("cpu", "bfloat16", "native")
+    with pytest.raises(ConfigError, match=r"expert_dtype='int8' wants a CPU and bfloat16.* has cpu and float32"):
+        Compute.choose("cpu", "float32", "auto", "int8")
+    with pytest.raises(ModelError, match="torch sees no GPU in this actor"):
+        Compute.choose("cuda", "bfloat16")
+
+
+def test_on_a_gpu_attention_is_flash_and_experts_are_never_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpu = Compute.choose("auto", "bfloat16")
+    assert on_gpu == Compute(torch.device("cuda"), torch.bfloat16, attention="flash")
+    with pytest.raises(ConfigError, match="this actor has cuda and bfloat16"):
+        Compute.choose("auto", "bfloat16", "auto", "int8")
