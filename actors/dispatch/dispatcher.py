@@ -4,38 +4,16 @@ Shapes: T tokens, D hidden, K top-k. A dispatcher knows where experts live; it k
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.lanes.wire import StepId
+from actors.dispatch.step import Step
 
 
 class DispatchError(RuntimeError):
     """Nobody could compute some experts; the step can't be finished."""
-
-
-@dataclass(slots=True)
-class Step:
-    """The engine step that is running, as log lines name it, and what its experts have cost so far.
-
-    `wait_seconds`: the front's own time in dispatch and combine. `compute_seconds`: the experts' computation, summed
-    over messages; those computed together with other messages count the whole of it.
-    """
-
-    id: StepId = field(default_factory=StepId)
-    request_ids: tuple[str, ...] = ()
-    wait_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    num_failovers: int = 0
-    num_local_tokens: int = 0
-
-    @property
-    def extra(self) -> dict[str, object]:
-        """For log lines."""
-        return {"step": str(self.id), "request_ids": list(self.request_ids)}
 
 
 class Dispatcher(ABC):

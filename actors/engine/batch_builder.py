@@ -20,8 +20,9 @@ def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> S
         tokens += sequence.token_ids[first:last]
         positions += range(first, last)
         slots += [sequence.blocks[p // block_size] * block_size + p % block_size for p in range(first, last)]
-        rows += range(start + sequence.first_scored_row(chunk.length), start + chunk.length)
-        spans.append(Span(start, chunk.length, last))
+        first_logit, wanted = len(rows), sequence.num_logits(chunk.length)
+        rows += range(start + chunk.length - wanted, start + chunk.length)
+        spans.append(Span(start, chunk.length, last, first_logit, wanted))
     # An array, because lists padded to the longest would cost as much as if all were that long.
     width = max(len(chunk.sequence.blocks) for chunk in chunks)
     blocks = np.zeros((len(chunks), width), dtype=np.int32)
@@ -36,3 +37,10 @@ def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> S
         tuple(spans),
     )
     return batch.to(device)
+
+
+def batch_of_one(block: int, block_size: int, device: torch.device) -> StepBatch:
+    """The first token of a sequence that has one KV block, for nobody."""
+    zero, table = torch.zeros(1, dtype=torch.int64), torch.tensor([[block]], dtype=torch.int32)
+    slot = torch.tensor([block * block_size])
+    return StepBatch(zero, zero, slot, table, zero, (Span(0, 1, 1, 0, 1),)).to(device)

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from actors.dispatch.dispatcher import Dispatcher, DispatchError, NoExperts, Step
-from actors.engine.batch_builder import build_batch
-from actors.engine.sampler import sample, token_logprob
+from actors.dispatch.dispatcher import Dispatcher, DispatchError, NoExperts
+from actors.dispatch.step import Step
+from actors.engine.batch_builder import batch_of_one, build_batch
+from actors.engine.readout import Sampled, sample_next, score_prompt
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
-from actors.lanes.wire import StepId
-from actors.model.batch import Span, StepBatch
+from actors.lanes.step_id import StepId
+from actors.model.batch import Span
 from actors.model.front_half import FrontHalf
 from actors.model.paged_kv import PagedKV
 from cluster.messages.requests import FinishReason, GenerationRequest, RequestOutput, RoutedExperts, TokenLogprob
@@ -24,8 +25,6 @@ from cluster.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# Rows whose logits exist at once: 64 rows of a 49k vocabulary in float32 are 12 MiB.
-LOGIT_ROWS = 64
 # After this many failed steps in a row a front is of no use, whatever its self-test says.
 MAX_FAILED_STEPS = 5
 
@@ -77,9 +76,7 @@ class Engine:
 
     def _compute_a_token(self, block: int, dispatcher: Dispatcher) -> None:
         """Overwrites the start of a KV block."""
-        zero, table = torch.zeros(1, dtype=torch.int64), torch.tensor([[block]], dtype=torch.int32)
-        slot = torch.tensor([block * self.scheduler.allocator.block_size])
-        batch = StepBatch(zero, zero, slot, table, zero, (Span(0, 1, 1),)).to(self.model.compute.device)
+        batch = batch_of_one(block, self.scheduler.allocator.block_size, self.model.compute.device)
         hidden_RD, _ = self.model.forward(batch, self.kv, dispatcher)
         self.model.logits(hidden_RD).cpu()
 
@@ -170,57 +167,26 @@ class Engine:
         batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.compute.device)
         hidden_RD, ids_TLK = self.model.forward(batch, self.kv, self.dispatcher)
         self._count_experts(ids_TLK)
-        return self._postprocess(chunks, hidden_RD)
+        return self._postprocess(chunks, batch.spans, hidden_RD)
 
-    def _postprocess(self, chunks: list[Chunk], hidden_RD: Tensor) -> list[RequestOutput]:
-        last_rows = self._score_prompts(chunks, hidden_RD)
-        sampling = [c for c in chunks if c.completes and c.sequence.request.params.max_tokens]
-        tokens = self._sample(sampling, hidden_RD[[last_rows[id(c)] for c in sampling]]) if sampling else {}
+    def _postprocess(self, chunks: list[Chunk], spans: tuple[Span, ...], hidden_RD: Tensor) -> list[RequestOutput]:
+        sampling, last_rows = [], []
+        for chunk, span in zip(chunks, spans, strict=True):
+            if chunk.sequence.wants_prompt_logprobs:
+                score_prompt(self.model, chunk.sequence, hidden_RD[span.logits], span.context - span.num_logits)
+            if chunk.completes and chunk.sequence.request.params.max_tokens:
+                sampling.append(chunk.sequence)
+                last_rows.append(span.logits.stop - 1)
+        sampled = sample_next(self.model, sampling, hidden_RD[last_rows]) if sampling else {}
         outputs = []
         for chunk in chunks:
             completes = chunk.completes
             self.scheduler.commit(chunk)
             if completes:
-                outputs.append(self._output(chunk.sequence, tokens.get(chunk.sequence.request.request_id)))
+                outputs.append(self._output(chunk.sequence, sampled.get(chunk.sequence.request.request_id)))
         return outputs
 
-    def _score_prompts(self, chunks: list[Chunk], hidden_RD: Tensor) -> dict[int, int]:
-        """Fill in prompt log-probabilities; returns the last row of each chunk, by id(chunk)."""
-        last_rows, row = {}, 0
-        for chunk in chunks:
-            sequence = chunk.sequence
-            first = sequence.first_scored_row(chunk.length)
-            rows = hidden_RD[row : row + chunk.length - first]
-            if sequence.wants_prompt_logprobs:
-                self._score_prompt(sequence, rows, sequence.num_computed + first)
-            row += len(rows)
-            last_rows[id(chunk)] = row - 1
-        return last_rows
-
-    def _score_prompt(self, sequence: Sequence, rows_RD: Tensor, position: int) -> None:
-        """`rows_RD[i]` is the hidden state at `position + i`, which tells the token after it."""
-        scores = sequence.prompt_logprobs
-        assert scores is not None
-        targets = sequence.request.prompt_token_ids[position + 1 : position + 1 + len(rows_RD)]
-        num_top = sequence.request.params.prompt_logprobs or 0
-        for start in range(0, len(targets), LOGIT_ROWS):
-            some = targets[start : start + LOGIT_ROWS]
-            logprobs_RV = self.model.logits(rows_RD[start : start + len(some)]).log_softmax(dim=-1)
-            scores.extend(token_logprob(row, token, num_top) for row, token in zip(logprobs_RV, some, strict=True))
-
-    def _sample(self, chunks: list[Chunk], hidden_RD: Tensor) -> dict[str, tuple[int, TokenLogprob | None]]:
-        """The next token of each sequence, with its log-probability where the request wants it."""
-        sampled: dict[str, tuple[int, TokenLogprob | None]] = {}
-        for start in range(0, len(chunks), LOGIT_ROWS):
-            sequences = [chunk.sequence for chunk in chunks[start : start + LOGIT_ROWS]]
-            logits_RV = self.model.logits(hidden_RD[start : start + len(sequences)])
-            for row, sequence, token in zip(logits_RV, sequences, sample(logits_RV, sequences), strict=True):
-                wanted = sequence.request.params.logprobs
-                scored = None if wanted is None else token_logprob(row.log_softmax(dim=-1), token, wanted)
-                sampled[sequence.request.request_id] = (token, scored)
-        return sampled
-
-    def _output(self, sequence: Sequence, sampled: tuple[int, TokenLogprob | None] | None) -> RequestOutput:
+    def _output(self, sequence: Sequence, sampled: Sampled | None) -> RequestOutput:
         """Add the sampled token to the sequence, and say what is new."""
         is_first = sequence.num_output == len(sequence.request.output_token_ids)
         token_ids: tuple[int, ...] = ()

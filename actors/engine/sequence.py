@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from actors.dispatch.dispatcher import Step
+from actors.dispatch.step import Step
 from actors.engine.kv_cache import block_hash
 from cluster.messages.requests import FinishReason, GenerationRequest, Timing, TokenLogprob
 
@@ -65,16 +65,17 @@ class Sequence:
             self.hashes.append(block_hash(previous, self.token_ids[each * block_size : (each + 1) * block_size]))
         return self.hashes[index]
 
-    def first_scored_row(self, length: int) -> int:
-        """First of the next `length` tokens whose logits are wanted; `length` if none is.
+    def num_logits(self, length: int) -> int:
+        """Of how many of the next `length` tokens, counted from the last, the logits are wanted.
 
         The logits of position p tell the token at p + 1: prompt scores need every position before the last prompt
         token, sampling needs the last token.
         """
         if self.wants_prompt_logprobs:
             assert self.prompt_logprobs is not None
-            return min(length, max(0, len(self.prompt_logprobs) - 1 - self.num_computed))
-        return length - 1 if self.num_computed + length == len(self.token_ids) else length
+            known = len(self.prompt_logprobs) - 1 - self.num_computed
+            return max(0, length - max(0, known))
+        return int(self.num_computed + length == len(self.token_ids))
 
     def take_timing(self) -> Timing:
         """What has been spent since the last time, or since the first step."""

@@ -75,7 +75,7 @@ class Singles:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Stretch:
     """Several new tokens of one sequence. Without a mask, they are the whole sequence so far."""
 
     rows: slice
@@ -101,9 +101,9 @@ class GatherPlan(AttentionPlan):
         num_single = batch.num_single
         assert all(span.length == 1 for span in batch.spans[:num_single]), "sequences with one new token come first"
         singles = batch.spans[:num_single]
-        self.parts: list[Singles | Chunk] = [self._singles(batch, group) for group in group_by_length(singles)]
+        self.parts: list[Singles | Stretch] = [self._singles(batch, group) for group in group_by_length(singles)]
         self.parts += [
-            self._chunk(span, blocks_B)
+            self._stretch(span, blocks_B)
             for span, blocks_B in zip(batch.spans[num_single:], batch.blocks_SB[num_single:], strict=True)
         ]
 
@@ -124,13 +124,13 @@ class GatherPlan(AttentionPlan):
         rows_S = torch.tensor([batch.spans[number].start for number in group], device=self.device)
         return Singles(rows_S, slots_SN, self._additive(is_valid_SN))
 
-    def _chunk(self, span: Span, blocks_B: Tensor) -> Chunk:
+    def _stretch(self, span: Span, blocks_B: Tensor) -> Stretch:
         steps_N = torch.arange(span.context, device=self.device)
         rows = slice(span.start, span.start + span.length)
         if span.length == span.context:
-            return Chunk(rows, self._slots(blocks_B, steps_N), None)
+            return Stretch(rows, self._slots(blocks_B, steps_N), None)
         is_visible_TN = steps_N <= steps_N[-span.length :, None]
-        return Chunk(rows, self._slots(blocks_B, steps_N), self._additive(is_visible_TN))
+        return Stretch(rows, self._slots(blocks_B, steps_N), self._additive(is_visible_TN))
 
     def _slots(self, blocks_XB: Tensor, steps_N: Tensor) -> Tensor:
         return blocks_XB[..., steps_N // self.block_size].long() * self.block_size + steps_N % self.block_size

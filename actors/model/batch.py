@@ -13,11 +13,20 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Span:
     """The new tokens of one sequence: rows [start, start + length) of the step; `context` counts all its tokens
-    that are in the KV cache once these are written (earlier ones and the new ones)."""
+    that are in the KV cache once these are written (earlier ones and the new ones). Logits are wanted of the last
+    `num_logits` of them, which are the rows from `first_logit` on among all of the step whose logits are wanted.
+    """
 
     start: int
     length: int
     context: int
+    first_logit: int = 0
+    num_logits: int = 0
+
+    @property
+    def logits(self) -> slice:
+        """Its rows of R."""
+        return slice(self.first_logit, self.first_logit + self.num_logits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 from actors.experts.layer_experts import LayerExperts
 from actors.experts.store import ExpertStore, NotHeld
 from actors.lanes import wire
+from actors.lanes.step_id import StepId
 from cluster.messages.actors import ReplicaSpec
 from cluster.metrics import Metrics
 
@@ -28,7 +29,7 @@ class Replica:
         self.read = read
         self.metrics = metrics
         self.num_tokens = 0
-        self._last_steps: dict[int, wire.StepId] = {}  # by front, those that the log has a line of
+        self._last_steps: dict[int, StepId] = {}  # by front, those that the log has a line of
         self._computing = threading.Lock()
         self._began: float | None = None
 

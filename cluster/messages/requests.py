@@ -101,7 +101,7 @@ class RoutedExperts:
 class Timing:
     """What a sequence has taken since its last output, or since its first step. Durations alone: hosts' clocks differ.
 
-    Steps, and so what their experts cost (Step in actors/dispatch/dispatcher.py), are shared with all of the batch.
+    Steps, and so what their experts cost (Step in actors/dispatch/step.py), are shared with all of the batch.
     Only the first output of a front has `queue_seconds`, from the request's arrival to its first step.
     """
 

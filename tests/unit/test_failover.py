@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.dispatch.dispatcher import Step
 from actors.dispatch.failover import (
     DEADLINE_FACTOR,
     DEADLINE_FLOOR_S,
@@ -23,8 +22,10 @@ from actors.dispatch.failover import (
     Latency,
 )
 from actors.dispatch.remote import MAP_WAIT_S, DispatchError, RemoteDispatcher
+from actors.dispatch.step import Step
 from actors.lanes import wire
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
+from actors.lanes.step_id import StepId
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.metrics import Metrics
 
@@ -150,7 +151,7 @@ def test_a_part_goes_to_another_replica_and_the_broken_one_is_left_alone(
 
 
 def named(dispatcher: RemoteDispatcher, number: int, *request_ids: str) -> Step:
-    dispatcher.step = Step(wire.StepId(256 + 2, number), request_ids)
+    dispatcher.step = Step(StepId(256 + 2, number), request_ids)
     return dispatcher.step
 
 

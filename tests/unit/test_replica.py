@@ -9,6 +9,7 @@ import torch
 from actors.experts.layer_experts import LayerExperts
 from actors.experts.store import ExpertStore
 from actors.lanes import wire
+from actors.lanes.step_id import StepId
 from actors.replica.actor import ExpertActor
 from actors.replica.replica import Replica
 from cluster.messages.actors import ReplicaSpec
@@ -39,7 +40,7 @@ def replica() -> Replica:
 
 def dispatch(number: int, layer: int = 0, expert: int = 0, front: int = 0) -> bytes:
     x, gates, ids = torch.ones(1, HIDDEN), torch.ones(1, 1), torch.tensor([[expert]])
-    return wire.pack_dispatch(layer, x, gates, ids, wire.StepId(front, number))
+    return wire.pack_dispatch(layer, x, gates, ids, StepId(front, number))
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:

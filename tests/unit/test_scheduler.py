@@ -301,13 +301,13 @@ def test_scored_rows_cover_the_prompt_exactly_once() -> None:
     params = SamplingParams(prompt_logprobs=0)
     seq = Sequence.of(GenerationRequest("a", "test", tuple(range(10)), params))
     assert seq.prompt_logprobs == [None]
-    assert seq.first_scored_row(4) == 0
+    assert seq.num_logits(4) == 4
     seq.prompt_logprobs += [None] * 4
     seq.num_computed = 4
-    assert seq.first_scored_row(6) == 0
+    assert seq.num_logits(6) == 6
     seq.reset()  # preempted: positions 0 to 3 are computed again, but their scores are known
-    assert seq.first_scored_row(3) == 3
-    assert seq.first_scored_row(8) == 4
+    assert seq.num_logits(3) == 0
+    assert seq.num_logits(8) == 4
 
 
 def test_chunk_completes_only_with_the_last_token() -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.lanes import wire
+from actors.lanes.step_id import StepId
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 X = torch.ones(1, 1)
@@ -24,7 +25,7 @@ def test_dispatch_round_trip(dtype: torch.dtype) -> None:
 
 @given(st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1))
 def test_a_dispatch_names_its_step(front: int, number: int) -> None:
-    step = wire.StepId(front, number)
+    step = StepId(front, number)
     assert wire.unpack_dispatch(wire.pack_dispatch(7, X, X, X, step)).step == step
 
 
@@ -38,13 +39,13 @@ def test_a_dispatch_names_its_step(front: int, number: int) -> None:
     ],
 )
 def test_steps_are_named_as_the_front_is(actor_id: str, name: str) -> None:
-    step = wire.StepId.first_of(actor_id).next()
+    step = StepId.first_of(actor_id).next()
     assert str(step) == name
     assert wire.unpack_dispatch(wire.pack_dispatch(0, X, X, X, step)).step == step
 
 
 def test_steps_are_counted_round_and_round() -> None:
-    last = wire.StepId(5, 2**32 - 1)
+    last = StepId(5, 2**32 - 1)
     assert wire.unpack_dispatch(wire.pack_dispatch(0, X, X, X, last.next())).step == (5, 0)
 
 
@@ -76,7 +77,7 @@ def test_refusal_round_trip() -> None:
     assert answer.partial_TD is None
 
 
-GOOD = wire.pack_dispatch(1, torch.ones(2, 4), torch.ones(2, 2), torch.ones(2, 2), wire.StepId(3, 70000))
+GOOD = wire.pack_dispatch(1, torch.ones(2, 4), torch.ones(2, 2), torch.ones(2, 2), StepId(3, 70000))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""What a step tells: log-probabilities of prompts, and the next token of each sequence that is to get one.
+
+Shapes: R rows that need logits, D hidden, V vocabulary.
+"""
+
+from torch import Tensor
+
+from actors.engine.sampler import sample, token_logprob
+from actors.engine.sequence import Sequence
+from actors.model.front_half import FrontHalf
+from cluster.messages.requests import TokenLogprob
+
+# Rows whose logits exist at once: 64 rows of a 49k vocabulary in float32 are 12 MiB.
+LOGIT_ROWS = 64
+# A token, and its log-probability where the request wants it.
+Sampled = tuple[int, TokenLogprob | None]
+
+
+def score_prompt(model: FrontHalf, sequence: Sequence, rows_RD: Tensor, position: int) -> None:
+    """Add to the sequence's prompt scores: `rows_RD[i]` is the hidden state at `position + i`, which tells the token
+    after it.
+    """
+    scores = sequence.prompt_logprobs
+    assert scores is not None
+    targets = sequence.request.prompt_token_ids[position + 1 : position + 1 + len(rows_RD)]
+    num_top = sequence.request.params.prompt_logprobs or 0
+    for start in range(0, len(targets), LOGIT_ROWS):
+        some = targets[start : start + LOGIT_ROWS]
+        logprobs_RV = model.logits(rows_RD[start : start + len(some)]).log_softmax(dim=-1)
+        scores.extend(token_logprob(row, token, num_top) for row, token in zip(logprobs_RV, some, strict=True))
+
+
+def sample_next(model: FrontHalf, sequences: list[Sequence], hidden_RD: Tensor) -> dict[str, Sampled]:
+    """The next token of each sequence, by request id; row r is the last hidden state of sequences[r]."""
+    sampled: dict[str, Sampled] = {}
+    for start in range(0, len(sequences), LOGIT_ROWS):
+        some = sequences[start : start + LOGIT_ROWS]
+        logits_RV = model.logits(hidden_RD[start : start + len(some)])
+        for row, sequence, token in zip(logits_RV, some, sample(logits_RV, some), strict=True):
+            wanted = sequence.request.params.logprobs
+            scored = None if wanted is None else token_logprob(row.log_softmax(dim=-1), token, wanted)
+            sampled[sequence.request.request_id] = (token, scored)
+    return sampled
