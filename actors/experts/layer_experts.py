@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.compute import Compute
 from actors.kernels.native import NativeExperts
-from actors.kernels.packed import FastLinear, pack_expert
+from actors.packed import FastLinear, pack_expert
 from cluster.models import spec
 
 Activation = Callable[[Tensor], Tensor]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.compute import Compute
-from actors.kernels.packed import FastLinear, WidenedLinear, pack
+from actors.packed import FastLinear, WidenedLinear, pack
 
 
 @dataclass(frozen=True, slots=True)

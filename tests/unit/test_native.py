@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.experts.layer_experts import FusedExperts, LayerExperts
 from actors.kernels import native
 from actors.kernels.native import NativeExperts, NativeLinear
-from actors.kernels.packed import Int8Linear
+from actors.packed import Int8Linear
 
 NAMES = ("avx2", "avx512_bf16", "amx_bf16")
 # Fewer where each takes long: test_native_checked.py.

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from actors import compute as compute_module
+from actors import packed as packed_module
 from actors.compute import Compute, Products
 from actors.experts.layer_experts import ACTIVATIONS, LayerExperts, PackedExperts
-from actors.kernels import packed as packed_module
-from actors.kernels.packed import Int8Linear, pack, quantise
 from actors.model.layers import Linear, packed
+from actors.packed import Int8Linear, pack, quantise
 from tests.specs import PLAIN, PLAIN_BFLOAT16
 
 
