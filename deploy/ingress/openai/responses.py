@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from deploy.ingress.openai import logprobs
 from deploy.ingress.openai.answer_json import Rows, dump
@@ -49,38 +49,65 @@ class Usage:
 
 
 @dataclass(slots=True)
-class CompletionResponder:
-    """Answers one /v1/completions request."""
+class _Responder:
+    """What the answers to both endpoints have in common."""
 
-    request: CompletionRequest
+    request: CompletionRequest | ChatCompletionRequest
     tokenizer: Tokenizer
     model: str
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    kind: ClassVar[str]  # of stream chunks
+    id_prefix: ClassVar[str]
+
     @property
     def id(self) -> str:
-        return f"cmpl-{self.request_id}"
-
-    def response(self, choices: Iterable[Sequence[ChoiceDelta]], usage: Usage) -> Json:
-        """The whole answer; `choices` holds the deltas of each choice."""
-        return self._head([self._choice(merge(deltas)) for deltas in choices]) | {"usage": usage.as_json()}
-
-    def chunk(self, delta: ChoiceDelta) -> Json:
-        return _with_null_usage(self._head([self._choice(delta)]), self.request.include_usage)
+        return f"{self.id_prefix}-{self.request_id}"
 
     def usage_chunk(self, usage: Usage) -> Json:
         """The last chunk, when stream_options.include_usage asks for it."""
-        return self._head([]) | {"usage": usage.as_json()}
+        return self._head(self.kind, []) | {"usage": usage.as_json()}
 
-    def _head(self, choices: list[Json]) -> Json:
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
+    def _head(self, kind: str, choices: list[Json]) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+    def _chunk(self, choice: Json) -> Json:
+        """OpenAI: with include_usage every chunk but the last has usage null."""
+        return self._head(self.kind, [choice]) | ({"usage": None} if self.request.include_usage else {})
+
+    def _extras(self, delta: ChoiceDelta) -> Json:
+        """Fields of a choice that are there only if asked for."""
+        extras: Json = {}
+        if self.request.return_token_ids:
+            extras["token_ids"] = Rows(delta.token_ids, int)
+        if self.request.return_routed_experts and delta.routed_experts is not None:
+            extras["routed_experts"] = logprobs.routed_experts(delta.routed_experts)
+        return extras
+
+    def _prompt_extras(self, delta: ChoiceDelta) -> Json:
+        """Fields about the prompt, in the first delta only."""
+        request, extras = self.request, Json()
+        if request.return_token_ids and delta.is_first:
+            extras["prompt_token_ids"] = Rows(delta.prompt_token_ids, int)
+        if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
+            scores = logprobs.prompt_logprobs(delta.prompt_logprobs, request.prompt_logprobs, self.tokenizer)
+            extras["prompt_logprobs"] = scores
+        return extras
+
+
+class CompletionResponder(_Responder):
+    """Answers one /v1/completions request."""
+
+    __slots__ = ()
+    kind, id_prefix = "text_completion", "cmpl"
+
+    def response(self, choices: Iterable[Sequence[ChoiceDelta]], usage: Usage) -> Json:
+        """The whole answer; `choices` holds the deltas of each choice."""
+        return self._head(self.kind, [self._choice(merge(deltas)) for deltas in choices]) | {"usage": usage.as_json()}
+
+    def chunk(self, delta: ChoiceDelta) -> Json:
+        return self._chunk(self._choice(delta))
 
     def _choice(self, delta: ChoiceDelta) -> Json:
         num_top = self.request.num_logprobs
@@ -91,22 +118,14 @@ class CompletionResponder:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        return choice | _extras(self.request, delta) | _prompt_extras(self.request, delta, self.tokenizer)
+        return choice | self._extras(delta) | self._prompt_extras(delta)
 
 
-@dataclass(slots=True)
-class ChatResponder:
+class ChatResponder(_Responder):
     """Answers one /v1/chat/completions request. Fields about the prompt stand beside `choices`, as in vLLM."""
 
-    request: ChatCompletionRequest
-    tokenizer: Tokenizer
-    model: str
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def id(self) -> str:
-        return f"chatcmpl-{self.request_id}"
+    __slots__ = ()
+    kind, id_prefix = "chat.completion.chunk", "chatcmpl"
 
     def response(self, choices: Iterable[Sequence[ChoiceDelta]], usage: Usage) -> Json:
         """The whole answer; `choices` holds the deltas of each choice."""
@@ -115,22 +134,13 @@ class ChatResponder:
             self._choice(delta, "message", {"role": "assistant", "content": delta.text, "refusal": None})
             for delta in whole
         ]
-        answer = self._head("chat.completion", messages) | {"usage": usage.as_json()}
-        return answer | _prompt_extras(self.request, whole[0], self.tokenizer)
+        return self._head("chat.completion", messages) | {"usage": usage.as_json()} | self._prompt_extras(whole[0])
 
     def chunk(self, delta: ChoiceDelta) -> Json:
         """The first chunk of a choice names the role."""
         content = {"role": "assistant", "content": delta.text} if delta.is_first else {"content": delta.text}
         shown = content if delta.text or delta.is_first else {}
-        chunk = self._head("chat.completion.chunk", [self._choice(delta, "delta", shown)])
-        return _with_null_usage(chunk, self.request.include_usage) | _prompt_extras(self.request, delta, self.tokenizer)
-
-    def usage_chunk(self, usage: Usage) -> Json:
-        """The last chunk, when stream_options.include_usage asks for it."""
-        return self._head("chat.completion.chunk", []) | {"usage": usage.as_json()}
-
-    def _head(self, kind: str, choices: list[Json]) -> Json:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+        return self._chunk(self._choice(delta, "delta", shown)) | self._prompt_extras(delta)
 
     def _choice(self, delta: ChoiceDelta, name: str, content: Json) -> Json:
         num_top = self.request.num_logprobs
@@ -141,31 +151,4 @@ class ChatResponder:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        return choice | _extras(self.request, delta)
-
-
-def _extras(request: CompletionRequest | ChatCompletionRequest, delta: ChoiceDelta) -> Json:
-    """Fields of a choice that are there only if asked for."""
-    extras: Json = {}
-    if request.return_token_ids:
-        extras["token_ids"] = Rows(delta.token_ids, int)
-    if request.return_routed_experts and delta.routed_experts is not None:
-        extras["routed_experts"] = logprobs.routed_experts(delta.routed_experts)
-    return extras
-
-
-def _prompt_extras(
-    request: CompletionRequest | ChatCompletionRequest, delta: ChoiceDelta, tokenizer: Tokenizer
-) -> Json:
-    """Fields about the prompt, in the first delta only."""
-    extras: Json = {}
-    if request.return_token_ids and delta.is_first:
-        extras["prompt_token_ids"] = Rows(delta.prompt_token_ids, int)
-    if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
-        extras["prompt_logprobs"] = logprobs.prompt_logprobs(delta.prompt_logprobs, request.prompt_logprobs, tokenizer)
-    return extras
-
-
-def _with_null_usage(chunk: Json, is_asked: bool) -> Json:
-    """OpenAI: with include_usage every chunk but the last has usage null."""
-    return chunk | {"usage": None} if is_asked else chunk
+        return choice | self._extras(delta)
