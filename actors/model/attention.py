@@ -12,10 +12,12 @@ heads, C head dimension.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 
 from actors.compute import Compute
 from actors.kernels.front_layer import NativeBatch
@@ -179,24 +181,35 @@ def native_batch(batch: StepBatch, block_size: int, angles: tuple[Tensor, ...] =
 
 
 class VarlenPlan(AttentionPlan):
-    """Not yet run on a GPU. Flash attention aligns its causal mask to the lower right, which is what a chunk needs."""
+    """Not yet run on a GPU. Flash attention aligns its causal mask to the lower right, which is what a chunk needs.
+
+    Flash attention 2, PyTorch's default, wants cumulative lengths of keys beside `seqused_k`; version 3 refuses both
+    together. One split of the keys: with more, version 2 leaves rows of a paged batch unwritten
+    (https://github.com/pytorch/pytorch/issues/194167), and a row would depend on the others of its step.
+    """
 
     def __init__(self, batch: StepBatch) -> None:
         device, spans = batch.token_ids_T.device, batch.spans
         starts = [span.start for span in spans] + [batch.num_tokens]
+        contexts = [span.context for span in spans]
         self.cu_seq_q = torch.tensor(starts, dtype=torch.int32, device=device)
-        self.seqused_k = torch.tensor([span.context for span in spans], dtype=torch.int32, device=device)
+        self.seqused_k = torch.tensor(contexts, dtype=torch.int32, device=device)
+        self.cu_seq_k = None
+        if current_flash_attention_impl() is None:
+            self.cu_seq_k = torch.tensor([0, *accumulate(contexts)], dtype=torch.int32, device=device)
         self.max_q = max(span.length for span in spans)
-        self.max_k = max(span.context for span in spans)
+        self.max_k = max(contexts)
+        # One query sees all its keys. To say that it is causal keeps query heads of a group from being packed.
+        self.window = (-1, -1) if self.max_q == 1 else (-1, 0)
         self.block_table = batch.blocks_SB
 
     def attend(self, q_THC: Tensor, k_BPGC: Tensor, v_BPGC: Tensor, scale: float) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         out_THC = varlen_attn(
-            q_THC, k_BPGC, v_BPGC, self.cu_seq_q, None, self.max_q, self.max_k,
-            scale=scale, window_size=(-1, 0), enable_gqa=True,
-            seqused_k=self.seqused_k, block_table=self.block_table,
+            q_THC, k_BPGC, v_BPGC, self.cu_seq_q, self.cu_seq_k, self.max_q, self.max_k,
+            scale=scale, window_size=self.window, enable_gqa=True,
+            seqused_k=self.seqused_k, block_table=self.block_table, num_splits=1,
         )  # fmt: skip
         assert isinstance(out_THC, Tensor)
         return out_THC

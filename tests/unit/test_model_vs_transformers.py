@@ -14,7 +14,7 @@ from actors.compute import Compute
 from actors.dispatch.local import LocalDispatcher
 from actors.experts.loading import load_experts
 from actors.kernels import native
-from actors.model import attention, front_half
+from actors.model import attention
 from actors.model.batch import Span, StepBatch
 from actors.model.loading import load_front
 from actors.model.paged_kv import PagedKV
@@ -145,44 +145,6 @@ def test_a_sequence_does_not_depend_on_its_company(tmp_path: Path):
         runner.step([(sequence, 1) for sequence in crowd])
     assert crowd[1].tokens == alone.tokens
     torch.testing.assert_close(torch.stack(crowd[1].logits), torch.stack(alone.logits), atol=1e-5, rtol=0)
-
-
-def varlen_attn_by_definition(
-    q_THC, k_BPGC, v_BPGC, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table
-):
-    """What torch.nn.attention.varlen documents for paged keys: a sequence's last query sees its last used key."""
-    assert (cu_seq_k, window_size, enable_gqa) == (None, (-1, 0), True)
-    assert {t.dtype for t in (cu_seq_q, seqused_k, block_table)} == {torch.int32}
-    assert max_k == seqused_k.max()
-    assert max_q == cu_seq_q.diff().max()
-    out_THC = torch.empty_like(q_THC)
-    for number, (start, end, used) in enumerate(zip(cu_seq_q[:-1], cu_seq_q[1:], seqused_k, strict=True)):
-        k_NGC, v_NGC = (x[block_table[number].long()].flatten(0, 1)[:used] for x in (k_BPGC, v_BPGC))
-        k_NHC, v_NHC = (x.repeat_interleave(q_THC.shape[1] // x.shape[1], 1) for x in (k_NGC, v_NGC))
-        scores_HTN = torch.einsum("thc,nhc->htn", q_THC[start:end] * scale, k_NHC)
-        is_hidden_TN = torch.ones_like(scores_HTN[0]).triu(int(used - (end - start)) + 1).bool()
-        weights_HTN = scores_HTN.masked_fill(is_hidden_TN, float("-inf")).softmax(-1)
-        out_THC[start:end] = torch.einsum("htn,nhc->thc", weights_HTN, v_NHC)
-    return out_THC
-
-
-def test_the_gpu_back_end_asks_for_the_same_attention(tmp_path: Path, monkeypatch):
-    """Flash attention itself needs a GPU; what we ask of it does not."""
-    write_checkpoint(MODELS["yarn"], tmp_path)
-    work = [(PROMPTS[0], 5), (PROMPTS[1], 29), (PROMPTS[0][::-1], 13)]
-
-    def run() -> torch.Tensor:
-        runner = Runner(tmp_path)
-        sequences = [Sequence(list(prompt)) for prompt, _ in work]
-        runner.step([(sequence, count) for sequence, (_, count) in zip(sequences, work, strict=True)])
-        runner.step([(sequences[0], 8), (sequences[1], 1), (sequences[2], 1)])
-        return torch.stack([logits for sequence in sequences for logits in sequence.logits])
-
-    expected = run()
-    monkeypatch.setattr(attention, "plan_attention", lambda batch, kv, compute: attention.VarlenPlan(batch))
-    monkeypatch.setattr(front_half, "plan_attention", attention.plan_attention)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn_by_definition)
-    torch.testing.assert_close(run(), expected, atol=1e-4, rtol=0)
 
 
 def test_a_step_may_want_no_logits(tmp_path: Path):

@@ -1,0 +1,80 @@
+"""The attention of GPUs asks flash attention for what GatherPlan computes. Flash attention itself needs a GPU; what we
+ask of it does not.
+"""
+
+import pytest
+import torch
+
+from actors.model import attention
+from actors.model.attention import GatherPlan, VarlenPlan
+from actors.model.batch import Span, StepBatch
+from actors.model.paged_kv import PagedKV
+from tests.specs import PLAIN, spec_of
+from tests.unit import flash_attention
+
+PAGE = 256
+SPEC = spec_of(
+    {
+        "vocab_size": 8,
+        "hidden_size": 64,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }
+)
+# Sequences of (new tokens, context with them).
+STEPS = {
+    "one decode": [(1, 700)],
+    "decodes": [(1, 300), (1, 257), (1, 5), (1, 1024)],
+    "page edges": [(1, 255), (1, 256), (1, 257), (1, 512), (1, 513), (1, 1)],
+    "sixteen decodes": [(1, 257 + 90 * number) for number in range(16)],
+    "a decode and a chunk": [(1, 600), (40, 340)],
+    "a decode and a prompt": [(1, 600), (30, 30)],
+    "chunks": [(256, 256), (256, 512), (7, 519)],
+}
+
+
+def step_of(lengths: list[tuple[int, int]]) -> tuple[StepBatch, PagedKV]:
+    """Sequences whose pages lie in disorder; slots that were never written hold NaN."""
+    pages_each = [-(-context // PAGE) for _, context in lengths]
+    kv = PagedKV(SPEC, sum(pages_each) + 1, PAGE, PLAIN)
+    for cache in (kv.k_LBSGC, kv.v_LBSGC):
+        cache.fill_(float("nan"))
+    free = torch.randperm(kv.num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
+    blocks = torch.full((len(lengths), max(pages_each)), free.pop(), dtype=torch.int32)
+    spans, start = [], 0
+    for row, (new, context) in enumerate(lengths):
+        pages = torch.tensor([free.pop() for _ in range(pages_each[row])])
+        blocks[row, : len(pages)] = pages
+        slots = (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()[:context]
+        kv.write(0, slots, *(torch.randn(context, 2, 8) for _ in "kv"))
+        spans.append(Span(start, new, context))
+        start += new
+    nothing = torch.zeros(start, dtype=torch.int64)
+    return StepBatch(nothing, nothing, nothing, blocks, nothing, tuple(spans)), kv
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_flash_attention_is_asked_for_what_is_gathered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash_attention.varlen_attn)
+    torch.manual_seed(0)
+    batch, kv = step_of(STEPS[name])
+    q_THC = torch.randn(batch.num_tokens, 8, 8)
+    expected, actual = (
+        plan.attend(q_THC, kv.k_LBSGC[0], kv.v_LBSGC[0], 0.3) for plan in (GatherPlan(batch, kv), VarlenPlan(batch))
+    )
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_flash_attention_3_gets_no_cumulative_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, _ = step_of([(1, 300), (1, 5)])
+    assert VarlenPlan(batch).cu_seq_k is not None
+    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: "FA3")
+    assert VarlenPlan(batch).cu_seq_k is None
+
+
+def test_single_queries_are_not_called_causal() -> None:
+    """So that the query heads of a group are packed."""
+    assert VarlenPlan(step_of([(1, 300), (1, 5)])[0]).window == (-1, -1)
+    assert VarlenPlan(step_of([(1, 300), (2, 5)])[0]).window == (-1, 0)
