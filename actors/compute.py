@@ -7,6 +7,7 @@ Attention, linear layers and experts are chosen independently, each by what was 
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, cast
@@ -103,6 +104,16 @@ def has_bfloat16() -> bool:
 def has_tiles() -> bool:
     """Whether this CPU has AMX for bfloat16."""
     return has_bfloat16() and torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def told_if_out_of_memory(what: str, way_out: str) -> Iterator[None]:
+    """Raises ModelError where a GPU has no room."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition("\n")[0]
+        raise ModelError(f"{what} does not fit into the GPU's memory: {way_out} ({first})") from None
 
 
 def why_not_native() -> str:

@@ -39,8 +39,9 @@ def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> S
     return batch.to(device)
 
 
-def batch_of_one(block: int, block_size: int, device: torch.device) -> StepBatch:
-    """The first token of a sequence that has one KV block, for nobody."""
-    zero, table = torch.zeros(1, dtype=torch.int64), torch.tensor([[block]], dtype=torch.int32)
-    slot = torch.tensor([block * block_size])
-    return StepBatch(zero, zero, slot, table, zero, (Span(0, 1, 1, 0, 1),)).to(device)
+def batch_for_nobody(length: int, block: int, block_size: int, device: torch.device) -> StepBatch:
+    """The first tokens of a sequence that has one KV block; logits are wanted of the last."""
+    assert length <= block_size
+    positions, table = torch.arange(length), torch.tensor([[block]], dtype=torch.int32)
+    tokens, slots, rows = torch.zeros_like(positions), block * block_size + positions, positions[-1:]
+    return StepBatch(tokens, positions, slots, table, rows, (Span(0, length, length, 0, 1),)).to(device)

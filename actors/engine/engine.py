@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actors.dispatch.dispatcher import Dispatcher, DispatchError, NoExperts
 from actors.dispatch.step import Step
-from actors.engine.batch_builder import batch_of_one, build_batch
+from actors.engine.batch_builder import batch_for_nobody, build_batch
 from actors.engine.readout import Sampled, sample_next, score_prompt
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
@@ -71,12 +71,16 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compute one token through every layer, for nobody: raises what a first request would run into."""
-        self._compute_a_token(0, self.dispatcher)
+        """Compute a piece of a prompt and a single token through every layer, for nobody: raises what a first request
+        would run into, and has what is loaded at its first use loaded now.
+        """
+        for length in (self.scheduler.allocator.block_size, 1):
+            self._compute_for_nobody(length, 0, self.dispatcher)
 
-    def _compute_a_token(self, block: int, dispatcher: Dispatcher) -> None:
+    def _compute_for_nobody(self, length: int, block: int, dispatcher: Dispatcher) -> None:
         """Overwrites the start of a KV block."""
-        batch = batch_of_one(block, self.scheduler.allocator.block_size, self.model.compute.device)
+        size, device = self.scheduler.allocator.block_size, self.model.compute.device
+        batch = batch_for_nobody(length, block, size, device)
         hidden_RD, _ = self.model.forward(batch, self.kv, dispatcher)
         self.model.logits(hidden_RD).cpu()
 
@@ -140,7 +144,7 @@ class Engine:
                 raise error
             if allocator.can_allocate(1):
                 block = allocator.allocate(1)
-                self._compute_a_token(block[0], NoExperts())
+                self._compute_for_nobody(1, block[0], NoExperts())
                 allocator.free(block)
         except Exception as another:
             self.is_broken = True

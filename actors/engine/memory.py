@@ -19,34 +19,48 @@ GIB = 2**30
 # rest is for what computes, for actors that join later, and for the page cache. A front takes LEAST where there is that
 # much, or where nobody tells how much there is.
 SHARE, LEAST = 0.5, GIB // 2
+# What a process takes of a GPU beside its tensors: context and modules of kernels. An estimate: no GPU has run this.
+CUDA_CONTEXT = GIB // 2
 
 
 def num_kv_blocks(
-    options: EngineOptions,
-    spec: ModelSpec,
-    compute: Compute,
-    others: Sequence[int] = (),
+    options: EngineOptions, spec: ModelSpec, compute: Compute, others: Sequence[int] = (), gpu_share: float = 1.0
 ) -> int:
     """Blocks that fit the budget; never more than max_num_seqs sequences of full length could use.
 
-    `others`: see cpu_budget. Raises ModelError if not even one sequence of max_model_len tokens fits.
+    `others`: see cpu_budget; `gpu_share`: see gpu_budget. Raises ModelError if not even one sequence of max_model_len
+    tokens fits.
     """
     block = PagedKV.bytes_per_block(spec, options.block_size, compute.dtype)
     needed = -(-options.max_model_len // options.block_size)
-    budget = options.kv_cache_bytes or _default_budget(options, compute.device, needed * block, others)
+    is_on_gpu = compute.device.type == "cuda"
+    if options.kv_cache_bytes:
+        budget = options.kv_cache_bytes
+    elif is_on_gpu:
+        budget = gpu_budget(options.gpu_memory_utilization, gpu_share)
+    else:
+        budget = _host_budget(options, needed * block, others)
     if budget < needed * block:
         raise ModelError(
-            f"kv_cache_gib={budget / GIB:.3g} holds {budget // block * options.block_size} tokens, fewer than "
+            f"kv_cache_gib={budget / GIB:.3g} holds {max(0, budget) // block * options.block_size} tokens, fewer than "
             f"max_model_len={options.max_model_len}: set kv_cache_gib to {needed * block / GIB:.3g} or more, "
-            "or lower max_model_len"
+            f"{'raise gpu_memory_utilization or gpus_per_front, ' if is_on_gpu else ''}or lower max_model_len"
         )
     return min(budget // block, needed * options.max_num_seqs)
 
 
-def _default_budget(options: EngineOptions, device: torch.device, least: int, others: Sequence[int]) -> int:
-    if device.type == "cuda":  # not yet run on a GPU
-        free, total = torch.cuda.mem_get_info()
-        return int(free - (1 - options.gpu_memory_utilization) * total)
+def gpu_budget(utilization: float, share: float) -> int:
+    """Bytes for the KV cache of a front that has `share` of a GPU (1: all of it), once its weights are loaded. Not yet
+    run on a GPU.
+
+    Actors that share a GPU load side by side: what is free at this moment says little, but caps it. The share holds
+    this process's weights and scratch memory, and what CUDA itself takes for each process.
+    """
+    free, total = torch.cuda.mem_get_info()
+    return int(min(free, utilization * min(1.0, share) * total - torch.cuda.memory_reserved() - CUDA_CONTEXT))
+
+
+def _host_budget(options: EngineOptions, least: int, others: Sequence[int]) -> int:
     available = available_memory()
     if available is not None and available < least:
         logger.warning(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from actors.compute import Compute
+from actors.compute import Compute, told_if_out_of_memory
 from actors.dispatch.dispatcher import Dispatcher
 from actors.dispatch.local import LocalDispatcher
 from actors.dispatch.remote import RemoteDispatcher
@@ -56,7 +56,8 @@ def load_parts(spec: FrontSpec, namespace: str, metrics: Metrics, report: Callab
     of_experts = Compute.choose(options.expert_device, options.dtype, options.kernels, options.expert_dtype)
     is_local = spec.lane == "local"
     loading = _Loading(checkpoint.total_bytes if is_local else checkpoint.front_bytes, report)
-    model = load_front(Weights(checkpoint, compute, loading))
+    with told_if_out_of_memory("a front's share of the model", "give it more of a GPU: gpus_per_front"):
+        model = load_front(Weights(checkpoint, compute, loading))
     if is_local:
         local = LocalDispatcher(load_experts(Weights(checkpoint, of_experts, loading), checkpoint.all_experts))
         return FrontParts(model, local, None, loading.total)
@@ -68,8 +69,9 @@ def load_parts(spec: FrontSpec, namespace: str, metrics: Metrics, report: Callab
 def build_engine(spec: FrontSpec, parts: FrontParts, metrics: Metrics, others: Sequence[int] = ()) -> Engine:
     """`others`: see num_kv_blocks. Raises ModelError if the KV cache can't hold one sequence of full length."""
     options, model = spec.engine, parts.model
-    num_blocks = num_kv_blocks(options, model.spec, model.compute, others)
-    kv = PagedKV(model.spec, num_blocks, options.block_size, model.compute)
+    num_blocks = num_kv_blocks(options, model.spec, model.compute, others, spec.resources.gpus_per_front)
+    with told_if_out_of_memory("the KV cache", "set kv_cache_gib, or lower gpu_memory_utilization"):
+        kv = PagedKV(model.spec, num_blocks, options.block_size, model.compute)
     return Engine(model, kv, parts.dispatcher, make_scheduler(options, num_blocks), metrics, spec.actor_id)
 
 

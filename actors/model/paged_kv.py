@@ -25,9 +25,11 @@ class PagedKV:
     def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, compute: Compute) -> None:
         shape = (spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         routed_shape = (num_blocks * block_size, spec.num_layers, spec.top_k)
-        # empty: on CPU, pages get memory when they are first written, so an idle server stays small.
-        self.k_LBSGC = torch.empty(shape, dtype=compute.dtype, device=compute.device)
-        self.v_LBSGC = torch.empty(shape, dtype=compute.dtype, device=compute.device)
+        # empty: on CPU, pages get memory when they are first written, so an idle server stays small. On a GPU kernels
+        # may read what they mask, and 0 * NaN is NaN.
+        make = torch.empty if compute.device.type == "cpu" else torch.zeros
+        self.k_LBSGC = make(shape, dtype=compute.dtype, device=compute.device)
+        self.v_LBSGC = make(shape, dtype=compute.dtype, device=compute.device)
         self.routed_NLK = torch.empty(routed_shape, dtype=routed_dtype(spec.num_experts), device=compute.device)
 
     @property

@@ -53,7 +53,7 @@ class ExpertActor:
         return self.ready
 
     def _read(self) -> "Replica":
-        from actors.compute import Compute
+        from actors.compute import Compute, told_if_out_of_memory
         from actors.experts.loading import load_experts, read_layer_experts
         from actors.replica.replica import Replica
         from actors.weights import Weights
@@ -64,10 +64,13 @@ class ExpertActor:
         checkpoint = Checkpoint.open(local_copy(spec.model_path))
         compute = Compute.choose(spec.device, spec.dtype, spec.kernels, spec.expert_dtype)
         self._total = checkpoint.bytes_per_expert * sum(len(layer) for layer in spec.experts)
-        store = load_experts(Weights(checkpoint, compute, self._advance), spec.experts)
+        with told_if_out_of_memory("a replica's share of the experts", "raise groups or gpus_per_replica"):
+            store = load_experts(Weights(checkpoint, compute, self._advance), spec.experts)
         release_free_memory()
         read = partial(read_layer_experts, Weights(checkpoint, compute))
-        return Replica(spec, store, read, self.metrics)
+        replica = Replica(spec, store, read, self.metrics)
+        replica.warm_up()
+        return replica
 
     def _advance(self, num_bytes: int) -> None:
         self._loaded += num_bytes

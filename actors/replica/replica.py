@@ -16,6 +16,9 @@ from cluster.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+# As many as a step has at most, unless max_num_batched_tokens says otherwise.
+WARM_UP_TOKENS = 512
+
 # (layer, global ids) -> those experts, read from the checkpoint
 ReadExperts = Callable[[int, tuple[int, ...]], LayerExperts]
 
@@ -49,6 +52,21 @@ class Replica:
         with self._computing:
             self.store.replace(layer, layer_experts)
         return len(missing)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compute a token and a large message, for nobody: what is loaded at its first use, such as the kernels of a
+        GPU, takes longer than a front waits for an answer.
+        """
+        spec, compute = self.store.spec, self.store.compute
+        layer, held = next(((layer, ids) for layer, ids in enumerate(self.store.held) if ids), (0, ()))
+        for num_tokens in (1, WARM_UP_TOKENS) if held else ():
+            x_TD, gates_TK = (
+                torch.zeros(num_tokens, width, dtype=compute.dtype, device=compute.device)
+                for width in (spec.hidden_size, spec.top_k)
+            )
+            ids_TK = torch.tensor(held)[torch.arange(gates_TK.numel()) % len(held)].view(gates_TK.shape)
+            self.store.run(layer, x_TD, ids_TK.to(compute.device), gates_TK).cpu()
 
     def answer(self, frame: wire.Buffer) -> bytes:
         """Answer a packed dispatch with a packed partial, or with the reason why not."""

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.compute import Compute, told_if_out_of_memory
 from actors.engine import memory
 from actors.engine.host_memory import available_memory
-from actors.engine.memory import GIB, LEAST, SHARE, cpu_budget, num_kv_blocks
+from actors.engine.memory import GIB, LEAST, SHARE, cpu_budget, gpu_budget, num_kv_blocks
 from actors.model.paged_kv import PagedKV
 from benchmarks.make_checkpoint import SHAPES
 from cluster.config import load_config
@@ -172,3 +173,37 @@ async def test_a_front_is_told_of_the_caches_on_its_own_node_only() -> None:
         await fleet.join(fleet.members[number])
     assert [handle.others for handle in handles] == [(0,), (7,), (), ()]
     assert [m.ready.kv_cache_bytes for m in fleet.members if m.ready] == [7, 7, 0, 7]
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "share", "expected"),
+    [
+        (70, 10, 1.0, 0.9 * 80 - 10 - 0.5),
+        (20, 10, 1.0, 20),  # others have the rest already
+        (70, 10, 0.5, 0.9 * 40 - 10 - 0.5),  # two fronts to a GPU: what the other has not taken yet is not ours
+        (70, 40, 0.5, 0.9 * 40 - 40 - 0.5),  # the weights alone are too much
+        (70, 10, 2.0, 0.9 * 80 - 10 - 0.5),
+    ],
+)
+def test_a_front_keeps_to_its_share_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, free: float, reserved: float, share: float, expected: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * GIB), 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: int(reserved * GIB))
+    assert gpu_budget(0.9, share) == pytest.approx(expected * GIB, abs=1)
+    model, engine = options()
+    on_gpu = Compute(torch.device("cuda"), torch.bfloat16)
+    if expected < 0:
+        found = r"kv_cache_gib=-4\.5 holds 0 tokens.*raise gpu_memory_utilization or gpus_per_front"
+        with pytest.raises(ModelError, match=found):
+            num_kv_blocks(engine, model, on_gpu, (), share)
+        return
+    block = PagedKV.bytes_per_block(model, engine.block_size, torch.bfloat16)
+    most = 64 * 4096 // engine.block_size
+    assert num_kv_blocks(engine, model, on_gpu, (), share) == min(most, int(expected * GIB) // block)
+
+
+def test_a_gpu_without_room_is_told_with_the_way_out() -> None:
+    found = r"the KV cache does not fit into the GPU's memory: set kv_cache_gib \(no room\)"
+    with pytest.raises(ModelError, match=found), told_if_out_of_memory("the KV cache", "set kv_cache_gib"):
+        raise torch.OutOfMemoryError("no room\nat all")

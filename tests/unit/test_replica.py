@@ -119,3 +119,22 @@ def test_at_level_debug_each_step_of_each_front_has_one_line(
     for number, layer, front in [(1, 0, 0), (1, 1, 0), (9, 0, 256), (1, 1, 0), (9, 1, 256), (2, 0, 0)]:
         replica.answer(dispatch(number, layer, front=front))
     assert [step for _, step in logged(caplog)] == ["front-0:1", "front-1:9", "front-0:2"]
+
+
+def test_a_warm_up_computes_a_token_and_a_large_message_for_nobody(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = replica.store.run, []
+
+    def recorded(layer: int, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        seen.append((layer, len(x), ids.unique().tolist()))
+        return run(layer, x, ids, gates)
+
+    monkeypatch.setattr(replica.store, "run", recorded)
+    replica.warm_up()
+    assert seen == [(0, 1, [0]), (0, 512, [0])]
+    assert replica.num_tokens == 0
+    for layer in range(2):
+        replica.set_experts(layer, ())
+    replica.warm_up()
+    assert len(seen) == 2, "without experts there is nothing to warm up"
