@@ -5,7 +5,7 @@ Shapes: R rows that need logits, D hidden, V vocabulary.
 
 from torch import Tensor
 
-from actors.engine.sampler import sample, token_logprob
+from actors.engine.sampler import sample, token_logprobs
 from actors.engine.sequence import Sequence
 from actors.model.front_half import FrontHalf
 from cluster.messages.requests import TokenLogprob
@@ -27,7 +27,7 @@ def score_prompt(model: FrontHalf, sequence: Sequence, rows_RD: Tensor, position
     for start in range(0, len(targets), LOGIT_ROWS):
         some = targets[start : start + LOGIT_ROWS]
         logprobs_RV = model.logits(rows_RD[start : start + len(some)]).log_softmax(dim=-1)
-        scores.extend(token_logprob(row, token, num_top) for row, token in zip(logprobs_RV, some, strict=True))
+        scores.extend(token_logprobs(logprobs_RV, some, [num_top] * len(some)))
 
 
 def sample_next(model: FrontHalf, sequences: list[Sequence], hidden_RD: Tensor) -> dict[str, Sampled]:
@@ -36,8 +36,20 @@ def sample_next(model: FrontHalf, sequences: list[Sequence], hidden_RD: Tensor) 
     for start in range(0, len(sequences), LOGIT_ROWS):
         some = sequences[start : start + LOGIT_ROWS]
         logits_RV = model.logits(hidden_RD[start : start + len(some)])
-        for row, sequence, token in zip(logits_RV, some, sample(logits_RV, some), strict=True):
-            wanted = sequence.request.params.logprobs
-            scored = None if wanted is None else token_logprob(row.log_softmax(dim=-1), token, wanted)
-            sampled[sequence.request.request_id] = (token, scored)
+        tokens = sample(logits_RV, some)
+        scores = _scores(logits_RV, some, tokens)
+        sampled |= {
+            s.request.request_id: (token, scores.get(r)) for r, (s, token) in enumerate(zip(some, tokens, strict=True))
+        }
     return sampled
+
+
+def _scores(logits_RV: Tensor, sequences: list[Sequence], tokens: list[int]) -> dict[int, TokenLogprob]:
+    """By row, of those that want them."""
+    wanted = {r: n for r, s in enumerate(sequences) if (n := s.request.params.logprobs) is not None}
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    logprobs_RV = logits_RV[rows].log_softmax(dim=-1)
+    scored = token_logprobs(logprobs_RV, [tokens[r] for r in rows], list(wanted.values()))
+    return dict(zip(rows, scored, strict=True))

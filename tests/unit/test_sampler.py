@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.engine.sampler import adjust, draw, sample, sample_one, token_logprob, uniform
+from actors.engine import sampler
+from actors.engine.sampler import adjust, sample, token_logprobs, uniform
 from actors.engine.sequence import Sequence
 from cluster.messages.requests import GenerationRequest, SamplingParams
 
@@ -18,6 +19,14 @@ LOGITS = PROBS.log()
 
 def sequence(prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), **params: Any) -> Sequence:
     return Sequence.of(GenerationRequest("a", "test", prompt, SamplingParams(**params), output))
+
+
+def draw(logits_V: torch.Tensor, params: SamplingParams, u: float) -> int:
+    return sampler.draw(logits_V[None], [params], [u])[0]
+
+
+def sample_one(logits_V: torch.Tensor, one: Sequence) -> int:
+    return sample(logits_V[None], [one])[0]
 
 
 def support(**params: Any) -> set[int]:
@@ -134,7 +143,66 @@ def test_adjusting_leaves_the_model_s_logits_alone() -> None:
 
 
 def test_token_logprob_reports_rank_and_alternatives() -> None:
-    scored = token_logprob(LOGITS, 3, 2)
+    scored, other = token_logprobs(torch.stack([LOGITS, LOGITS]), [3, 0], [2, 0])
+    assert (other.token_id, other.rank, other.top) == (0, 1, ())
     assert scored.rank == 3
     assert scored.logprob == pytest.approx(math.log(0.15))
     assert [token for token, _ in scored.top] == [0, 2]
+
+
+RULES = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+        "top_k": st.sampled_from([0, 1, 3, 40, 2000]),
+        "top_p": st.sampled_from([0.05, 0.7, 0.999, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.1]),
+        "seed": st.integers(0, 2**40),
+        "logit_bias": st.sampled_from([(), ((1, 2.0),)]),
+        "logprobs": st.sampled_from([None, 0, 3]),
+    }
+)
+
+
+@given(st.lists(RULES, min_size=1, max_size=6), st.sampled_from([5, 3000]), st.booleans(), st.integers(0, 9))
+@settings(deadline=None, max_examples=60)
+def test_a_row_does_not_depend_on_its_company(
+    rules: list[dict[str, Any]], size: int, has_ties: bool, seed: int
+) -> None:
+    logits = torch.randn(len(rules), size, generator=torch.Generator().manual_seed(seed))
+    logits = logits.bfloat16().float() if has_ties else logits
+    sequences = [sequence((0,), (2,) * row, **each) for row, each in enumerate(rules)]
+    alone = [sample_one(row, one) for row, one in zip(logits, sequences, strict=True)]
+    assert sample(logits, sequences) == alone
+    num_top = [each["logprobs"] or 0 for each in rules]
+    together = token_logprobs(logits.log_softmax(-1), alone, num_top)
+    for row, (token, n) in enumerate(zip(alone, num_top, strict=True)):
+        (scored,) = token_logprobs(logits[row : row + 1].log_softmax(-1), [token], [n])
+        assert (scored.logprob, scored.rank, len(scored.top)) == (
+            together[row].logprob, together[row].rank, len(together[row].top)
+        )  # fmt: skip
+        assert [value for _, value in scored.top] == [value for _, value in together[row].top]
+
+
+@given(RULES, st.integers(0, 9))
+@settings(deadline=None, max_examples=60)
+def test_a_draw_is_what_its_definition_says(rules: dict[str, Any], seed: int) -> None:
+    """One token after the other, the likeliest first, in plain Python."""
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(seed)).double()
+    params = SamplingParams(**rules | {"temperature": rules["temperature"] or 1.0})
+    probs = (logits / params.temperature).softmax(-1).tolist()
+    order = sorted(range(50), key=lambda token: -probs[token])[: params.top_k or 50]
+    order = [token for token in order if probs[token] >= params.min_p * max(probs)]
+    mass, kept = 0.0, []
+    for token in order:
+        if params.top_p < 1 and mass >= params.top_p * sum(probs[t] for t in order):
+            break
+        kept.append(token)
+        mass += probs[token]
+    u, reached = uniform(params.seed, 7), 0.0
+    if params.top_p >= 1 and not 0 < params.top_k < 50:
+        kept.sort()
+    for token in kept:
+        reached += probs[token]
+        if reached > u * mass:
+            break
+    assert draw(logits.float(), params, u) == token or abs(reached - u * mass) < 1e-6
