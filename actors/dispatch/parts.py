@@ -82,10 +82,9 @@ class HomeTable:
 def split(
     layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, homes: "HomeTable", map_version: int
 ) -> list[Part]:
-    """One part for each group that got a token, in the order of groups."""
-    x_TD, gates_TK = x_TD.cpu(), gates_TK.cpu()
+    """One part for each group that got a token, in the order of groups. All tensors are on the host."""
     # numpy: on arrays this small a torch call costs several times as much.
-    ids = ids_TK.cpu().numpy().astype(np.int16)
+    ids = ids_TK.numpy().astype(np.int16, copy=False)
     home_TK = np.where(ids < 0, -1, homes.of(ids))
     parts = []
     for group in range(homes.num_groups):
@@ -104,7 +103,7 @@ def split(
 
 
 def checked(frame: wire.Buffer, part: Part) -> tuple[Tensor, float]:
-    """The partial sums of an answer, float32, in memory of their own, and the seconds that the experts computed.
+    """The partial sums of an answer, a view of the frame, and the seconds that the experts computed.
 
     Raises NotHeldError or CorruptAnswerError.
     """
@@ -119,7 +118,6 @@ def checked(frame: wire.Buffer, part: Part) -> tuple[Tensor, float]:
         raise CorruptAnswerError(answer.text)
     if partial_PD.shape != part.x_PD.shape or partial_PD.dtype != part.x_PD.dtype:
         raise CorruptAnswerError(f"partial sums of shape {tuple(partial_PD.shape)}, {partial_PD.dtype}")
-    sums_PD = partial_PD.to(torch.float32, copy=True)
-    if not math.isfinite(float(sums_PD.sum())):
+    if not math.isfinite(float(partial_PD.sum(dtype=torch.float32))):
         raise CorruptAnswerError("partial sums are not finite")
-    return sums_PD, answer.compute_seconds
+    return partial_PD, answer.compute_seconds

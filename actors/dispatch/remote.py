@@ -19,6 +19,7 @@ from actors.dispatch.parts import CorruptAnswerError, HomeTable, NotHeldError, P
 from actors.dispatch.recovery import LateAnswers, Probes
 from actors.lanes import wire
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
+from actors.staging import DIRECT, Staging
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.metrics import Metrics
 
@@ -46,8 +47,11 @@ class _Pending:
 class RemoteDispatcher(Dispatcher):
     """Sends each group its tokens, sums partial results in float32 in the order of groups."""
 
-    def __init__(self, lane: Lane, metrics: Metrics, fallback: Fallback | None = None) -> None:
+    def __init__(
+        self, lane: Lane, metrics: Metrics, fallback: Fallback | None = None, staging: Staging | None = None
+    ) -> None:
         super().__init__()
+        self._staging = staging or DIRECT
         self.lane = lane
         self.metrics = metrics
         self._fallback = fallback
@@ -116,7 +120,8 @@ class RemoteDispatcher(Dispatcher):
             self._late.hear()
         if self._breaker:
             self._probes.look(self._breaker, self._late.owing, self._by_id)
-        parts = split(layer, x_TD, ids_TK, gates_TK, homes, version)
+        x_here_TD, gates_here_TK, ids_here_TK = self._staging.download(x_TD, gates_TK, ids_TK.to(torch.int16))
+        parts = split(layer, x_here_TD, ids_here_TK, gates_here_TK, homes, version)
         for part in parts:
             self._send(part)
             self._hedges.earn()
@@ -136,19 +141,17 @@ class RemoteDispatcher(Dispatcher):
             self.step.wait_seconds += time.monotonic() - started
 
     def _combine(self, pending: _Pending) -> Tensor:
-        device = pending.like_TD.device
         sum_TD: Tensor | None = None
         for part in pending.parts:
-            partial_PD = self._receive(part).to(device)
-            if sum_TD is None and part.rows_P is None:
-                sum_TD = partial_PD  # nobody else has it: the sum may grow in it
+            partial_PD = self._receive(part)
+            if part.rows_P is None:
+                (partial_PD,) = self._staging.upload(partial_PD)
+                sum_TD = partial_PD.to(torch.float32, copy=True) if sum_TD is None else sum_TD.add_(partial_PD)
                 continue
             if sum_TD is None:
                 sum_TD = torch.zeros_like(pending.like_TD, dtype=torch.float32)
-            if part.rows_P is None:
-                sum_TD += partial_PD
-            else:
-                sum_TD[part.rows_P.to(device)] += partial_PD
+            partial_PD, rows_P = self._staging.upload(partial_PD, part.rows_P)
+            sum_TD[rows_P] += partial_PD
         assert sum_TD is not None, "every token has an expert in some group"
         self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=pending.lane)
         return sum_TD.to(pending.like_TD.dtype)
@@ -185,7 +188,7 @@ class RemoteDispatcher(Dispatcher):
         )
 
     def _receive(self, part: Part) -> Tensor:
-        """The part's partial sums, from whichever replica answers well, or else computed here."""
+        """The part's partial sums, on the host, from whichever replica answers well, or else computed here."""
         while part.sent or self._send(part):
             may_hedge = bool(self._hedges) and self._choose(part) is not None
             try:
@@ -284,7 +287,7 @@ class RemoteDispatcher(Dispatcher):
         self.metrics.inc("local_fallback_tokens_total", part.num_tokens)
         self.step.num_local_tokens += part.num_tokens
         try:
-            return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK).float()
+            return self._fallback(part.layer, part.x_PD, part.ids_PK.long(), part.gates_PK)
         except Exception as error:  # such as a file that can't be read
             raise DispatchError(f"no replica of expert group {part.group} answers, and here: {error}") from error
 
@@ -297,6 +300,6 @@ class RemoteDispatcher(Dispatcher):
                 return self._compute_here(part)
         self._failover(logging.INFO, f"sent anew by map {self.map_version}: experts of layer {part.layer}", "not_held")
         spent = self.step.wait_seconds
-        sum_PD = self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK)).float()
+        sum_PD = self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK))
         self.step.wait_seconds = spent  # the combine() that this is a part of counts it
         return sum_PD

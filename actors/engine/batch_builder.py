@@ -5,10 +5,11 @@ import torch
 
 from actors.engine.scheduler import Chunk
 from actors.model.batch import Span, StepBatch
+from actors.staging import Staging
 
 
-def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> StepBatch:
-    """Pack chunks in their order (single tokens first); built on the CPU, moved in one go."""
+def build_batch(chunks: list[Chunk], block_size: int, staging: Staging) -> StepBatch:
+    """Pack chunks in their order (single tokens first); built on the host, uploaded in one go."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -36,12 +37,12 @@ def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> S
         torch.tensor(rows, dtype=torch.int64),
         tuple(spans),
     )
-    return batch.to(device)
+    return batch.uploaded(staging)
 
 
-def batch_for_nobody(length: int, block: int, block_size: int, device: torch.device) -> StepBatch:
+def batch_for_nobody(length: int, block: int, block_size: int, staging: Staging) -> StepBatch:
     """The first tokens of a sequence that has one KV block; logits are wanted of the last."""
     assert length <= block_size
     positions, table = torch.arange(length), torch.tensor([[block]], dtype=torch.int32)
     tokens, slots, rows = torch.zeros_like(positions), block * block_size + positions, positions[-1:]
-    return StepBatch(tokens, positions, slots, table, rows, (Span(0, length, length, 0, 1),)).to(device)
+    return StepBatch(tokens, positions, slots, table, rows, (Span(0, length, length, 0, 1),)).uploaded(staging)

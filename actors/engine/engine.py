@@ -79,8 +79,7 @@ class Engine:
 
     def _compute_for_nobody(self, length: int, block: int, dispatcher: Dispatcher) -> None:
         """Overwrites the start of a KV block."""
-        size, device = self.scheduler.allocator.block_size, self.model.compute.device
-        batch = batch_for_nobody(length, block, size, device)
+        batch = batch_for_nobody(length, block, self.scheduler.allocator.block_size, self.model.staging)
         hidden_RD, _ = self.model.forward(batch, self.kv, dispatcher)
         self.model.logits(hidden_RD).cpu()
 
@@ -168,7 +167,7 @@ class Engine:
     @torch.inference_mode()
     def _compute(self, chunks: list[Chunk], step: Step) -> list[RequestOutput]:
         self.dispatcher.step = step
-        batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.compute.device)
+        batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.staging)
         hidden_RD, ids_TLK = self.model.forward(batch, self.kv, self.dispatcher)
         self._count_experts(ids_TLK)
         return self._postprocess(chunks, batch.spans, hidden_RD)
@@ -246,7 +245,8 @@ class Engine:
 
     def _count_experts(self, ids_TLK: Tensor) -> None:
         num_layers, num_experts = self.expert_counts.shape
-        flat = ids_TLK.cpu().long() + torch.arange(num_layers)[:, None] * num_experts
+        (ids_TLK,) = self.model.staging.download(ids_TLK)
+        flat = ids_TLK.long() + torch.arange(num_layers)[:, None] * num_experts
         self.expert_counts += flat.flatten().bincount(minlength=num_layers * num_experts).view(num_layers, -1)
 
     def publish_gauges(self) -> None:

@@ -4,8 +4,9 @@ packed for one native call. LayerExperts is the oracle of the other two.
 Shapes: T tokens, D hidden, F expert hidden, K top-k, E experts held of a layer, P (token, choice) pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 from actors.compute import Compute
 from actors.kernels.native import NativeExperts
 from actors.packed import FastLinear, pack_expert
+from actors.staging import DIRECT, Staging
 from cluster.models import spec
 
 Activation = Callable[[Tensor], Tensor]
@@ -27,6 +29,18 @@ ACTIVATIONS: dict[spec.Activation, Activation] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Choices:
+    """What the tokens of a message have chosen of a layer. rows_TK (int64) are rows of the weights; E and more:
+    computed elsewhere. Rows may be on the host while x and gates are on a GPU: then all that depends on their values
+    is done on the host.
+    """
+
+    rows_TK: Tensor
+    gates_TK: Tensor
+    staging: Staging = DIRECT
+
+
+@dataclass(frozen=True, slots=True)
 class LayerExperts:
     """One layer's experts. Row i of the weights is global expert `ids[i]`; gate rows come before up rows."""
 
@@ -34,16 +48,18 @@ class LayerExperts:
     gate_up_EFD: Tensor
     down_EDF: Tensor
 
-    def combine(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation) -> Tensor:
-        """Sum of gate * expert(x) over each token's choices, [T, D]; rows_TK int64, E and more: computed elsewhere."""
-        return combine_sorted(self, x_TD, rows_TK, gates_TK, activation)
+    def combine(self, x_TD: Tensor, choices: Choices, activation: Activation) -> Tensor:
+        """Sum of gate * expert(x) over each token's choices, [T, D] in the type of x. Sums are float32."""
+        return combine_sorted(self, x_TD, choices, activation)
 
-    def run(self, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
-        """expert(x) for pairs sorted by expert, `counts_E` pairs of each: [P, D]."""
+    def run(self, x_PD: Tensor, ends_E: Tensor, activation: Activation) -> Tensor:
+        """expert(x) for pairs sorted by expert, those of expert e before ends_E[e] (int32): [P, D]. Rows behind the
+        last end are anything.
+        """
         # grouped_mm wants rows that start at multiples of 16 bytes.
         row_bytes = [n * self.down_EDF.dtype.itemsize for n in self.down_EDF.shape[1:]]
         run = run_experts_loop if any(n % 16 for n in row_bytes) else run_experts_grouped
-        return run(self, x_PD, counts_E, activation)
+        return run(self, x_PD, ends_E, activation)
 
     def regrouped(self, ids: tuple[int, ...], more: "LayerExperts") -> "LayerExperts":
         """The experts `ids` as a layer of their own; those that are not in this one come from `more`."""
@@ -88,20 +104,17 @@ class PackedExperts:
         }
         return replace(self, ids=ids, gate_up_E=tuple(known[e][0] for e in ids), down_E=tuple(known[e][1] for e in ids))
 
-    def combine(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation) -> Tensor:
+    def combine(self, x_TD: Tensor, choices: Choices, activation: Activation) -> Tensor:
         """As LayerExperts.combine."""
-        return combine_sorted(self, x_TD, rows_TK, gates_TK, activation)
+        return combine_sorted(self, x_TD, choices, activation)
 
-    def run(self, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+    def run(self, x_PD: Tensor, ends_E: Tensor, activation: Activation) -> Tensor:
         """As LayerExperts.run."""
         y_PD = torch.empty_like(x_PD)
-        start = 0
-        for gate_up, down, count in zip(self.gate_up_E, self.down_E, counts_E.tolist(), strict=True):
-            if count:
-                here = slice(start, start + count)
-                gate_F, up_F = gate_up(x_PD[here]).chunk(2, dim=-1)
-                y_PD[here] = down(activation(gate_F) * up_F)
-                start += count
+        for (start, end), gate_up, down in zip(_ranges(ends_E), self.gate_up_E, self.down_E, strict=True):
+            if start < end:
+                gate_F, up_F = gate_up(x_PD[start:end]).chunk(2, dim=-1)
+                y_PD[start:end] = down(activation(gate_F) * up_F)
         return y_PD
 
 
@@ -118,46 +131,58 @@ class FusedExperts:
         rows = {expert: row for row, expert in enumerate((*self.ids, *more.ids))}
         return FusedExperts(ids, self.experts.select([rows[expert] for expert in ids], new))
 
-    def combine(self, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation) -> Tensor:
+    def combine(self, x_TD: Tensor, choices: Choices, activation: Activation) -> Tensor:
         """As LayerExperts.combine."""
-        return self.experts.run(x_TD, rows_TK, gates_TK)
+        return self.experts.run(x_TD, choices.rows_TK, choices.gates_TK)
 
 
 AnyExperts = LayerExperts | PackedExperts | FusedExperts
 
 
 def combine_sorted(
-    experts: LayerExperts | PackedExperts, x_TD: Tensor, rows_TK: Tensor, gates_TK: Tensor, activation: Activation
+    experts: LayerExperts | PackedExperts, x_TD: Tensor, choices: Choices, activation: Activation
 ) -> Tensor:
-    """As LayerExperts.combine, for experts that want the pairs of each next to one another."""
-    num_tokens, top_k = rows_TK.shape
+    """As LayerExperts.combine, for experts that want the pairs of each next to one another. Nothing here waits for a
+    GPU: where rows are there, pairs that are computed elsewhere are carried along and masked in the end.
+    """
+    num_tokens, top_k = choices.rows_TK.shape
     # One stable sort brings the pairs of an expert together, skipped ones (row E) last.
-    rows_P, order_P = rows_TK.flatten().sort(stable=True)
-    counts_E = torch.bincount(rows_P, minlength=len(experts.ids) + 1)[:-1]
-    order_P = order_P[: int(counts_E.sum())]
-    y_PD = experts.run(x_TD[order_P // top_k], counts_E, activation)
-    weighted_PD = y_PD.float().mul_(gates_TK.flatten()[order_P, None])
+    rows_P, order_P = choices.rows_TK.flatten().sort(stable=True)
+    numbers_E = torch.arange(len(experts.ids), device=rows_P.device)
+    ends_E = torch.searchsorted(rows_P, numbers_E, right=True, out_int32=True)
+    is_cut = is_on_host(rows_P)
+    if is_cut:
+        order_P = order_P[: int(ends_E[-1]) if len(ends_E) else 0]
+        order_P, ends_E = choices.staging.upload(order_P, ends_E)
+    y_PD = experts.run(x_TD[order_P // top_k], ends_E, activation)
+    weighted_PD = y_PD.float().mul_(choices.gates_TK.flatten()[order_P, None])
+    if not is_cut:
+        weighted_PD = torch.where(rows_P[:, None] < len(experts.ids), weighted_PD, 0)
     # Each pair has a place of its own and K places are summed in order: same bits every time, on GPUs as well.
     out_XD = torch.zeros(num_tokens * top_k, x_TD.shape[1], device=x_TD.device)
     out_XD[order_P] = weighted_PD
     return out_XD.view(num_tokens, top_k, x_TD.shape[1]).sum(1).to(x_TD.dtype)
 
 
-def run_experts_grouped(experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+def run_experts_grouped(experts: LayerExperts, x_PD: Tensor, ends_E: Tensor, activation: Activation) -> Tensor:
     """All experts in two grouped matrix products."""
-    ends_E = counts_E.cumsum(0).to(torch.int32)
     gate_PF, up_PF = F.grouped_mm(x_PD, experts.gate_up_EFD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     h_PF = activation(gate_PF) * up_PF
     return F.grouped_mm(h_PF, experts.down_EDF.transpose(1, 2), offs=ends_E)
 
 
-def run_experts_loop(experts: LayerExperts, x_PD: Tensor, counts_E: Tensor, activation: Activation) -> Tensor:
+def run_experts_loop(experts: LayerExperts, x_PD: Tensor, ends_E: Tensor, activation: Activation) -> Tensor:
     """One expert after the other: for widths that grouped_mm refuses, and the oracle of the faster ways."""
     y_PD = torch.empty_like(x_PD)
-    start = 0
-    for row, count in enumerate(counts_E.tolist()):
-        here = slice(start, start + count)
-        gate_F, up_F = F.linear(x_PD[here], experts.gate_up_EFD[row]).chunk(2, dim=-1)
-        y_PD[here] = F.linear(activation(gate_F) * up_F, experts.down_EDF[row])
-        start += count
+    for row, (start, end) in enumerate(_ranges(ends_E)):
+        gate_F, up_F = F.linear(x_PD[start:end], experts.gate_up_EFD[row]).chunk(2, dim=-1)
+        y_PD[start:end] = F.linear(activation(gate_F) * up_F, experts.down_EDF[row])
     return y_PD
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _ranges(ends_E: Tensor) -> Iterator[tuple[int, int]]:
+    return pairwise([0, *ends_E.tolist()])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from actors.compute import Compute
-from actors.experts.layer_experts import ACTIVATIONS, AnyExperts
+from actors.experts.layer_experts import ACTIVATIONS, AnyExperts, Choices
+from actors.staging import Staging, staging_for
 from cluster.models.spec import ModelSpec
 
 SKIP = -1
@@ -30,12 +31,15 @@ class ExpertStore:
         spec: ModelSpec,
         layers: tuple[AnyExperts, ...],
         compute: Compute,
+        staging: Staging | None = None,
     ) -> None:
         self.spec = spec
         self.layers = list(layers)
         self.compute = compute
         self.activation = ACTIVATIONS[spec.activation]
+        self.staging = staging or staging_for(compute.device)
         self._rows = [self._row_table(layer.ids) for layer in layers]
+        self._rows_there = [table.to(compute.device) for table in self._rows]
 
     @property
     def held(self) -> tuple[tuple[int, ...], ...]:
@@ -45,14 +49,20 @@ class ExpertStore:
     def replace(self, layer: int, experts: AnyExperts) -> None:
         """Hold these experts of a layer from now on. Must not run while run() does."""
         self.layers[layer], self._rows[layer] = experts, self._row_table(experts.ids)
+        self._rows_there[layer] = self._rows[layer].to(self.compute.device)
 
     def run(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Sum of gate * expert(x) over those of each token's choices that are not -1, [T, D] in the type of x.
 
-        ids are global expert ids, int64. Sums are kept in float32. Raises NotHeld.
+        ids are global expert ids, int64. Sums are kept in float32. Raises NotHeld, but not where ids are on a GPU: to
+        look at them would be to wait for it, and a front that has them there holds all experts.
+
+        With ids on the host, x and gates may be there too: the sum is on the store's device in any case.
         """
         rows_TK = self._local_rows(layer, ids_TK)
-        return self.layers[layer].combine(x_TD, rows_TK, gates_TK, self.activation)
+        if x_TD.device != self.compute.device:
+            x_TD, gates_TK = self.staging.upload(x_TD, gates_TK)
+        return self.layers[layer].combine(x_TD, Choices(rows_TK, gates_TK, self.staging), self.activation)
 
     def _row_table(self, ids: tuple[int, ...]) -> Tensor:
         """Global id -> row. Entry -1 (the last, as an index) stands for skipped choices and maps past the last row;
@@ -60,9 +70,11 @@ class ExpertStore:
         table = torch.full((self.spec.num_experts + 2,), -1)
         table[list(ids)] = torch.arange(len(ids))
         table[SKIP] = len(ids)
-        return table.to(self.compute.device)
+        return table
 
     def _local_rows(self, layer: int, ids_TK: Tensor) -> Tensor:
+        if ids_TK.device.type != "cpu":
+            return self._rows_there[layer][ids_TK]
         rows_TK = self._rows[layer][ids_TK.clamp(SKIP, self.spec.num_experts)]
         if rows_TK.numel() and int(rows_TK.min()) < 0:
             raise NotHeld(layer, int(ids_TK[rows_TK < 0][0]))

@@ -62,7 +62,7 @@ def load_parts(spec: FrontSpec, namespace: str, metrics: Metrics, report: Callab
         local = LocalDispatcher(load_experts(Weights(checkpoint, of_experts, loading), checkpoint.all_experts))
         return FrontParts(model, local, None, loading.total)
     fallback = CheckpointExperts(Weights(checkpoint, of_experts))
-    remote = RemoteDispatcher(make_lane(spec, namespace), metrics, fallback.run)
+    remote = RemoteDispatcher(make_lane(spec, namespace), metrics, fallback.run, model.staging)
     return FrontParts(model, remote, remote, loading.total)
 
 

@@ -24,6 +24,7 @@ from actors.kernels.front_layer import NativeBatch
 from actors.kernels.front_layer import attend as native_attend
 from actors.model.batch import Span, StepBatch
 from actors.model.paged_kv import PagedKV
+from actors.staging import DIRECT, Staging
 
 # Decodes of similar length are gathered together, at most so many cached tokens (64 MB of bf16 keys in a 1b-a400m
 # layer): enough to keep cores busy, small enough that a step's scratch memory stays bounded.
@@ -36,9 +37,9 @@ class AttentionPlan(ABC):
         """softmax(scale * q.k) v over each sequence's own tokens up to the query's position: [T, H, C]."""
 
 
-def plan_attention(batch: StepBatch, kv: PagedKV, compute: Compute) -> AttentionPlan:
+def plan_attention(batch: StepBatch, kv: PagedKV, compute: Compute, staging: Staging) -> AttentionPlan:
     if compute.attention == "flash" and can_use_varlen(kv):
-        return VarlenPlan(batch)
+        return VarlenPlan(batch, staging)
     if compute.attention == "native" and kv.k_LBSGC.shape[-1] % 8 == 0:
         return NativePlan(batch, kv, compute.isa)
     return GatherPlan(batch, kv)
@@ -188,16 +189,13 @@ class VarlenPlan(AttentionPlan):
     (https://github.com/pytorch/pytorch/issues/194167), and a row would depend on the others of its step.
     """
 
-    def __init__(self, batch: StepBatch) -> None:
-        device, spans = batch.token_ids_T.device, batch.spans
-        starts = [span.start for span in spans] + [batch.num_tokens]
-        contexts = [span.context for span in spans]
-        self.cu_seq_q = torch.tensor(starts, dtype=torch.int32, device=device)
-        self.seqused_k = torch.tensor(contexts, dtype=torch.int32, device=device)
-        self.cu_seq_k = None
-        if current_flash_attention_impl() is None:
-            self.cu_seq_k = torch.tensor([0, *accumulate(contexts)], dtype=torch.int32, device=device)
-        self.max_q = max(span.length for span in spans)
+    def __init__(self, batch: StepBatch, staging: Staging = DIRECT) -> None:
+        contexts = [span.context for span in batch.spans]
+        starts = [*(span.start for span in batch.spans), batch.num_tokens]
+        tables = (torch.tensor(table, dtype=torch.int32) for table in (starts, contexts, [0, *accumulate(contexts)]))
+        self.cu_seq_q, self.seqused_k, cu_seq_k = staging.upload(*tables)
+        self.cu_seq_k = cu_seq_k if current_flash_attention_impl() is None else None
+        self.max_q = max(span.length for span in batch.spans)
         self.max_k = max(contexts)
         # One query sees all its keys. To say that it is causal keeps query heads of a group from being packed.
         self.window = (-1, -1) if self.max_q == 1 else (-1, 0)

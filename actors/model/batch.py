@@ -6,8 +6,9 @@ hidden, E experts, K top-k, L layers, H query heads, G key/value heads, C head d
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from actors.staging import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,8 @@ class StepBatch:
         """Sequences with one new token; they are the first rows of the step."""
         return sum(span.length == 1 for span in self.spans)
 
-    def to(self, device: torch.device) -> "StepBatch":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        tensors = move(self.token_ids_T), move(self.positions_T), move(self.slots_T)
-        return StepBatch(*tensors, move(self.blocks_SB), move(self.rows_R), self.spans)
+    def uploaded(self, staging: Staging) -> "StepBatch":
+        """The same on the device."""
+        tensors = self.token_ids_T, self.positions_T, self.slots_T, self.blocks_SB, self.rows_R
+        token_ids_T, positions_T, slots_T, blocks_SB, rows_R = staging.upload(*tensors)
+        return StepBatch(token_ids_T, positions_T, slots_T, blocks_SB, rows_R, self.spans)

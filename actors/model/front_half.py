@@ -18,6 +18,7 @@ from actors.model.front_layers import LayerSteps, LayerWeights, NativeLayers, To
 from actors.model.layers import AnyLinear, rms_norm
 from actors.model.paged_kv import PagedKV, routed_dtype
 from actors.model.rope import Rotary
+from actors.staging import Staging, staging_for
 from cluster.models.spec import ModelSpec
 
 
@@ -32,10 +33,13 @@ class FrontWeights:
 
 
 class FrontHalf:
-    def __init__(self, spec: ModelSpec, compute: Compute, weights: FrontWeights) -> None:
+    def __init__(
+        self, spec: ModelSpec, compute: Compute, weights: FrontWeights, staging: Staging | None = None
+    ) -> None:
         self.spec = spec
         self.compute = compute
         self.weights = weights
+        self.staging = staging or staging_for(compute.device)
         self.rotary = Rotary(spec, compute.device)
         self._native = native_layers(spec, weights.layers)
 
@@ -63,7 +67,7 @@ class FrontHalf:
         angles = self.rotary.angles(batch.positions_T, self.compute.dtype)
         if self._native:
             return NativeLayers(self._native, x_TD, angles, batch, kv)
-        plan = plan_attention(batch, kv, self.compute)
+        plan = plan_attention(batch, kv, self.compute, self.staging)
         return TorchLayers(self.spec, self.weights.layers, x_TD, angles, batch, kv, plan)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:

@@ -6,17 +6,18 @@ Shapes: V vocabulary, D hidden.
 from actors.model.front_half import FrontHalf, FrontWeights
 from actors.model.front_layers import LayerWeights
 from actors.model.layers import AnyLinear, Linear, in_place, packed
+from actors.staging import Staging
 from actors.weights import Weights
 
 
-def load_front(weights: Weights) -> FrontHalf:
+def load_front(weights: Weights, staging: Staging | None = None) -> FrontHalf:
     compute = weights.compute
     embed_VD = weights.read("embed")
     # A tied head is packed only where nothing else is fast: it is in memory twice then.
     tied = weights.spec.tied_head
     head = in_place(Linear(embed_VD), compute) if tied else packed(Linear(weights.read("head")), compute)
     layers = tuple(_layer(weights, number) for number in range(weights.spec.num_layers))
-    return FrontHalf(weights.spec, compute, FrontWeights(embed_VD, layers, weights.read("norm"), head))
+    return FrontHalf(weights.spec, compute, FrontWeights(embed_VD, layers, weights.read("norm"), head), staging)
 
 
 def _layer(weights: Weights, number: int) -> LayerWeights:

@@ -62,11 +62,10 @@ class Replica:
         layer, held = next(((layer, ids) for layer, ids in enumerate(self.store.held) if ids), (0, ()))
         for num_tokens in (1, WARM_UP_TOKENS) if held else ():
             x_TD, gates_TK = (
-                torch.zeros(num_tokens, width, dtype=compute.dtype, device=compute.device)
-                for width in (spec.hidden_size, spec.top_k)
+                torch.zeros(num_tokens, width, dtype=compute.dtype) for width in (spec.hidden_size, spec.top_k)
             )
             ids_TK = torch.tensor(held)[torch.arange(gates_TK.numel()) % len(held)].view(gates_TK.shape)
-            self.store.run(layer, x_TD, ids_TK.to(compute.device), gates_TK).cpu()
+            self.store.staging.download(self.store.run(layer, x_TD, ids_TK, gates_TK))
 
     def answer(self, frame: wire.Buffer) -> bytes:
         """Answer a packed dispatch with a packed partial, or with the reason why not."""
@@ -133,12 +132,12 @@ class Replica:
         return [wire.pack_partial(part, seconds) for part in parts]
 
     def _run(self, layer: int, dispatches: list[wire.Dispatch]) -> torch.Tensor:
-        """On the CPU: a GPU has computed only once its result is here."""
+        """On the host: a GPU has computed only once its result is here, and the clock stops behind that."""
         x_TD, ids_TK, gates_TK = (
             _cat(parts) for parts in zip(*((d.x_TD, d.ids_TK, d.gates_TK) for d in dispatches), strict=True)
         )
-        device = self.store.compute.device
-        return self.store.run(layer, x_TD.to(device), ids_TK.to(device).long(), gates_TK.to(device)).cpu()
+        (sum_TD,) = self.store.staging.download(self.store.run(layer, x_TD, ids_TK.long(), gates_TK))
+        return sum_TD
 
     def _count(self, num_tokens: int, seconds: float) -> None:
         # Restarted replicas count on under the name of their slot: labels stay few.

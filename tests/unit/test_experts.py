@@ -104,9 +104,9 @@ def test_an_expert_that_is_not_here_is_named(expert: int):
 
 
 def test_grouped_equals_loop():
-    weights, counts_E = layer((0, 2, 3), config()), torch.tensor([3, 0, 4])
+    weights, ends_E = layer((0, 2, 3), config()), torch.tensor([3, 3, 7], dtype=torch.int32)
     x_PD = torch.randn(7, 16)
-    both = [run(weights, x_PD, counts_E, ACTIVATIONS["silu"]) for run in (run_experts_grouped, run_experts_loop)]
+    both = [run(weights, x_PD, ends_E, ACTIVATIONS["silu"]) for run in (run_experts_grouped, run_experts_loop)]
     torch.testing.assert_close(*both, atol=1e-4, rtol=1e-5)
 
 

@@ -41,9 +41,9 @@ def test_packed_experts_are_the_plain_ones(compute: Compute) -> None:
     plain = LayerExperts((1, 4, 6), torch.randn(3, 32, 24).bfloat16() / 5, torch.randn(3, 24, 16).bfloat16() / 4)
     fast = plain.packed(compute, ACTIVATIONS["silu"])
     assert isinstance(fast, PackedExperts)
-    x, counts = torch.randn(9, 24).bfloat16(), torch.tensor([4, 0, 5])
-    expected = plain.run(x, counts, ACTIVATIONS["silu"])
-    torch.testing.assert_close(fast.run(x, counts, ACTIVATIONS["silu"]), expected, atol=0.03, rtol=0.02)
+    x, ends = torch.randn(9, 24).bfloat16(), torch.tensor([4, 4, 9], dtype=torch.int32)
+    expected = plain.run(x, ends, ACTIVATIONS["silu"])
+    torch.testing.assert_close(fast.run(x, ends, ACTIVATIONS["silu"]), expected, atol=0.03, rtol=0.02)
 
 
 def test_int8_is_as_close_as_its_steps() -> None:
@@ -76,9 +76,9 @@ def test_experts_may_be_int8(compute: Compute) -> None:
     fast = plain.packed(replace(compute, int8_experts=True), ACTIVATIONS["silu"])
     assert isinstance(fast, PackedExperts)
     assert isinstance(fast.down_E[0], Int8Linear)
-    x, counts = torch.randn(9, 64).bfloat16(), torch.tensor([4, 5])
-    expected = plain.run(x, counts, ACTIVATIONS["silu"]).float()
-    error = fast.run(x, counts, ACTIVATIONS["silu"]).float() - expected
+    x, ends = torch.randn(9, 64).bfloat16(), torch.tensor([4, 9], dtype=torch.int32)
+    expected = plain.run(x, ends, ACTIVATIONS["silu"]).float()
+    error = fast.run(x, ends, ACTIVATIONS["silu"]).float() - expected
     assert 0 < error.norm() < 0.04 * expected.norm()
     regrouped = fast.regrouped((1,), LayerExperts((), plain.gate_up_EFD[:0], plain.down_EDF[:0]))
     assert regrouped.down_E[0] is fast.down_E[0]

@@ -1,0 +1,255 @@
+"""What a GPU would be asked to do, without one: copies through staging, how often the host waits, and that nothing
+between two waits depends on a value.
+"""
+
+from collections import Counter
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from actors.compute import Compute
+from actors.dispatch.dispatcher import NoExperts
+from actors.dispatch.local import LocalDispatcher
+from actors.dispatch.remote import RemoteDispatcher
+from actors.engine.engine import Engine
+from actors.engine.kv_cache import BlockAllocator
+from actors.engine.scheduler import Scheduler
+from actors.experts import layer_experts
+from actors.experts.loading import load_experts
+from actors.experts.store import ExpertStore
+from actors.lanes import wire
+from actors.lanes.lane import Lane
+from actors.model.loading import load_front
+from actors.model.paged_kv import PagedKV
+from actors.replica.replica import Replica
+from actors.staging import Pinned, Staging
+from actors.weights import Weights
+from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
+from cluster.messages.actors import ReplicaSpec
+from cluster.messages.requests import SamplingParams
+from cluster.metrics import Metrics
+from cluster.models.checkpoint import Checkpoint
+from tests.checkpoints import MODELS, write_checkpoint
+from tests.engines import make_engine, run
+from tests.specs import CPU, PLAIN
+
+PROMPTS = [[(11 * i + 5 * j) % 250 for i in range(length)] for j, length in enumerate((6, 19, 1))]
+PARAMS = [
+    SamplingParams(max_tokens=12, temperature=0.0, prompt_logprobs=2),
+    SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=5, logprobs=3),
+    SamplingParams(max_tokens=12, temperature=1.0, top_k=5, seed=6, return_routed_experts=True),
+]
+REQUESTS = {str(i): pair for i, pair in enumerate(zip(PROMPTS, PARAMS, strict=True))}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write_checkpoint(MODELS["granite"], tmp_path_factory.mktemp("granite")))
+
+
+class Counting(Pinned):
+    """The staging of a GPU, on CPU tensors; counts what is downloaded."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        super().__init__(device)
+        self.num_downloads = 0
+
+    def download(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        self.num_downloads += 1
+        return super().download(*tensors)
+
+
+class ToMeta(Staging):
+    """A device that holds no values: whatever depends on one raises. Downloads are zeros."""
+
+    def __init__(self) -> None:
+        self.num_downloads = 0
+
+    def upload(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.to("meta") for tensor in tensors)
+
+    def download(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        self.num_downloads += 1
+        return tuple(torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors)
+
+
+class InProcess(Lane):
+    """Replicas in this process, that answer when they are asked."""
+
+    name = "in-process"
+
+    def __init__(self, replicas: dict[str, Replica]) -> None:
+        self.replicas = replicas
+
+    def connect(self, replicas: Any) -> None: ...
+
+    def send(self, replica: ReplicaAddress, message: bytes) -> Any:
+        return replica.replica_id, message
+
+    def receive(self, tickets: Any, timeout_s: float) -> Any:
+        name, message = tickets[0]
+        return tickets[0], self.replicas[name].answer(message)
+
+    def forget(self, ticket: Any) -> None: ...
+    def probe(self, replica: ReplicaAddress) -> Any: ...
+    def is_alive(self, ticket: Any) -> bool:
+        return True
+
+    def close(self) -> None: ...
+
+
+def replicas_of(checkpoint: Checkpoint, expert_map: ExpertMap, staging: Any) -> dict[str, Replica]:
+    found = {}
+    for address in expert_map.replicas:
+        held = expert_map.experts_of(address.group)
+        spec = ReplicaSpec(address.replica_id, address.group, "", "cpu", "float32", held, 1)
+        store = load_experts(Weights(checkpoint, PLAIN), held)
+        store = ExpertStore(store.spec, tuple(store.layers), PLAIN, staging())
+        found[address.replica_id] = Replica(spec, store, lambda layer, ids: pytest.fail("nothing moves"), Metrics())
+    return found
+
+
+def two_groups(checkpoint: Checkpoint) -> ExpertMap:
+    homes = contiguous_homes(checkpoint.spec.num_layers, checkpoint.spec.num_experts, 2)
+    addresses = tuple(ReplicaAddress(f"expert-g{group}-r0", group, ()) for group in range(2))
+    return ExpertMap(0, 2, homes).with_replicas(addresses)
+
+
+def engine_of(checkpoint: Checkpoint, staging: Staging, replica_staging: Any = Counting) -> tuple[Engine, Any]:
+    spec, expert_map = checkpoint.spec, two_groups(checkpoint)
+    replicas = replicas_of(checkpoint, expert_map, replica_staging)
+    dispatcher = RemoteDispatcher(InProcess(replicas), Metrics(), staging=staging)
+    dispatcher.set_map(expert_map)
+    front = load_front(Weights(checkpoint, PLAIN), staging)
+    scheduler = Scheduler(
+        BlockAllocator(64, 4, True), max_num_batched_tokens=16, max_num_seqs=8, max_model_len=spec.max_context
+    )
+    return Engine(front, PagedKV(spec, 64, 4, PLAIN), dispatcher, scheduler, Metrics()), replicas
+
+
+def test_tokens_scores_and_routing_through_staging_are_those_of_the_oracle(checkpoint: Checkpoint) -> None:
+    engine, _ = engine_of(checkpoint, Counting())
+    results, expected = run(engine, REQUESTS), run(make_engine(checkpoint.directory), REQUESTS)
+    for name, result in results.items():
+        assert result.token_ids == expected[name].token_ids
+        for ours, theirs in zip(result.outputs, expected[name].outputs, strict=True):
+            assert ours.routed_experts == theirs.routed_experts
+            assert [s.token_id for s in ours.logprobs] == [s.token_id for s in theirs.logprobs]
+            for mine, oracle in zip(ours.logprobs, theirs.logprobs, strict=True):
+                assert mine.logprob == pytest.approx(oracle.logprob, abs=1e-4)
+
+
+@contextmanager
+def host_reads() -> Any:
+    """Counts operations through which the host reads a value of a tensor, by name: each would wait for a GPU."""
+    reading = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "unique")
+
+    class Mode(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            if name.startswith(reading):
+                self.seen[name] += 1
+            return func(*args, **kwargs or {})
+
+    with Mode() as mode:
+        yield mode.seen
+
+
+def test_a_front_waits_once_a_layer_and_twice_a_step(checkpoint: Checkpoint) -> None:
+    staging = Counting()
+    engine, replicas = engine_of(checkpoint, staging)
+    seen: list[int] = []
+    forward = engine.model.forward
+
+    def counted(*given: Any) -> Any:
+        before = staging.num_downloads
+        result = forward(*given)
+        seen.append(staging.num_downloads - before)
+        return result
+
+    engine.model.forward = counted  # type: ignore[method-assign]
+    run(engine, {"0": (PROMPTS[1], SamplingParams(max_tokens=8, temperature=0.0))})
+    assert set(seen) == {checkpoint.spec.num_layers}
+    assert staging.num_downloads == len(seen) * (checkpoint.spec.num_layers + 1), "and once for expert counts"
+    for replica in replicas.values():
+        calls = replica.metrics.samples()
+        num_messages = next(v for name, _, v in calls if name == "outcrop_expert_compute_seconds_count")
+        assert replica.store.staging.num_downloads == num_messages
+
+
+def test_between_its_waits_a_front_depends_on_no_value(checkpoint: Checkpoint) -> None:
+    """On meta tensors a read raises."""
+    staging, spec = ToMeta(), checkpoint.spec
+    on_meta = Compute(torch.device("meta"), torch.float32)
+    front = load_front(Weights(checkpoint, on_meta), staging)
+    kv = PagedKV(spec, 8, 16, on_meta)
+    scheduler = Scheduler(BlockAllocator(8, 16, True), max_num_batched_tokens=16, max_num_seqs=8, max_model_len=64)
+    engine = Engine(front, kv, NoExperts(), scheduler, Metrics())
+    for length in (1, 16):
+        engine._compute_for_nobody(length, 0, NoExperts())
+    everywhere = load_experts(Weights(checkpoint, on_meta), checkpoint.all_experts)
+    engine._compute_for_nobody(16, 0, LocalDispatcher(everywhere))
+
+
+def test_between_its_waits_a_replica_depends_on_no_value_on_its_device(checkpoint: Checkpoint) -> None:
+    staging, spec = ToMeta(), checkpoint.spec
+    on_meta = Compute(torch.device("meta"), torch.float32)
+    loaded = load_experts(Weights(checkpoint, on_meta), checkpoint.all_experts)
+    store = ExpertStore(spec, tuple(loaded.layers), on_meta, staging)
+    replica = Replica(
+        ReplicaSpec("expert-g0-r0", 0, "", "cpu", "float32", checkpoint.all_experts, 1),
+        store,
+        lambda layer, ids: pytest.fail("nothing moves"),
+        Metrics(),
+    )
+    x, gates = torch.ones(5, spec.hidden_size), torch.ones(5, spec.top_k)
+    ids = torch.tensor([[0, 1], [2, -1], [7, 3], [-1, 5], [6, 6]])
+    answer = wire.unpack_partial(replica.answer(wire.pack_dispatch(2, x, gates, ids)))
+    assert answer.partial_TD is not None
+    assert answer.partial_TD.shape == x.shape
+    assert staging.num_downloads == 1
+
+
+def test_experts_that_are_elsewhere_are_masked_on_a_gpu(checkpoint: Checkpoint) -> None:
+    """There nothing is cut off, as to know how much is to wait: rows behind the last expert's may hold anything."""
+    held = tuple(ids[:5] for ids in checkpoint.all_experts)
+    store = load_experts(Weights(checkpoint, PLAIN), held)
+    ids = torch.tensor([[0, 7], [6, 5], [2, 4], [7, 1]])
+    ids = ids.where(ids < 5, -1)
+    x, gates = torch.randn(4, checkpoint.spec.hidden_size), torch.rand(4, 2)
+    expected = store.run(1, x, ids, gates)
+
+    experts = store.layers[1]
+    run_ = type(experts).run
+
+    def with_garbage(self: Any, x_PD: Tensor, ends_E: Tensor, activation: Any) -> Tensor:
+        y_PD = run_(self, x_PD, ends_E, activation)
+        y_PD[int(ends_E[-1]) :] = float("nan")
+        return y_PD
+
+    rows = store._rows[1][ids]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(experts), "run", with_garbage)
+        patch.setattr(layer_experts, "is_on_host", lambda tensor: False)
+        actual = experts.combine(x, layer_experts.Choices(rows, gates), store.activation)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_sampler_reads_once_for_all_rows() -> None:
+    from actors.engine.sampler import sample
+    from tests.unit.test_sampler import sequence
+
+    logits = torch.randn(8, 2000)
+    rules = [{"temperature": 0.7, "top_p": 0.2, "seed": row} for row in range(8)]
+    sequences = [sequence((0,), (2,) * row, **each) for row, each in enumerate(rules)]
+    with host_reads() as seen:
+        sample(logits, sequences)
+    assert not seen
