@@ -81,7 +81,7 @@ class Engine:
         """Overwrites the start of a KV block."""
         batch = batch_for_nobody(length, block, self.scheduler.allocator.block_size, self.model.staging)
         hidden_RD, _ = self.model.forward(batch, self.kv, dispatcher)
-        self.model.logits(hidden_RD).cpu()
+        self.model.staging.download(self.model.logits(hidden_RD))
 
     def abort(self, request_id: str) -> None:
         """Take a request out between steps; unknown and finished ones are none of our business."""

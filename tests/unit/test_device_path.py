@@ -188,7 +188,7 @@ def test_a_front_waits_once_a_layer_and_twice_a_step(checkpoint: Checkpoint) -> 
 def test_between_its_waits_a_front_depends_on_no_value(checkpoint: Checkpoint) -> None:
     """On meta tensors a read raises."""
     staging, spec = ToMeta(), checkpoint.spec
-    on_meta = Compute(torch.device("meta"), torch.float32)
+    on_meta = Compute(torch.device("meta"), torch.bfloat16)
     front = load_front(Weights(checkpoint, on_meta), staging)
     kv = PagedKV(spec, 8, 16, on_meta)
     scheduler = Scheduler(BlockAllocator(8, 16, True), max_num_batched_tokens=16, max_num_seqs=8, max_model_len=64)
@@ -201,7 +201,7 @@ def test_between_its_waits_a_front_depends_on_no_value(checkpoint: Checkpoint) -
 
 def test_between_its_waits_a_replica_depends_on_no_value_on_its_device(checkpoint: Checkpoint) -> None:
     staging, spec = ToMeta(), checkpoint.spec
-    on_meta = Compute(torch.device("meta"), torch.float32)
+    on_meta = Compute(torch.device("meta"), torch.bfloat16)
     loaded = load_experts(Weights(checkpoint, on_meta), checkpoint.all_experts)
     store = ExpertStore(spec, tuple(loaded.layers), on_meta, staging)
     replica = Replica(
@@ -210,7 +210,7 @@ def test_between_its_waits_a_replica_depends_on_no_value_on_its_device(checkpoin
         lambda layer, ids: pytest.fail("nothing moves"),
         Metrics(),
     )
-    x, gates = torch.ones(5, spec.hidden_size), torch.ones(5, spec.top_k)
+    x, gates = torch.ones(5, spec.hidden_size).bfloat16(), torch.ones(5, spec.top_k).bfloat16()
     ids = torch.tensor([[0, 1], [2, -1], [7, 3], [-1, 5], [6, 6]])
     answer = wire.unpack_partial(replica.answer(wire.pack_dispatch(2, x, gates, ids)))
     assert answer.partial_TD is not None
