@@ -1,8 +1,9 @@
-// The kernels' C ABI, which knows nothing of torch or Python. abi.py has the same; outcrop_abi() tells whether it does.
+// The kernels' C ABI, which knows nothing of torch or Python. abi.py has the same, and outcrop_abi() tells if it has
+// not.
 //
-// `isa` is the number of an instruction set that outcrop_isa_works() for, `threads` how many may compute. bfloat16 where
-// no other type is named. Calls may come from several threads: one computes at a time. What is computed for a token does
-// not depend on the tokens of other sequences, nor on the number of threads.
+// `isa` is the number of an instruction set for which outcrop_isa_works(), `threads` how many may compute. Calls may
+// come from several threads: one computes at a time. What is computed for a token does not depend on the tokens of
+// other sequences, nor on the number of threads.
 //
 // Letters: T tokens, D inputs of a matrix and hidden size, O outputs, F expert hidden, E experts, K top-k, S sequences,
 // H query heads, G key/value heads, C head dimension, B blocks.
@@ -34,8 +35,8 @@ struct Layer {
   const bf16 *qkv_bias, *out_bias;        // or null
 };
 
-// These structures, with the kinds and places of their fields, and these functions, with the kinds of their arguments: a
-// line for each.
+// A line for each of these structures, with the kinds and places of its fields, and for each of these functions, with
+// the kinds of its result and arguments.
 EXPORT const char* outcrop_abi();
 
 // Name of an instruction set, or null where there is none; each is faster than those before it.

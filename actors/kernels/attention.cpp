@@ -1,6 +1,6 @@
-// A step's attention, cut into items for the threads: a sequence with one new token goes one way (attention_single.cpp),
-// the tokens of a prompt go another (attention_prompt.cpp). Either way, what is computed for a token depends on its
-// sequence alone, not on where a prompt is cut (but that a piece of one token goes the first way).
+// A step's attention, cut into items for the threads: a sequence with one new token goes one way
+// (attention_single.cpp), the tokens of a prompt go another (attention_prompt.cpp). Either way, what is computed for a
+// token depends on its sequence alone, not on where a prompt is cut (but that a piece of one token goes the first way).
 
 #include "attention_parts.h"
 
@@ -15,8 +15,8 @@ struct Item {
   long s, first, count, head, heads;
 };
 
-// A prompt's queries go head by head. A single token's keys are read once for as many heads as leave enough to do for all
-// threads.
+// A prompt's queries go head by head. A single token's keys are read once for as many heads as leave enough to do for
+// all threads.
 std::vector<Item> cut(const Batch& batch, long G, long threads) {
   const long heads = std::max(1L, G * batch.S / std::max(1L, threads * ITEMS));
   std::vector<Item> items;

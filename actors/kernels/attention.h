@@ -6,8 +6,8 @@
 
 #include "products.h"
 
-// One layer's keys and values, [slots, G, C]; slot blocks[s][n / block_size] * block_size + n % block_size holds token n
-// of sequence s.
+// One layer's keys and values, [slots, G, C]; slot blocks[s][n / block_size] * block_size + n % block_size holds token
+// n of sequence s.
 struct Cache {
   const bf16 *k, *v;
   long G, C;

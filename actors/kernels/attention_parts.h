@@ -66,7 +66,7 @@ AVX2 inline void divide(float* row, long n, float by) {
 // The queries of one token with `heads` key heads, R with each.
 void attend_single(const Keys& keys, long heads, long context, long R, float scale, const float* q, float* out);
 
-// The queries of successive tokens with one key head, R of each. The first token sees `context` keys, each of the others
-// one more. q and out begin at the first query; tokens are `q_stride` and `out_stride` apart.
+// The queries of successive tokens with one key head, R of each. The first token sees `context` keys, each of the
+// others one more. q and out begin at the first query; tokens are `q_stride` and `out_stride` apart.
 void attend_prompt(const Kernel& kernel, const Keys& keys, long context, long tokens, long R, float scale,
                    const float* q, long q_stride, float* out, long out_stride);

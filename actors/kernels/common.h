@@ -71,8 +71,8 @@ AVX2 inline void add_narrow(const bf16* row, long n, float* out) {
 
 class Pool {
  public:
-  // Calls work(i) for every i in [0, count), on up to `threads` threads, this one among them. A helper that gets no core
-  // in time is not waited for. Each calls leave(), if there is one, when it finds nothing more to do.
+  // Calls work(i) for every i in [0, count), on up to `threads` threads, this one among them. A helper that gets no
+  // core in time is not waited for. Each calls leave(), if there is one, when it finds nothing more to do.
   void run(long count, long threads, const std::function<void(long)>& work, void (*leave)() = nullptr) {
     if (threads <= 1 || count <= 1) {
       for (long i = 0; i < count; ++i) work(i);

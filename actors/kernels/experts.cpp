@@ -1,5 +1,5 @@
-// All experts of a layer in one call, in four stages: choices are grouped by expert, gate and up are computed, then down,
-// then what each token's experts yield is added up.
+// All experts of a layer in one call, in four stages: choices are grouped by expert, gate and up are computed, then
+// down, then what each token's experts yield is added up.
 //
 // Letters: T tokens, D hidden, F expert hidden, E experts, K top-k, P pairs.
 
@@ -67,8 +67,8 @@ struct Pairs {
   }
 };
 
-// Stage 2: silu(gate(x)) * up(x) of each pair, [P, F padded]. Both products of 16 hidden units are computed together, so
-// that silu needs no second pass. Units between F and a whole tile become zero: their weights are.
+// Stage 2: silu(gate(x)) * up(x) of each pair, [P, F padded]. Both products of 16 hidden units are computed together,
+// so that silu needs no second pass. Units between F and a whole tile become zero: their weights are.
 float* gate_and_up(const Call& call, const Experts& experts, const Pairs& pairs, const bf16* x) {
   const Format& format = call.format;
   const Kernel& kernel = call.kernel;
@@ -90,7 +90,7 @@ float* gate_and_up(const Call& call, const Experts& experts, const Pairs& pairs,
   return hidden;
 }
 
-// Those rows as activations, with zeros from the last tile of hidden units on: in place where they are wanted as they are.
+// Those rows as activations, zeros behind the last tile of hidden units: in place where they are wanted as they are.
 const char* hidden_activations(const Call& call, long F, long P, float* hidden) {
   const Kernel& kernel = call.kernel;
   const long width = call.format.padded(F), written = round_up(F, TILE), stride = call.format.row_bytes(F, kernel);

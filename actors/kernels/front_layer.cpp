@@ -1,7 +1,8 @@
 // The front's half of a layer in one call: attention and router, with all that lies between.
 //
-// Rounded to bfloat16 as the model stores them: the residual stream, what the norms yield, keys and values, the router's
-// logits and the gates. All else is float32.
+// Rounded to bfloat16 as the model stores them: the residual stream, what the norms yield, the attention's part of the
+// stream, keys and values, the router's logits and the gates. All else is float32, but for what a kernel with bfloat16
+// activations multiplies.
 //
 // Letters: T tokens, D hidden, H query heads, G key/value heads, C head dimension, E experts, K top-k.
 

@@ -31,8 +31,11 @@ class NativeBatch:
         block_size: int,
     ) -> None:
         (S, B), (cos_TC, sin_TC) = blocks_SB.shape, angles
-        pointed_at = {"slots": slots_T, "starts": starts_S1, "contexts": contexts_S, "blocks": blocks_SB}
-        self._tensors = {n: t.contiguous() for n, t in (pointed_at | {"cos": cos_TC, "sin": sin_TC}).items()}
+        tensors = {
+            "slots": slots_T, "starts": starts_S1, "contexts": contexts_S, "blocks": blocks_SB,
+            "cos": cos_TC, "sin": sin_TC,
+        }  # fmt: skip
+        self._tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         pointers = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
         self.fields = abi.Batch(T=len(slots_T), S=S, B=B, block_size=block_size, **pointers)
 

@@ -1,9 +1,10 @@
 // How matrices are packed, and the products of one tile: a table of types of weights and instruction sets.
 //
-// A matrix W [O, D] is packed once into tiles of 16 outputs. Inputs are padded with zeros to a multiple of `pad`. Tile t
-// holds, for each group of inputs that fit into 32 bits (two bfloat16, four int8), the 16 outputs' values side by side:
-// packed[t][group][o][input]. So tiles stream contiguously, and the same bytes are what AVX2, AVX512 and AMX want.
-// int8 weights have a scale per output: 16 float32 behind each tile; activations a scale per row, in as many bytes.
+// A matrix W [O, D] is packed once into tiles of 16 outputs. Inputs are padded with zeros to a multiple of `pad`. Tile
+// t holds, for each group of inputs that fit into 32 bits (two bfloat16, four int8), the 16 outputs' values side by
+// side: packed[t][group][o][input]. So tiles stream contiguously, and the same bytes are what AVX2, AVX512 and AMX
+// want. int8 weights have a scale per output: 16 float32 behind each tile; activations a scale per row, in as many
+// bytes.
 
 #pragma once
 
@@ -15,8 +16,8 @@
 constexpr long TILE = 16;
 constexpr long MAX_ROWS = 32;
 
-// Bytes ahead of what is read. Weights pass by once per call: kept out of the caches (NTA), they leave room there for all
-// that the processes on this machine do between two layers. It makes a decode step a fifth faster.
+// Bytes ahead of what is read. Weights pass by once per call: kept out of the caches (NTA), they leave room there for
+// all that the processes on this machine do between two layers. It makes a decode step a fifth faster.
 constexpr long PREFETCH = 1024;
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
@@ -60,7 +61,7 @@ struct alignas(64) TileConfig {  // as LDTILECFG reads it: palette 1
 };
 
 // Sums in 0 and 1, activations in 2 and 3, weights in 4; for up to 16 rows, 1 and 3 are not used. They stay so until
-// amx_leave(): the products of a matrix need one configuration, not one for every 16 outputs.
+// amx_leave() or another number of rows: a matrix needs a configuration or a few, not one for every 16 outputs.
 AMX inline void amx_configure(long rows) {
   if (rows == amx_rows) return;
   const uint8_t first = uint8_t(std::min(16L, rows)), second = uint8_t(std::max(1L, rows - 16));
