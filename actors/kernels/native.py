@@ -39,7 +39,7 @@ def _open() -> ctypes.CDLL | str:
     except OSError as error:
         return f"the native kernels can't be loaded ({error})"
     if differing := abi.difference(found):
-        return f"the native kernels were built from other sources ({differing} differs): install Outcrop again"
+        return f"the native kernels were built from other sources ({differing}): install Outcrop again"
     abi.declare(found)
     return found
 
