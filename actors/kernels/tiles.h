@@ -68,6 +68,7 @@ AMX inline void amx_configure(long rows) {
   const uint8_t heights[] = {first, second, first, second, 16};
   TileConfig config;
   for (int i = 0; i < 5; ++i) config.rows[i] = heights[i], config.bytes[i] = 64;
+  __asm__ volatile("" ::"m"(config));  // g++ believes that the next line reads eight bytes of it, and may drop the rest
   _tile_loadconfig(&config);
   amx_rows = rows;
 }
