@@ -63,10 +63,11 @@ AVX2 void attend_single(const Keys& keys, long heads, long context, long R, floa
       float weights[PIECE], *sums = out + h * C;
       long i = 0;
       for (; i + 4 <= n; i += 4) {
-        for (long j = i; h == 0 && j < i + 4; ++j) {
-          prefetch(key[std::min(j + AHEAD, n - 1)], heads * C);
-          prefetch(value[j], heads * C);
-        }
+        if (h == 0)
+          for (long j = i; j < i + 4; ++j) {
+            prefetch(key[std::min(j + AHEAD, n - 1)], heads * C);
+            prefetch(value[j], heads * C);
+          }
         dots<4>(scaled + h * C, key + i, at, C, weights + i);
       }
       for (; i < n; ++i) dots<1>(scaled + h * C, key + i, at, C, weights + i);
