@@ -1,4 +1,5 @@
-"""Builds the native kernels with the package, wheel or editable, where there is a C++ compiler and an x86-64 CPU.
+"""Builds the native kernels with the package, wheel or editable, where there is a compiler for C++20 (g++ or
+clang++ from version 10 on) and an x86-64 CPU.
 
 Without them the package is complete all the same: torch computes then. The library is compiled for any x86-64; what
 needs more is chosen at run time.
@@ -14,7 +15,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 SHARED = ["-shared", "-fPIC", "-pthread", "-static-libstdc++", "-static-libgcc"]
 
 

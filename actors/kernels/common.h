@@ -1,4 +1,4 @@
-// What the kernels share: bfloat16 numbers, and the threads that compute. One call computes at a time.
+// What the kernels share: bfloat16 numbers, the threads that compute, and the memory they compute in.
 
 #pragma once
 
@@ -17,10 +17,9 @@
 #include <immintrin.h>
 #include <pthread.h>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#define AVX2 __attribute__((target("avx2,fma")))
+#include "abi.h"
 
-using bf16 = uint16_t;
+#define AVX2 __attribute__((target("avx2,fma")))
 
 inline float widen(bf16 v) {
   uint32_t bits = uint32_t(v) << 16;
@@ -72,18 +71,19 @@ AVX2 inline void add_narrow(const bf16* row, long n, float* out) {
 
 class Pool {
  public:
-  // Calls work(i) for every i in [0, count), on up to `threads` threads, this one among them. A helper that gets no core
-  // in time is not waited for.
-  void run(long count, long threads, const std::function<void(long)>& work) {
+  // Calls work(i) for every i in [0, count), on up to `threads` threads, this one among them. A helper that gets no
+  // core in time is not waited for. Each calls leave(), if there is one, when it finds nothing more to do.
+  void run(long count, long threads, const std::function<void(long)>& work, void (*leave)() = nullptr) {
     if (threads <= 1 || count <= 1) {
       for (long i = 0; i < count; ++i) work(i);
+      if (leave) leave();
       return;
     }
     const long helpers = std::min(threads, count) - 1;
     {
       std::lock_guard<std::mutex> guard(mutex_);
       while (long(threads_.size()) < helpers) threads_.emplace_back([this, n = long(threads_.size())] { serve(n); });
-      work_ = &work, count_ = count, next_ = 0, helpers_ = helpers, is_open_ = true, ++generation_;
+      work_ = &work, leave_ = leave, count_ = count, next_ = 0, helpers_ = helpers, is_open_ = true, ++generation_;
     }
     wake_.notify_all();
     take();
@@ -95,6 +95,7 @@ class Pool {
  private:
   void take() {
     for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*work_)(i);
+    if (leave_) leave_();
   }
 
   void serve(long number) {
@@ -115,6 +116,7 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
   const std::function<void(long)>* work_ = nullptr;
+  void (*leave_)() = nullptr;
   std::atomic<long> next_{0};
   long count_ = 0, helpers_ = 0, busy_ = 0;
   uint64_t generation_ = 0;
@@ -124,12 +126,14 @@ class Pool {
 // Scratch memory that grows and stays, aligned for every instruction set.
 class Scratch {
  public:
-  char* at_least(size_t bytes) {
+  template <typename T = char>
+  T* at_least(long count) {
+    const size_t bytes = count * sizeof(T);
     if (bytes > size_) {
       memory_.reset(new (std::align_val_t(64)) char[bytes]);
       size_ = bytes;
     }
-    return memory_.get();
+    return reinterpret_cast<T*>(memory_.get());
   }
 
  private:
@@ -139,6 +143,12 @@ class Scratch {
   std::unique_ptr<char, Free> memory_;
   size_t size_ = 0;
 };
+
+// A row of float32 numbers for this thread, until it asks for the next.
+inline float* row_of(long n) {
+  thread_local Scratch row;
+  return row.at_least<float>(n);
+}
 
 struct State {
   std::mutex one_call;

@@ -1,7 +1,8 @@
 // The front's half of a layer in one call: attention and router, with all that lies between.
 //
-// Rounded to bfloat16 as the model stores them: the residual stream, what the norms yield, keys and values, the router's
-// logits and the gates. All else is float32.
+// Rounded to bfloat16 as the model stores them: the residual stream, what the norms yield, the attention's part of the
+// stream, keys and values, the router's logits and the gates. All else is float32, but for what a kernel with bfloat16
+// activations multiplies.
 //
 // Letters: T tokens, D hidden, H query heads, G key/value heads, C head dimension, E experts, K top-k.
 
@@ -9,15 +10,6 @@
 #include "products.h"
 
 namespace {
-
-// native.py has the same fields.
-struct Layer {
-  int64_t D, H, G, C, E, K;
-  float eps, residual, scale;
-  const bf16 *attention_norm, *moe_norm;  // [D]
-  const char *qkv, *out, *router;         // packed [(H + 2 G) C, D], [D, H C], [E, D]
-  const bf16 *qkv_bias, *out_bias;        // or null
-};
 
 // x += factor * y, rounded.
 AVX2 void add_scaled(const bf16* y, float factor, long n, bf16* x) {
@@ -48,9 +40,10 @@ AVX2 void rotate(float* x, const bf16* cos, const bf16* sin, long C) {
 
 // The K largest of E logits, the first of equal ones first, and their softmax.
 void route(const float* logits, long E, long K, int64_t* ids, bf16* gates) {
-  std::vector<bool> is_taken(E, false);
-  std::vector<float> powers(K);
-  float sum = 0.0f;
+  thread_local Scratch taken;
+  bool* is_taken = taken.at_least<bool>(E);
+  std::fill_n(is_taken, E, false);
+  float *powers = row_of(K), sum = 0.0f;
   for (long k = 0; k < K; ++k) {
     long best = -1;
     for (long e = 0; e < E; ++e)
@@ -61,55 +54,80 @@ void route(const float* logits, long E, long K, int64_t* ids, bf16* gates) {
   for (long k = 0; k < K; ++k) gates[k] = narrow(powers[k] / sum);
 }
 
+// A layer's front half over a step's tokens, and what lies between its parts.
+class FrontHalf {
+ public:
+  FrontHalf(const Call& call, const Layer& layer, const Batch& batch)
+      : call_(call), l_(layer), batch_(batch), T_(batch.T), queries_(l_.H * l_.C), keys_(l_.G * l_.C),
+        width_(queries_ + 2 * keys_) {}
+
+  // x += residual * y, y null for nothing; its norm as activations, and rounded in h where h is not null.
+  const char* add_and_norm(const bf16* y, bf16* x, const bf16* weight, bf16* h) const {
+    const long D = l_.D;
+    return activations(call_, call_.s.x, T_, D, [&](long t, float* row) {
+      if (y) add_scaled(y + t * D, l_.residual, D, x + t * D);
+      rms_norm(x + t * D, weight, l_.eps, D, row);
+      if (h) narrow_row(row, D, h + t * D);
+    });
+  }
+
+  // Queries, keys and values, [T, (H + 2 G) C]; the first two turned, the last two in the cache as well.
+  const float* project(const char* act, bf16* k, bf16* v) const {
+    float* qkv = call_.s.qkv.at_least<float>(T_ * width_);
+    product(call_, l_.qkv, width_, l_.D, act, T_, [&](long t, long first, long some, float* sums) {
+      if (l_.qkv_bias) add_narrow(l_.qkv_bias + first, some, sums);
+      std::copy_n(sums, some, qkv + t * width_ + first);
+    });
+    call_.for_rows(T_, [&](long t) {
+      float* row = qkv + t * width_;
+      for (long at = 0; at < queries_ + keys_; at += l_.C)
+        rotate(row + at, batch_.cos + t * l_.C, batch_.sin + t * l_.C, l_.C);
+      narrow_row(row + queries_, keys_, k + batch_.slots[t] * keys_);
+      narrow_row(row + queries_ + keys_, keys_, v + batch_.slots[t] * keys_);
+    });
+    return qkv;
+  }
+
+  // The attention's part of the residual stream, [T, D].
+  const bf16* attend(const float* qkv, const bf16* k, const bf16* v) const {
+    float* attended = call_.s.attended.at_least<float>(T_ * queries_);
+    attention(call_, batch_, {.k = k, .v = v, .G = l_.G, .C = l_.C}, l_.H, l_.scale, qkv, width_, attended);
+    const char* act = activations(call_, call_.s.x, T_, queries_, [&](long t, float* row) {
+      std::copy_n(attended + t * queries_, queries_, row);
+    });
+    bf16* y = call_.s.y.at_least<bf16>(T_ * l_.D);
+    product(call_, l_.out, l_.D, queries_, act, T_, [&](long t, long first, long some, float* sums) {
+      if (l_.out_bias) add_narrow(l_.out_bias + first, some, sums);
+      narrow_row(sums, some, y + t * l_.D + first);
+    });
+    return y;
+  }
+
+  void choose_experts(const char* act, int64_t* ids, bf16* gates) const {
+    const long E = l_.E, K = l_.K;
+    float* logits = call_.s.logits.at_least<float>(T_ * E);
+    product(call_, l_.router, E, l_.D, act, T_, [&](long t, long first, long some, float* sums) {
+      for (long i = 0; i < some; ++i) logits[t * E + first + i] = widen(narrow(sums[i]));
+    });
+    call_.for_rows(T_, [&](long t) { route(logits + t * E, E, K, ids + t * K, gates + t * K); });
+  }
+
+ private:
+  const Call& call_;
+  const Layer& l_;
+  const Batch& batch_;
+  const long T_, queries_, keys_, width_;
+};
+
 }  // namespace
 
-// x [T, D], the residual stream, in place: the experts' part of the layer before (`combined`, or null in the first layer) and
-// this layer's attention are added. k and v are the layer's cache. What the experts of this layer want: h [T, D],
-// ids [T, K], gates [T, K].
-EXPORT void outcrop_front_layer(int number, long threads, const Layer* layer, const Batch* batch, bf16* k, bf16* v,
+EXPORT void outcrop_front_layer(int isa, long threads, const Layer* layer, const Batch* batch, bf16* k, bf16* v,
                                 const bf16* combined, bf16* x, bf16* h, int64_t* ids, bf16* gates) {
-  const Format& format = BFLOAT16;
-  const Kernel& kernel = format.kernels[number];
-  const Layer& l = *layer;
-  State& s = state();
-  std::lock_guard<std::mutex> guard(s.one_call);
-  const long T = batch->T, D = l.D, C = l.C, queries = l.H * C, keys = l.G * C, width = queries + 2 * keys;
-
-  const char* act = activations(format, kernel, s, s.x, T, D, threads, [&](long t, float* row) {
-    if (combined) add_scaled(combined + t * D, l.residual, D, x + t * D);
-    rms_norm(x + t * D, l.attention_norm, l.eps, D, row);
-  });
-  float* qkv = reinterpret_cast<float*>(s.qkv.at_least(T * width * sizeof(float)));
-  product(format, kernel, s, l.qkv, width, D, act, T, threads, [&](long t, long first, long some, float* sums) {
-    if (l.qkv_bias) add_narrow(l.qkv_bias + first, some, sums);
-    std::copy_n(sums, some, qkv + t * width + first);
-  });
-  for_rows(s, T, threads, [&](long t) {
-    float* row = qkv + t * width;
-    for (long at = 0; at < queries + keys; at += C) rotate(row + at, batch->cos + t * C, batch->sin + t * C, C);
-    narrow_row(row + queries, keys, k + batch->slots[t] * keys);
-    narrow_row(row + queries + keys, keys, v + batch->slots[t] * keys);
-  });
-
-  float* attended = reinterpret_cast<float*>(s.attended.at_least(T * queries * sizeof(float)));
-  attention(kernel, s, threads, *batch, {k, v, l.G, C}, l.H, l.scale, qkv, width, attended);
-
-  act = activations(format, kernel, s, s.x, T, queries, threads,
-                    [&](long t, float* row) { std::copy_n(attended + t * queries, queries, row); });
-  bf16* y = reinterpret_cast<bf16*>(s.y.at_least(T * D * sizeof(bf16)));
-  product(format, kernel, s, l.out, D, queries, act, T, threads, [&](long t, long first, long some, float* sums) {
-    if (l.out_bias) add_narrow(l.out_bias + first, some, sums);
-    narrow_row(sums, some, y + t * D + first);
-  });
-
-  act = activations(format, kernel, s, s.x, T, D, threads, [&](long t, float* row) {
-    add_scaled(y + t * D, l.residual, D, x + t * D);
-    rms_norm(x + t * D, l.moe_norm, l.eps, D, row);
-    narrow_row(row, D, h + t * D);
-  });
-  float* logits = reinterpret_cast<float*>(s.logits.at_least(T * l.E * sizeof(float)));
-  product(format, kernel, s, l.router, l.E, D, act, T, threads, [&](long t, long first, long some, float* sums) {
-    for (long i = 0; i < some; ++i) logits[t * l.E + first + i] = widen(narrow(sums[i]));
-  });
-  for_rows(s, T, threads, [&](long t) { route(logits + t * l.E, l.E, l.K, ids + t * l.K, gates + t * l.K); });
+  const Call call(BFLOAT16, isa, threads);
+  const FrontHalf front(call, *layer, *batch);
+  const char* act = front.add_and_norm(combined, x, layer->attention_norm, nullptr);
+  const float* qkv = front.project(act, k, v);
+  const bf16* y = front.attend(qkv, k, v);
+  act = front.add_and_norm(y, x, layer->moe_norm, h);
+  front.choose_experts(act, ids, gates);
 }

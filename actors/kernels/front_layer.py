@@ -10,26 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.kernels import abi
 from actors.kernels.native import NativeLinear, loaded
-
-
-class _Batch(ctypes.Structure):
-    """As attention.h has it."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("T", "S", "B", "block_size")),
-        *((name, ctypes.c_void_p) for name in ("slots", "starts", "contexts", "blocks", "cos", "sin")),
-    )
-
-
-class _Layer(ctypes.Structure):
-    """As front_layer.cpp has it."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("D", "H", "G", "C", "E", "K")),
-        *((name, ctypes.c_float) for name in ("eps", "residual", "scale")),
-        *((n, ctypes.c_void_p) for n in ("attention_norm", "moe_norm", "qkv", "out", "router", "qkv_bias", "out_bias")),
-    )
 
 
 class NativeBatch:
@@ -48,9 +30,14 @@ class NativeBatch:
         angles: tuple[Tensor, Tensor],
         block_size: int,
     ) -> None:
-        self._tensors = tuple(t.contiguous() for t in (slots_T, starts_S1, contexts_S, blocks_SB, *angles))
-        sizes = len(slots_T), *blocks_SB.shape, block_size
-        self.fields = _Batch(*sizes, *(t.data_ptr() for t in self._tensors))
+        (S, B), (cos_TC, sin_TC) = blocks_SB.shape, angles
+        tensors = {
+            "slots": slots_T, "starts": starts_S1, "contexts": contexts_S, "blocks": blocks_SB,
+            "cos": cos_TC, "sin": sin_TC,
+        }  # fmt: skip
+        self._tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        pointers = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+        self.fields = abi.Batch(T=len(slots_T), S=S, B=B, block_size=block_size, **pointers)
 
 
 def attend(batch: NativeBatch, q_THC: Tensor, k_BPGC: Tensor, v_BPGC: Tensor, scale: float, isa: int) -> Tensor:
@@ -70,7 +57,7 @@ def attend(batch: NativeBatch, q_THC: Tensor, k_BPGC: Tensor, v_BPGC: Tensor, sc
 class NativeFrontLayer:
     """`linears`: q, k and v stacked; o; router. `norms`: before attention, before the experts."""
 
-    fields: _Layer
+    fields: abi.Layer
     linears: tuple[NativeLinear, NativeLinear, NativeLinear]
     norms: tuple[Tensor, Tensor]
 
@@ -88,10 +75,16 @@ class NativeFrontLayer:
         residual: float,
         scale: float,
     ) -> "NativeFrontLayer":
-        sizes = len(norms[0]), num_q, num_kv, head_dim, linears[2].num_outputs, top_k
-        biases = (None if linear.bias_O is None else linear.bias_O.data_ptr() for linear in linears[:2])
-        weights = (*(norm.data_ptr() for norm in norms), *(linear.packed.data_ptr() for linear in linears))
-        return cls(_Layer(*sizes, eps, residual, scale, *weights, *biases), linears, norms)
+        (qkv, out, router), (attention_norm, moe_norm) = linears, norms
+        fields = abi.Layer(
+            D=len(attention_norm), H=num_q, G=num_kv, C=head_dim, E=router.num_outputs, K=top_k,
+            eps=eps, residual=residual, scale=scale,
+            attention_norm=attention_norm.data_ptr(), moe_norm=moe_norm.data_ptr(),
+            qkv=qkv.packed.data_ptr(), out=out.packed.data_ptr(), router=router.packed.data_ptr(),
+            qkv_bias=None if qkv.bias_O is None else qkv.bias_O.data_ptr(),
+            out_bias=None if out.bias_O is None else out.bias_O.data_ptr(),
+        )  # fmt: skip
+        return cls(fields, linears, norms)
 
     def run(
         self, batch: NativeBatch, k_BPGC: Tensor, v_BPGC: Tensor, x_TD: Tensor, combined_TD: Tensor | None

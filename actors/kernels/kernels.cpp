@@ -1,9 +1,5 @@
-// The kernels' C ABI, which knows nothing of torch or Python: what this CPU can run, packing, linear layers. All experts of
-// a layer in one call: experts.cpp. The front's half of a layer in one call: front_layer.cpp, attention.cpp.
-//
-// What is computed for a token does not depend on the tokens of other sequences, nor on the number of threads.
-//
-// Letters: T tokens, D inputs, O outputs.
+// The small functions of the ABI (abi.h): what this CPU can run, packing, linear layers. All experts of a layer in one
+// call: experts.cpp. The front's half of a layer in one call: front_layer.cpp, attention.cpp.
 
 #include "products.h"
 
@@ -27,21 +23,15 @@ bool may_use_amx() {  // Linux hands out the tile registers on request
 #endif
 }
 
-const Format& format_of(int is_int8) { return is_int8 ? INT8 : BFLOAT16; }
-
 }  // namespace
 
-// ---------------------------------------------------------------------------------------------------------------------
+EXPORT const char* outcrop_isa_name(int isa) { return isa < NUM_ISAS ? ISAS[isa] : nullptr; }
 
-// Name of instruction set `number`, or null where there is none.
-EXPORT const char* outcrop_isa_name(int number) { return number < NUM_ISAS ? ISAS[number] : nullptr; }
-
-// Whether this CPU, and the operating system, can use it.
-EXPORT int outcrop_isa_works(int number) {
+EXPORT int outcrop_isa_works(int isa) {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vnni");
-  switch (number) {
+  switch (isa) {
     case 0: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case 1: return avx512;
     case 2: return avx512 && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && may_use_amx();
@@ -49,28 +39,22 @@ EXPORT int outcrop_isa_works(int number) {
   }
 }
 
-// Bytes of a packed matrix [O, D].
 EXPORT long outcrop_packed_bytes(int is_int8, long O, long D) { return format_of(is_int8).matrix_bytes(O, D); }
 
 EXPORT void outcrop_pack(int is_int8, const bf16* w, long O, long D, char* packed) {
   pack_rows(format_of(is_int8), O, D, packed, [&](long o) { return w + o * D; });
 }
 
-// y [T, O] = x [T, D] W^T + bias; bias may be null.
-EXPORT void outcrop_linear(int number, long threads, const bf16* x, long T, long D, const char* packed, long O,
+EXPORT void outcrop_linear(int isa, long threads, const bf16* x, long T, long D, const char* packed, long O,
                            const bf16* bias, bf16* y) {
-  const Kernel& kernel = BFLOAT16.kernels[number];
-  State& s = state();
-  std::lock_guard<std::mutex> guard(s.one_call);
-  const char* act = activations(BFLOAT16, kernel, s, s.x, T, D, threads,
-                                [&](long t, float* row) { widen_row(x + t * D, D, row); });
-  product(BFLOAT16, kernel, s, packed, O, D, act, T, threads, [&](long t, long first, long width, float* sums) {
+  const Call call(BFLOAT16, isa, threads);
+  const char* act = activations(call, call.s.x, T, D, [&](long t, float* row) { widen_row(x + t * D, D, row); });
+  product(call, packed, O, D, act, T, [&](long t, long first, long width, float* sums) {
     if (bias) add_narrow(bias + first, width, sums);
     narrow_row(sums, width, y + t * O + first);
   });
 }
 
-// Asks for huge pages for what lies wholly within: fewer misses of the address cache, a fifth more bandwidth.
 EXPORT void outcrop_use_huge_pages(char* data, long bytes) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = 2 << 20;
@@ -79,7 +63,6 @@ EXPORT void outcrop_use_huge_pages(char* data, long bytes) {
 #endif
 }
 
-// Reads `bytes` with `threads` threads and adds them up: the memory's own speed, for benchmarks.
 EXPORT uint64_t outcrop_read(long threads, const char* data, long bytes) {
   State& s = state();
   std::lock_guard<std::mutex> guard(s.one_call);

@@ -16,36 +16,44 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actors.kernels import abi
+
 HUGE_PAGE = 2 << 20
 LIBRARY = Path(__file__).with_name("libkernels.so")
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+# What `outcrop check` says of an instruction set beside its name.
+TESTED = {
+    "avx2": "tested on hardware",
+    "avx512_bf16": "tested on hardware",
+    "amx_bf16": "only emulated: never run on a CPU that has it",
+}
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """None where it has not been built, or can't be loaded."""
+def _open() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if not LIBRARY.exists():
+        return "the native kernels have not been built (was a C++ compiler there when Outcrop was installed?)"
     try:
         found = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        return None
-    found.outcrop_isa_name.argtypes, found.outcrop_isa_name.restype = [_INT], ctypes.c_char_p
-    found.outcrop_isa_works.argtypes, found.outcrop_isa_works.restype = [_INT], _INT
-    found.outcrop_packed_bytes.argtypes, found.outcrop_packed_bytes.restype = [_INT, _LONG, _LONG], _LONG
-    found.outcrop_pack.argtypes = [_INT, _POINTER, _LONG, _LONG, _POINTER]
-    found.outcrop_linear.argtypes = [
-        _INT, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER,
-    ]  # fmt: skip
-    found.outcrop_experts.argtypes = [
-        _INT, _INT, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER,
-    ]  # fmt: skip
-    found.outcrop_attention.argtypes = [
-        _INT, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _FLOAT, _POINTER, _POINTER,
-    ]  # fmt: skip
-    found.outcrop_front_layer.argtypes = [_INT, _LONG, *[_POINTER] * 9]
-    found.outcrop_use_huge_pages.argtypes = [_POINTER, _LONG]
-    found.outcrop_read.argtypes, found.outcrop_read.restype = [_LONG, _POINTER, _LONG], ctypes.c_uint64
+    except OSError as error:
+        return f"the native kernels can't be loaded ({error})"
+    if differing := abi.difference(found):
+        return f"the native kernels were built from other sources ({differing}): install Outcrop again"
+    abi.declare(found)
     return found
+
+
+def library() -> ctypes.CDLL | None:
+    """None where it has not been built, can't be loaded, or is not of these sources."""
+    found = _open()
+    return None if isinstance(found, str) else found
+
+
+def why_not_loaded() -> str:
+    """Which of these it is; empty where there is a library."""
+    found = _open()
+    return found if isinstance(found, str) else ""
 
 
 def loaded() -> ctypes.CDLL:

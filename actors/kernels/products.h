@@ -1,4 +1,5 @@
-// Rows of activations and the products of packed matrices with them, shared out over the threads.
+// What a call of the ABI computes with: rows of activations and the products of packed matrices with them, shared out
+// over the threads.
 
 #pragma once
 
@@ -12,18 +13,33 @@ AVX2 inline void add_row(const float* row, long n, float* out) {
   for (long i = 0; i < n; ++i) out[i] += row[i];
 }
 
-// Calls work(i) for each of `count` rows.
-template <typename Work>
-void for_rows(State& s, long count, long threads, Work work) {
-  s.pool.run(count, count < FEW ? 1 : threads, work);
-}
+// One call of the ABI, which alone computes until it ends.
+struct Call {
+  const Format& format;
+  const Kernel& kernel;
+  const long threads;
+  State& s = state();
+  const std::lock_guard<std::mutex> guard{s.one_call};
+
+  Call(const Format& format, int isa, long threads) : format(format), kernel(format.kernels[isa]), threads(threads) {}
+
+  // Calls work(i) for every i in [0, count), on all threads if it is worth waking them.
+  template <typename Work>
+  void run(long count, bool is_worth_it, const Work& work) const {
+    s.pool.run(count, is_worth_it ? threads : 1, std::cref(work), kernel.leave);
+  }
+
+  template <typename Work>
+  void for_rows(long count, const Work& work) const {
+    run(count, count >= FEW, work);
+  }
+};
 
 // A row of activations; fill(row) writes its D float32 numbers.
 template <typename Fill>
 void activation(const Format& format, const Kernel& kernel, long D, char* to, Fill fill) {
   const long padded = format.padded(D);
-  std::vector<float> wide(kernel.activate ? padded : 0);
-  float* row = kernel.activate ? wide.data() : reinterpret_cast<float*>(to);
+  float* row = kernel.activate ? row_of(padded) : reinterpret_cast<float*>(to);
   fill(row);
   std::fill(row + D, row + padded, 0.0f);
   if (kernel.activate) kernel.activate(row, padded, to);
@@ -31,12 +47,12 @@ void activation(const Format& format, const Kernel& kernel, long D, char* to, Fi
 
 // `count` rows of activations in `scratch`; fill(i, row) writes the numbers of the i-th.
 template <typename Fill>
-char* activations(const Format& format, const Kernel& kernel, State& s, Scratch& scratch, long count, long D,
-                  long threads, Fill fill) {
-  const long stride = format.row_bytes(D, kernel);
+const char* activations(const Call& call, Scratch& scratch, long count, long D, Fill fill) {
+  const long stride = call.format.row_bytes(D, call.kernel);
   char* act = scratch.at_least(count * stride);
-  for_rows(s, count, threads,
-           [&](long i) { activation(format, kernel, D, act + i * stride, [&](float* row) { fill(i, row); }); });
+  call.for_rows(count, [&](long i) {
+    activation(call.format, call.kernel, D, act + i * stride, [&](float* row) { fill(i, row); });
+  });
   return act;
 }
 
@@ -81,13 +97,12 @@ void multiply_tiles(const Format& format, const Kernel& kernel, const char* pack
 
 // A packed matrix [O, D], times T rows of activations: calls each(row, first, width, sums) with up to 16 outputs.
 template <typename Each>
-void product(const Format& format, const Kernel& kernel, State& s, const char* packed, long O, long D, const char* act,
-             long T, long threads, Each each) {
+void product(const Call& call, const char* packed, long O, long D, const char* act, long T, Each each) {
   const long tiles = round_up(O, TILE) / TILE, chunks = (T + CHUNK - 1) / CHUNK;
-  s.pool.run(Share::number(tiles) * chunks, threads, [&](long item) {
+  call.run(Share::number(tiles) * chunks, true, [&](long item) {
     const Share share(item / chunks, tiles);
     const long from = item % chunks * CHUNK, to = std::min(T, from + CHUNK);
-    multiply_tiles(format, kernel, packed, D, share.first, share.last, act, from, to,
+    multiply_tiles(call.format, call.kernel, packed, D, share.first, share.last, act, from, to,
                    [&](long t, long first, float* sums) { each(t, first, std::min(TILE, O - first), sums); });
   });
 }

@@ -104,4 +104,10 @@ void pack_row(const bf16* row, long D, long padded, long place, char* tile) {
 }  // namespace
 
 const Format BFLOAT16 = {
-    2, 32, 0, pack_row, {{4, 6, nullptr, multiply_avx2}, {2, 16, activate, multiply_avx512}, {2, 32, activate, multiply_amx}}};
+    .item = 2,
+    .pad = 32,
+    .scales = 0,
+    .pack_row = pack_row,
+    .kernels = {{.item = 4, .max_rows = 6, .activate = nullptr, .multiply = multiply_avx2},
+                {.item = 2, .max_rows = 16, .activate = activate, .multiply = multiply_avx512},
+                {.item = 2, .max_rows = 32, .activate = activate, .multiply = multiply_amx, .leave = amx_leave}}};

@@ -150,9 +150,10 @@ AMX void multiply_amx(const char* w, long padded, const char* x, long stride, lo
 }
 
 void pack_row(const bf16* row, long D, long padded, long place, char* tile) {
-  std::vector<float> wide(padded, 0.0f);
-  widen_row(row, D, wide.data());
-  const float scale = scale_of(wide.data(), D), inverse = inverse_of(scale);
+  float* wide = row_of(padded);
+  widen_row(row, D, wide);
+  std::fill(wide + D, wide + padded, 0.0f);
+  const float scale = scale_of(wide, D), inverse = inverse_of(scale);
   for (long d = 0; d < padded; ++d)
     tile[d / 4 * 4 * TILE + place * 4 + d % 4] = inverse == 0.0f ? 0 : int8_t(quantised(wide[d], inverse));
   std::memcpy(tile + TILE * padded + 4 * place, &scale, 4);
@@ -160,7 +161,11 @@ void pack_row(const bf16* row, long D, long padded, long place, char* tile) {
 
 }  // namespace
 
-const Format INT8 = {1, 64, 64, pack_row,
-                     {{2, 4, activate_int16, multiply_avx2},
-                      {2, 8, activate_int16, multiply_avx512},
-                      {1, 32, activate_int8, multiply_amx}}};
+const Format INT8 = {
+    .item = 1,
+    .pad = 64,
+    .scales = 64,
+    .pack_row = pack_row,
+    .kernels = {{.item = 2, .max_rows = 4, .activate = activate_int16, .multiply = multiply_avx2},
+                {.item = 2, .max_rows = 8, .activate = activate_int16, .multiply = multiply_avx512},
+                {.item = 1, .max_rows = 32, .activate = activate_int8, .multiply = multiply_amx, .leave = amx_leave}}};

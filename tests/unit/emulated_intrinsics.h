@@ -2,6 +2,7 @@
 // slowly, on any CPU with AVX2. Force-included before the kernels. What it can't tell: whether the real instructions
 // round alike.
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -65,6 +66,7 @@ inline Floats times(Floats a, Floats b) { for (int i = 0; i < 16; ++i) a.at[i] *
 // Eight tiles of up to 16 rows of 64 bytes. An instruction on a tile that is not configured is a fault.
 struct Tile { int rows = 0, bytes = 0; char at[16][64]; };
 inline thread_local Tile tiles[8];
+inline std::atomic<long> configurations{0};
 
 inline Tile& tile(int number) {
   if (!tiles[number].rows || !tiles[number].bytes) std::abort();
@@ -73,6 +75,7 @@ inline Tile& tile(int number) {
 inline void configure(const void* config) {
   const char* c = static_cast<const char*>(config);
   if (c[0] != 1) std::abort();  // the palette
+  ++configurations;
   for (int i = 0; i < 8; ++i) {
     uint16_t bytes;
     std::memcpy(&bytes, c + 16 + 2 * i, 2);
@@ -112,6 +115,15 @@ inline void dot_tiles(int sums, int left, int right) {
 }
 
 }  // namespace emulated
+
+// For tests: how often tiles have been configured, and how many this thread has not released.
+#define EMULATED extern "C" __attribute__((visibility("default"), weak))
+EMULATED long emulated_configurations() { return emulated::configurations; }
+EMULATED long emulated_tiles_in_use() {
+  long number = 0;
+  for (const emulated::Tile& tile : emulated::tiles) number += tile.rows > 0;
+  return number;
+}
 
 #define __m512 emulated::Floats
 #define __m512bh emulated::Pairs

@@ -24,7 +24,7 @@ sizes = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 64, 100])
 @pytest.fixture(params=NAMES, scope="module")
 def isa(request: pytest.FixtureRequest) -> int:
     if native.library() is None:
-        pytest.skip("the native kernels have not been built: no C++ compiler?")
+        pytest.skip(native.why_not_loaded())
     if request.param not in native.instruction_sets():
         pytest.skip(f"this CPU has no {request.param}")
     return native.instruction_sets()[request.param]
@@ -33,7 +33,7 @@ def isa(request: pytest.FixtureRequest) -> int:
 @pytest.mark.needs("g++")
 def test_the_kernels_have_been_built_with_the_package() -> None:
     """A build that fails silently must not go unnoticed."""
-    assert native.library() is not None
+    assert native.library() is not None, native.why_not_loaded()
     assert set(native.instruction_sets()) <= set(NAMES)
 
 

@@ -1,0 +1,81 @@
+"""The kernels' C ABI (abi.h) as Python calls it. A library that was built from other sources is not used: what it tells
+of itself (abi.cpp) differs from this.
+"""
+
+import ctypes
+from typing import Any
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+class Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("T", "S", "B", "block_size")),
+        *((name, _POINTER) for name in ("slots", "starts", "contexts", "blocks", "cos", "sin")),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("D", "H", "G", "C", "E", "K")),
+        *((name, _FLOAT) for name in ("eps", "residual", "scale")),
+        *((name, _POINTER) for name in ("attention_norm", "moe_norm", "qkv", "out", "router", "qkv_bias", "out_bias")),
+    )
+
+
+# Result and arguments.
+FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "outcrop_isa_name": (ctypes.c_char_p, (_INT,)),
+    "outcrop_isa_works": (_INT, (_INT,)),
+    "outcrop_packed_bytes": (_LONG, (_INT, _LONG, _LONG)),
+    "outcrop_pack": (None, (_INT, _POINTER, _LONG, _LONG, _POINTER)),
+    "outcrop_linear": (None, (_INT, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER)),
+    "outcrop_experts": (
+        None,
+        (_INT, _INT, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
+    ),
+    "outcrop_attention": (
+        None,
+        (_INT, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _FLOAT, _POINTER, _POINTER),
+    ),
+    "outcrop_front_layer": (None, (_INT, _LONG, *[_POINTER] * 9)),
+    "outcrop_use_huge_pages": (None, (_POINTER, _LONG)),
+    "outcrop_read": (ctypes.c_uint64, (_LONG, _POINTER, _LONG)),
+}
+
+
+def difference(library: ctypes.CDLL) -> str:
+    """Which structures and functions the library has otherwise than this file; empty where it has none."""
+    try:
+        tell = library.outcrop_abi
+    except AttributeError:
+        return "outcrop_abi"
+    tell.restype = ctypes.c_char_p
+    differing = set(tell().decode().splitlines()) ^ set(_lines())
+    return ", ".join(sorted({line.split(":")[0] for line in differing}))
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Have ctypes convert arguments and results."""
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+
+
+def _lines() -> list[str]:
+    """As outcrop_abi() has them."""
+    functions = [f"{name}: {' '.join(map(_kind, (result, *args)))}" for name, (result, args) in FUNCTIONS.items()]
+    return [_line_of(Batch), _line_of(Layer), *functions]
+
+
+def _line_of(structure: type[ctypes.Structure]) -> str:
+    fields = (f"{name} {_kind(kind)} {getattr(structure, name).offset}" for name, kind, *_ in structure._fields_)
+    return " ".join((f"{structure.__name__}:", *fields, str(ctypes.sizeof(structure))))
+
+
+def _kind(kind: Any) -> str:
+    if kind is None:
+        return "void"
+    if kind in (_POINTER, ctypes.c_char_p):
+        return "p"
+    return f"{'f' if kind is _FLOAT else 'i'}{ctypes.sizeof(kind)}"
