@@ -82,7 +82,9 @@ def _products(kernels: KernelChoice, has_native: bool) -> Products:
 def _isa(kernels: KernelChoice) -> int:
     """Unless they are asked for, only instruction sets that the kernels have run on."""
     sets = native.instruction_sets()
-    return sets[next(name for name in reversed(sets) if kernels == "native" or name != "amx_bf16")]
+    return sets[
+        next(name for name in reversed(sets) if kernels == "native" or native.TESTED[name].startswith("tested"))
+    ]
 
 
 def torch_device(name: str) -> torch.device:
@@ -117,15 +119,15 @@ def told_if_out_of_memory(what: str, way_out: str) -> Iterator[None]:
 
 
 def why_not_native() -> str:
-    if native.library() is None:
-        return "the native kernels have not been built (was a C++ compiler there when Outcrop was installed?)"
-    return "this CPU has none of the instruction sets of the native kernels (the least is AVX2)"
+    reason = native.why_not_loaded()
+    return reason or "this CPU has none of the instruction sets of the native kernels (the least is AVX2)"
 
 
 def describe(compute: Compute, kernels: KernelChoice) -> Iterator[str]:
     """Lines for people: what computes bfloat16 on this CPU, and why."""
     names = {number: name for name, number in native.instruction_sets().items()}
-    of_kernels = f"native, {names.get(compute.isa, '')}"
+    name = names.get(compute.isa, "")
+    of_kernels = f"native, {name} ({native.TESTED[name]})" if name else ""
     without = "as chosen" if kernels == "torch" else why_not_native()
     said = {
         "native": of_kernels,

@@ -9,6 +9,7 @@ from actors.kernels import native
 from cluster.errors import ConfigError, ModelError
 from cluster.messages.actors import ExpertDtype, KernelChoice
 
+AVX2_TESTED, AVX512_TESTED = "native, avx2 (tested on hardware)", "native, avx512_bf16 (tested on hardware)"
 ONEDNN = "oneDNN: this CPU has bfloat16 instructions"
 AVX2, AVX512, AMX = {"avx2": 0}, {"avx2": 0, "avx512_bf16": 1}, {"avx2": 0, "avx512_bf16": 1, "amx_bf16": 2}
 NO_KERNELS = {"none of ours, but bfloat16": -1}
@@ -49,10 +50,11 @@ def test_each_part_is_what_is_fastest_and_has_run(
 @pytest.mark.parametrize(
     ("sets", "kernels", "expert_dtype", "told"),
     [
-        (AVX2, "auto", "auto", ["native, avx2"] * 3),
-        (AMX, "auto", "auto", ["native, avx512_bf16", *[ONEDNN] * 2]),
+        (AVX2, "auto", "auto", [AVX2_TESTED] * 3),
+        (AMX, "auto", "auto", [AVX512_TESTED, *[ONEDNN] * 2]),
         (AVX2, "torch", "auto", ["torch: as chosen", *["torch, slow: as chosen"] * 2]),
-        (AVX512, "auto", "int8", ["native, avx512_bf16"] * 3),
+        (AMX, "native", "auto", ["native, amx_bf16 (only emulated: never run on a CPU that has it)"] * 3),
+        (AVX512, "auto", "int8", [AVX512_TESTED] * 3),
         (
             AVX512,
             "torch",
