@@ -5,6 +5,7 @@ Attention, linear layers and experts are chosen independently, each by what was 
 (docs/benchmarks.md). Plain torch is the oracle of every other way.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class Compute:
         if kind != torch.bfloat16:
             return cls(where, kind)
         if where.type != "cpu":
-            return cls(where, kind, attention="flash")
+            return cls(where, kind, attention="flash" if can_use_flash(where) else "torch")
         return cls._on_cpu(where, kernels, is_int8)
 
     @classmethod
@@ -92,8 +93,26 @@ def torch_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device='cuda', but torch sees no GPU in this actor: install a CUDA build or set device=cpu")
+        raise ModelError(f"device='cuda', but torch sees no GPU in this actor: {_why_no_gpu()}; or set device=cpu")
     return torch.device(name)
+
+
+def _why_no_gpu() -> str:
+    """What is so, and the way out. Not yet seen on a machine with a GPU."""
+    if torch.version.cuda is None:
+        return "this torch is a CPU build: install one for CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "":
+        return "CUDA_VISIBLE_DEVICES is empty: Ray has reserved no GPU for it, set gpus_per_front or gpus_per_replica"
+    return (
+        f"this torch is for CUDA {torch.version.cuda}: look with nvidia-smi whether there is a GPU, and a driver for "
+        "that version (CUDA 13.0 needs 580 or newer)"
+    )
+
+
+def can_use_flash(device: torch.device) -> bool:
+    """Flash attention wants compute capability 8.0 (Ampere)."""
+    return bool(torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 @cache

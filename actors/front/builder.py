@@ -1,5 +1,6 @@
 """Puts a front's parts together: weights, dispatcher and its lane, then KV cache and scheduler."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from actors.lanes.auto import AutoLane
 from actors.lanes.lane import Lane
 from actors.lanes.object_ref import ObjectRefLane
 from actors.lanes.zmq_client import ZmqLane
+from actors.model.attention import why_not_flash
 from actors.model.front_half import FrontHalf
 from actors.model.loading import load_front
 from actors.model.paged_kv import PagedKV
@@ -25,6 +27,8 @@ from cluster.messages.actors import EngineOptions, FrontSpec, LoadProgress
 from cluster.metrics import Metrics
 from cluster.models.checkpoint import Checkpoint
 from cluster.models.hub import local_copy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ def build_engine(spec: FrontSpec, parts: FrontParts, metrics: Metrics, others: S
     num_blocks = num_kv_blocks(options, model.spec, model.compute, others, spec.resources.gpus_per_front)
     with told_if_out_of_memory("the KV cache", "set kv_cache_gib, or lower gpu_memory_utilization"):
         kv = PagedKV(model.spec, num_blocks, options.block_size, model.compute)
+    if model.compute.attention == "flash" and (reason := why_not_flash(kv)):
+        logger.warning("attention gathers keys, which is slow: flash attention can't be used, as %s", reason)
     return Engine(model, kv, parts.dispatcher, make_scheduler(options, num_blocks), metrics, spec.actor_id)
 
 

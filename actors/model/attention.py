@@ -38,23 +38,19 @@ class AttentionPlan(ABC):
 
 
 def plan_attention(batch: StepBatch, kv: PagedKV, compute: Compute, staging: Staging) -> AttentionPlan:
-    if compute.attention == "flash" and can_use_varlen(kv):
+    if compute.attention == "flash" and not why_not_flash(kv):
         return VarlenPlan(batch, staging)
     if compute.attention == "native" and kv.k_LBSGC.shape[-1] % 8 == 0:
         return NativePlan(batch, kv, compute.isa)
     return GatherPlan(batch, kv)
 
 
-def can_use_varlen(kv: PagedKV) -> bool:
-    """Flash attention's limits for paged caches: 16-bit types, pages of 256 tokens, head dimension 8..256."""
-    head_dim, dtype = kv.k_LBSGC.shape[-1], kv.k_LBSGC.dtype
-    return (
-        kv.k_LBSGC.is_cuda
-        and dtype in (torch.bfloat16, torch.float16)
-        and kv.block_size % 256 == 0
-        and head_dim % 8 == 0
-        and head_dim <= 256
-    )
+def why_not_flash(kv: PagedKV) -> str:
+    """What flash attention refuses of a paged cache; empty if nothing."""
+    head_dim = kv.k_LBSGC.shape[-1]
+    if kv.block_size % 256:
+        return f"block_size={kv.block_size} is no multiple of 256"
+    return f"heads of {head_dim} are not among 8, 16, ..., 256" if head_dim % 8 or head_dim > 256 else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,8 +93,10 @@ def served_dtype(config: ClusterConfig, checkpoint: Checkpoint) -> str:
 
 
 def check_expert_dtype(config: ClusterConfig, dtype: str, device: str) -> None:
-    """Raises ConfigError where int8 experts can't be computed. `device` is the one that experts are computed on."""
-    if config.expert_dtype == "int8" and device == "cuda":
+    """Raises ConfigError where int8 experts can't be computed. `device` is the one that experts are computed on, as
+    planned: an actor whose device stays auto has a GPU.
+    """
+    if config.expert_dtype == "int8" and device != "cpu":
         raise ConfigError("expert_dtype='int8' is computed on CPUs only: choose auto, or replica_device cpu")
     if config.expert_dtype == "int8" and dtype == "float32":
         raise ConfigError(
@@ -120,7 +122,7 @@ def draw_blueprint(
     expert_map = check_config(config, checkpoint.spec)
     resources = plan_resources(config, machine)
     dtype = served_dtype(config, checkpoint)
-    check_expert_dtype(config, dtype, device_of_experts(config))
+    check_expert_dtype(config, dtype, resources.front_device if config.lane == "local" else resources.replica_device)
     num_replicas = 0 if config.lane == "local" else config.replicas
     return Blueprint(
         resources=resources,

@@ -6,6 +6,9 @@ from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.messages.actors import Machine, ResourcePlan
 
+# What an actor with a GPU computes on the host is small: to pack and unpack messages.
+GPU_ACTOR_THREADS = 4
+
 
 def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
     """Share the cluster so that every actor fits. Raises ConfigError if a device is cuda and there are too few GPUs.
@@ -30,8 +33,8 @@ def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
         cpus_per_replica=_or(config.cpus_per_replica, share),
         gpus_per_front=gpus_per_front,
         gpus_per_replica=gpus_per_replica,
-        threads_per_front=config.threads_per_front or _threads(machine, config.fronts),
-        threads_per_replica=config.threads_per_replica or _threads(machine, max(1, num_replicas)),
+        threads_per_front=config.threads_per_front or _threads(machine, config.fronts, front_device),
+        threads_per_replica=config.threads_per_replica or _threads(machine, max(1, num_replicas), replica_device),
         front_resources=config.front_resources,
         replica_resources=config.replica_resources,
     )
@@ -74,8 +77,9 @@ def _check_gpus(config: ClusterConfig, machine: Machine, num_replicas: int) -> N
         )
 
 
-def _threads(machine: Machine, num_actors: int) -> int:
-    return max(1, int(min(machine.largest_node_cpus, machine.cluster_cpus / num_actors)))
+def _threads(machine: Machine, num_actors: int, device: str) -> int:
+    most = machine.largest_node_cpus if device == "cpu" else GPU_ACTOR_THREADS
+    return max(1, int(min(most, machine.cluster_cpus / num_actors)))
 
 
 def _or(value: float | None, default: float) -> float:

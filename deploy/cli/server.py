@@ -86,7 +86,8 @@ def check_everything(config: ClusterConfig) -> Check:
     checkpoint = Checkpoint.open(model_dir)
     spec = checkpoint.spec
     check_config(config, spec)
-    check_expert_dtype(config, served_dtype(config, checkpoint), device_of_experts(config))
+    device = device_of_experts(config)
+    check_expert_dtype(config, served_dtype(config, checkpoint), "cuda" if device == "cuda" else "cpu")
     tokenizer = Tokenizer.load(model_dir, config.chat_template)
     if not tokenizer.has_chat_template and config.chat_template != "none":
         raise ModelError(

@@ -221,6 +221,47 @@ def test_fronts_and_replicas_have_devices_of_their_own(
     assert blueprint.engine.block_size == (16 if front[0] == "cpu" else 256)
 
 
+DEVICES = [None, "auto", "cpu", "cuda"]
+
+
+@pytest.mark.parametrize("front_device", DEVICES)
+@pytest.mark.parametrize("replica_device", DEVICES)
+@pytest.mark.parametrize("gpus", [None, 0, 0.5])
+@pytest.mark.parametrize(("expert_dtype", "dtype"), [("auto", "float32"), ("auto", "bfloat16"), ("int8", "bfloat16")])
+@pytest.mark.parametrize("machine", [LAPTOP, GPU_BOX], ids=["laptop", "gpus"])
+def test_devices_gpus_and_types_fit_each_other_or_are_refused(
+    machine: Machine, front_device: Any, replica_device: Any, gpus: float | None, expert_dtype: Any, dtype: Any
+) -> None:
+    config = ClusterConfig(
+        model="m", front_device=front_device, replica_device=replica_device, dtype=dtype, expert_dtype=expert_dtype,
+        gpus_per_front=gpus, gpus_per_replica=gpus,
+    )  # fmt: skip
+    blueprint, refused = None, ""
+    try:
+        blueprint = draw_blueprint(config, described(spec_of(SMALL)), "/m", machine)
+    except ConfigError as error:
+        refused = str(error)
+    if blueprint is None:
+        asked = "cuda" in (front_device, replica_device)
+        assert (asked and (gpus == 0 or machine is LAPTOP)) or (expert_dtype == "int8" and "int8" in refused)
+        return
+    front, replica = blueprint.front(0), blueprint.replica(0, 0, blueprint.expert_map)
+    plan = blueprint.resources
+    for device, share, wanted in (
+        (front.engine.device, plan.gpus_per_front, front_device),
+        (replica.device, plan.gpus_per_replica, replica_device),
+    ):
+        assert device in ("cpu", "auto", "cuda")
+        if machine is GPU_BOX:
+            assert (device == "cpu") == (share == 0 or wanted == "cpu"), "without a GPU it computes on the CPU"
+        else:
+            assert device == "cpu"
+        assert wanted not in ("cpu", "cuda") or device == wanted
+    assert expert_dtype != "int8" or replica.device == "cpu"
+    assert front.engine.expert_device == ("cpu" if replica.device == "cpu" else front.engine.device)
+    assert plan.threads_per_front <= (64 if front.engine.device == "cpu" else 4)
+
+
 def test_a_gpu_that_is_asked_for_and_not_reserved_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"gpus_per_replica=0 with device='cuda'.*replica_device to cpu"):
         plan_resources(ClusterConfig(model="m", device="cuda", gpus_per_replica=0), GPU_BOX)

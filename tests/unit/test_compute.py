@@ -82,7 +82,35 @@ def test_what_was_asked_for_and_is_not_there_is_an_error(monkeypatch: pytest.Mon
 
 def test_on_a_gpu_attention_is_flash_and_experts_are_never_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     on_gpu = Compute.choose("auto", "bfloat16")
     assert on_gpu == Compute(torch.device("cuda"), torch.bfloat16, attention="flash")
     with pytest.raises(ConfigError, match="this actor has cuda and bfloat16"):
         Compute.choose("auto", "bfloat16", "auto", "int8")
+
+
+def test_cards_before_ampere_have_no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert Compute.choose("cuda", "bfloat16").attention == "torch"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "visible", "told"),
+    [
+        (None, None, "this torch is a CPU build"),
+        ("13.0", "", "Ray has reserved no GPU for it, set gpus_per_front or gpus_per_replica"),
+        ("13.0", "0", r"this torch is for CUDA 13\.0: .*nvidia-smi.* driver .*580"),
+    ],
+)
+def test_why_there_is_no_gpu_is_told_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, visible: str | None, told: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ModelError, match=f"torch sees no GPU in this actor: .*{told}"):
+        Compute.choose("cuda", "bfloat16")

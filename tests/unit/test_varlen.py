@@ -2,13 +2,16 @@
 ask of it does not.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from actors.model import attention
-from actors.model.attention import GatherPlan, VarlenPlan
+from actors.model.attention import GatherPlan, NativePlan, VarlenPlan, plan_attention, why_not_flash
 from actors.model.batch import Span, StepBatch
 from actors.model.paged_kv import PagedKV
+from actors.staging import DIRECT
 from tests.specs import PLAIN, spec_of
 from tests.unit import flash_attention
 
@@ -65,6 +68,23 @@ def test_flash_attention_is_asked_for_what_is_gathered(name: str, monkeypatch: p
         plan.attend(q_THC, kv.k_LBSGC[0], kv.v_LBSGC[0], 0.3) for plan in (GatherPlan(batch, kv), VarlenPlan(batch))
     )
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("page", "head_dim", "reason"),
+    [(256, 64, ""), (512, 256, ""), (16, 64, "block_size=16 is"), (256, 12, "heads of 12"), (256, 264, "heads of 264")],
+)
+def test_what_flash_attention_refuses_is_gathered(page: int, head_dim: int, reason: str) -> None:
+    spec = replace(SPEC, head_dim=head_dim)
+    kv = PagedKV(spec, 2, page, PLAIN)
+    assert reason in why_not_flash(kv)
+    assert bool(why_not_flash(kv)) == bool(reason)
+    nothing = torch.zeros(1, dtype=torch.int64)
+    batch = StepBatch(nothing, nothing, nothing, torch.zeros(1, 1, dtype=torch.int32), nothing, (Span(0, 1, 1),))
+    plan = plan_attention(batch, kv, replace(PLAIN, attention="flash"), DIRECT)
+    assert isinstance(plan, GatherPlan if reason else VarlenPlan)
+    native = plan_attention(batch, kv, replace(PLAIN, attention="native"), DIRECT)
+    assert isinstance(native, GatherPlan if head_dim % 8 else NativePlan)
 
 
 def test_flash_attention_3_gets_no_cumulative_keys(monkeypatch: pytest.MonkeyPatch) -> None:
