@@ -62,9 +62,9 @@ def load_parts(spec: FrontSpec, namespace: str, metrics: Metrics, report: Callab
     loading = _Loading(checkpoint.total_bytes if is_local else checkpoint.front_bytes, report)
     with told_if_out_of_memory("a front's share of the model", "give it more of a GPU: gpus_per_front"):
         model = load_front(Weights(checkpoint, compute, loading))
-    if is_local:
-        local = LocalDispatcher(load_experts(Weights(checkpoint, of_experts, loading), checkpoint.all_experts))
-        return FrontParts(model, local, None, loading.total)
+        if is_local:
+            local = LocalDispatcher(load_experts(Weights(checkpoint, of_experts, loading), checkpoint.all_experts))
+            return FrontParts(model, local, None, loading.total)
     fallback = CheckpointExperts(Weights(checkpoint, of_experts))
     remote = RemoteDispatcher(make_lane(spec, namespace), metrics, fallback.run, model.staging)
     return FrontParts(model, remote, remote, loading.total)
