@@ -234,7 +234,7 @@ TABLES: dict[str, Table] = {
             "vllm": VLLM,
             "outcrop": "Outcrop",
             "outcrop, local": "Outcrop, lane local",
-            "outcrop, kernels auto": "Outcrop, kernels auto",
+            "outcrop, oneDNN": "Outcrop with oneDNN",
         },
     ),
     "peers-amx": lambda: peers(
