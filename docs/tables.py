@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from benchmarks.tables import main, table
+from benchmarks.markdown import main, table
 from cluster.config import ClusterConfig
 from cluster.metrics import PREFIX
 from cluster.metrics import TABLE as METRICS

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import BLOCK, PAGE, RESULTS, TABLES, fill, main
+from benchmarks.markdown import BLOCK, fill, main
+from benchmarks.tables import PAGE, RESULTS, TABLES
 
 TEXT = PAGE.read_text()
 FIGURE = re.compile(r"\d ?(?:%|ms|us|s|KiB|MiB|GiB|GB/s|GFLOP/s|tokens/s|tok/s)(?![\w-])|\d\.\d")
@@ -45,7 +46,7 @@ def test_a_changed_figure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     page = tmp_path / "benchmarks.md"
     page.write_text(TEXT.replace("| 27.1 |", "| 72.1 |"))
     assert page.read_text() != TEXT
-    monkeypatch.setattr("benchmarks.tables.ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.markdown.ROOT", tmp_path)
     assert main(page, TABLES, ["--check"]) == 1
     main(page, TABLES, [])
     assert page.read_text() == TEXT
