@@ -2,7 +2,10 @@
 
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Enough to judge whether two results may be compared."""
+    """Enough to judge whether two results may be compared, and to measure again."""
     from actors.compute import Compute, describe  # late: threads are limited before torch is imported
 
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
     return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "bfloat16": list(describe(Compute.choose("cpu", "bfloat16"), "auto")),

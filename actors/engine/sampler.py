@@ -1,7 +1,7 @@
 """From logits to tokens, with every sampling rule of SamplingParams.
 
 Randomness is a function of (request seed, position), so a sequence that is computed again continues identically.
-Rules apply in the order of vLLM: banned tokens, logit bias, penalties, temperature, top-k, min-p, top-p.
+Rules apply in this order: logit bias, penalties, banned tokens, temperature, top-k, min-p, top-p.
 Shapes: R rows, V vocabulary, N tokens to choose from. Logits are float32.
 """
 

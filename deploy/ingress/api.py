@@ -1,4 +1,4 @@
-"""The HTTP routes. Bodies are checked by deploy/openai, work is done by Service; here is only HTTP."""
+"""The HTTP routes. Bodies are checked by deploy/ingress/openai, work is done by Service; here is only HTTP."""
 
 import logging
 from collections.abc import AsyncIterator, Callable

@@ -1,4 +1,4 @@
-"""Queries and panels, and how they flow into a dashboard. What the dashboards show is in generate.py.
+"""Queries and panels, and how they flow into a dashboard. What the dashboards show is in overview.py and experts.py.
 
 A dashboard is plain JSON, as Grafana 10.4 and later import it.
 """

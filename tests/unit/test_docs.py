@@ -12,22 +12,22 @@ from deploy.ingress.cluster_api import cluster_routes
 from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[2]
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
+REFERENCE = (ROOT / "docs/reference.md").read_text()
 API = (ROOT / "docs/api.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
-def test_operations_lists_every_setting_as_it_is() -> None:
+def test_the_reference_lists_every_setting_as_it_is() -> None:
     for name, field in ClusterConfig.model_fields.items():
         default = "required" if field.is_required() else "-" if field.default is None else field.default
-        assert f"| `{name}` | {default} | {field.description} |" in OPERATIONS
+        assert f"| `{name}` | {default} | {field.description} |" in REFERENCE
 
 
-def test_operations_lists_every_metric_as_it_is_and_no_other() -> None:
+def test_the_reference_lists_every_metric_as_it_is_and_no_other() -> None:
     for metric in TABLE:
         row = f"| `{PREFIX}{metric.name}` | {metric.kind} | {', '.join(metric.labels) or '-'} | {metric.help} |"
-        assert row in OPERATIONS
-    named = set(re.findall(rf"`{PREFIX}(\w+)`", OPERATIONS + API + README))
+        assert row in REFERENCE
+    named = set(re.findall(rf"`{PREFIX}(\w+)`", REFERENCE + API + README))
     assert named == {metric.name for metric in TABLE}
 
 
@@ -44,7 +44,7 @@ def test_every_request_field_is_documented(model: type[CompletionRequest] | type
         assert f"`{name}" in API or f"`stream`, `{name}" in API, name
 
 
-@pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda p: p.name)
 def test_files_that_documents_name_exist(page: Path) -> None:
     text = page.read_text()
     for path in re.findall(r"(?:tests|actors|cluster|deploy|benchmarks|docs|k8s)/[\w/]+\.\w+", text):
