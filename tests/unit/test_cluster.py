@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import ClusterConfig, load_config
-from cluster.control.exposition import INGRESS_GONE_S, Reports
+from cluster.control.exposition import INGRESS_GONE_S, Exposition
 from cluster.errors import ConfigError
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.messages.actors import Machine, Wanted
@@ -257,15 +257,15 @@ def test_a_process_that_is_gone_leaves_its_counters_but_not_its_gauges() -> None
 
 def test_ingresses_that_are_gone_leave_their_counters_and_no_more() -> None:
     now = [0.0]
-    reports = Reports(Metrics(), lambda: now[0])
+    exposition = Exposition(Metrics(), lambda: now[0])
     for number in range(100):
         ingress = Metrics()
         ingress.inc("prompt_tokens_total", 3)
         ingress.set("num_requests_running", 2)
-        reports.hear(f"ingress-{number}", ingress.samples())
+        exposition.hear(f"ingress-{number}", ingress.samples())
         now[0] += INGRESS_GONE_S
-    assert len(reports._ingress) == 2
-    text = reports.exposition(None, None).decode()
+    assert len(exposition._ingress) == 2
+    text = exposition.text(None, None).decode()
     assert "outcrop_prompt_tokens_total 300.0" in text
     assert "outcrop_num_requests_running 4.0" in text
 
