@@ -160,11 +160,12 @@ class Supervisor:
         """Go on by what configuration and checkpoint ask for; False if nobody fits that."""
         fleet = watch.fleet
         blueprint = await self._draw(fleet.blueprint.front(0))
-        self._error = None
+        self._error, restarts = None, takeover.restarts(fleet.blueprint.expert_map)
         if not takeover.check(fleet, blueprint):
             await self._let_go(watch)
             return False
         for member in watch.staffing.fill(fleet.wanted):
+            member.num_restarts = restarts.get(member.slot, 0)
             member.bury("lost while nobody watched")
         return True
 

@@ -67,6 +67,12 @@ def recall(known: Identity | None) -> Blueprint | None:
     return None
 
 
+def restarts(expert_map: ExpertMap) -> dict[str, int]:
+    """By slot, of the replicas that a predecessor knew: a successor of one that was lost gets a name of its own."""
+    known = [ActorId.parse(address.replica_id) for address in expert_map.replicas]
+    return {actor_id.slot: actor_id.restart for actor_id in known}
+
+
 def adopt(fleet: Fleet, found: list[Found]) -> list[Member]:
     """Make every live actor a member, in whatever slot it is; returns fronts that were leaving already. Those that
     can't serve yet are ended, since nobody waits for them any more, and those in whose slot a newer one lives.

@@ -2,7 +2,9 @@
 
 import asyncio
 
-from cluster.control.actors import ActorError, DeadActorError
+import pytest
+
+from cluster.control.actors import ActorError, DeadActorError, UnreachableActorError
 from cluster.control.supervisor import Supervisor
 from cluster.messages.state import ExpertsReport
 from tests.unit.control.fake_actors import FakeActors, WorkingActor, fleet_of, supervising, until, watch_of
@@ -88,15 +90,18 @@ async def test_without_load_or_need_nothing_moves_and_the_reason_is_told(actors:
         assert supervisor.state().map_version == 1
 
 
-async def test_a_replica_that_can_not_load_breaks_it_off_in_a_map_that_holds(actors: FakeActors) -> None:
+@pytest.mark.parametrize("error", [ActorError("the file can't be read"), UnreachableActorError("away")])
+async def test_a_replica_that_has_not_loaded_breaks_it_off_in_a_map_that_holds(
+    actors: FakeActors, error: Exception
+) -> None:
     actors.make = WorkingActor
     async with supervising(actors) as supervisor:
         before = await under_load(actors, supervisor)
-        actors["expert-g1-r0"].answers["set_experts"] = ActorError("the file can't be read")
+        actors["expert-g0-r0"].answers["set_experts"] = DeadActorError("lost")
+        actors["expert-g1-r0"].answers["set_experts"] = error
         report = await supervisor.rebalance(force=True)
         assert "expert-g1-r0 could not load experts of layer 0" in report.error
         assert fleet_of(supervisor).expert_map.homes == before.placement
-        assert held(actors)["expert-g0-r0"] == fleet_of(supervisor).expert_map.experts_of(0)
 
 
 async def test_a_replica_that_dies_does_not_break_it_off(actors: FakeActors) -> None:

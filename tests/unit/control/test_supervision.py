@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.control.actors import ActorError, DeadActorError, UnreachableActorError
-from cluster.control.rebalancing import RebalanceError, _move_layer
+from cluster.control.actors import ActorError, DeadActorError
 from cluster.control.reports import STUCK_S
 from cluster.control.tasks import Tasks
 from cluster.messages.actors import Wanted
@@ -119,19 +118,6 @@ async def test_a_rebalance_outlives_who_asked_for_it(actors: FakeActors, monkeyp
         await asyncio.wait([asking])
         go_on.set()
         await asyncio.wait_for(done.wait(), 5)
-
-
-async def test_a_replica_that_cannot_be_reached_has_not_loaded_experts(actors: FakeActors) -> None:
-    actors.left(*FOUR)
-    actors["expert-g0-r0"].answers["set_experts"] = UnreachableActorError("away")
-    actors["expert-g1-r0"].answers["set_experts"] = DeadActorError("lost")
-    async with supervising(actors) as supervisor:
-        await until(lambda: supervisor.state().state == "ready")
-        fleet = fleet_of(supervisor)
-        moved = (*[(1,)] * 4, *[(0,)] * 4)
-        with pytest.raises(RebalanceError, match="expert-g0-r0 could not load experts of layer 0"):
-            await _move_layer(fleet, 0, moved)
-        assert fleet.expert_map.homes == actors.blueprint.expert_map.homes
 
 
 async def test_an_error_in_the_background_is_logged(

@@ -369,3 +369,16 @@ async def test_a_crash_leaves_all_to_a_successor_who_replaces_the_lost(actors: F
             del there["expert-g1-r0"]
             assert actors.named() == there
             assert second.state().map_version == 3, "one without the lost replica, one with the new"
+
+
+async def test_the_successor_of_one_that_was_a_successor_has_a_name_of_its_own(actors: FakeActors) -> None:
+    actors.make = WorkingActor
+    async with supervising(actors) as first:
+        await until(lambda: first.state().state == "ready")
+        actors["expert-g1-r0"].die()
+        await until(lambda: "expert-g1-r0.1" in actors.actors and first.state().state == "ready")
+        first._tasks.cancel_others()
+        actors.actors.pop("expert-g1-r0.1").die()
+        async with supervising(actors) as second:
+            await until(lambda: second.state().state == "ready")
+            assert actors.created[-1] == "expert-g1-r0.2"
