@@ -51,11 +51,13 @@ class Actor:
         self.name = name
         self.answers = {"set_expert_map": None, "stop": None, "settle": None, "set_experts": 0} | answers
         self.calls: list[tuple[Any, ...]] = []
+        self._death = asyncio.Event()
 
     async def answer(self, method: str, *given: Any) -> Any:
         self.calls.append((method, *given))
         if method not in self.answers:
-            await asyncio.Event().wait()
+            await self._death.wait()
+            raise DeadActorError("killed")
         answer = self.answers[method]
         if isinstance(answer, Exception):
             raise answer
@@ -67,6 +69,7 @@ class Actor:
         return sum(call[0] == method for call in self.calls)
 
     def die(self) -> None:
+        self._death.set()
         methods = (
             "load",
             "progress",

@@ -7,7 +7,7 @@ import asyncio
 import selectors
 from typing import Any
 
-THREADS_PERIOD_S = 0.01
+THREADS_PERIOD_S, PATIENCE_S = 0.01, 10.0
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -20,6 +20,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._now
+
+    @property
+    def patience(self) -> float | None:
+        return None if self._num_in_threads else PATIENCE_S
 
     def pass_time(self, seconds: float) -> float:
         """Returns how long to wait for threads."""
@@ -44,7 +48,9 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[valid-type,misc]
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> Any:
-        """Without a timeout nothing is due: only another thread can wake the loop."""
+        """Raises RuntimeError where a test would wait for ever: nothing is due, and no thread wakes the loop."""
         if timeout is None:
-            return super().select(None)
+            if events := super().select(self._loop.patience):
+                return events
+            raise RuntimeError("a deadlock: all tasks wait, and for nothing that has a time")
         return super().select(0) or super().select(self._loop.pass_time(timeout) if timeout > 0 else 0)
