@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,6 +12,7 @@ from cluster.control.exposition import INGRESS_GONE_S, Exposition
 from cluster.errors import ConfigError
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.messages.actors import Machine, Wanted
+from cluster.messages.state import ClusterState, State
 from cluster.metrics import PREFIX, TABLE, Metrics, cumulative, exposition, merge
 from cluster.models.checkpoint import CheckpointInfo
 from cluster.models.granite_moe import GraniteMoeConfig
@@ -130,6 +132,15 @@ def test_integrity_notices_a_replica_twice() -> None:
     a = ReplicaAddress("r", 0, ())
     with pytest.raises(AssertionError, match="twice"):
         ExpertMap(1, 1, contiguous_homes(1, 2, 1), (a, a)).check_integrity()
+
+
+# -- state -----------------------------------------------------------------------------------------------------------
+
+
+def test_requests_wait_while_the_cluster_recovers_and_it_is_not_up_then() -> None:
+    states = {state: ClusterState(state, "", "") for state in get_args(State)}
+    assert {state for state, told in states.items() if told.is_up} == {"ready", "degraded"}
+    assert {state for state, told in states.items() if told.is_serving} == {"ready", "degraded", "recovering"}
 
 
 # -- load ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from cluster.actor_id import ActorId
 from cluster.config import ClusterConfig
 from cluster.control.actors import DeadActorError
 from cluster.control.fleet import Fleet
+from cluster.control.members import Member
 from cluster.control.supervisor import Supervisor
 from cluster.control.watch import Watch
 from cluster.expert_map import ExpertMap
@@ -184,6 +185,17 @@ class FakeActors:
         if self.actors.pop(handle.name, None):
             self.ended.append(handle.name)
         handle.die()
+
+
+def with_addresses(actors: FakeActors) -> Identity:
+    """The first front's identity, with all replicas in its map."""
+    identity: Identity = actors["front-0"].answers["identity"]
+    replicas = [Member(actors.blueprint.replica(g, 0, actors.blueprint.expert_map), "expert") for g in (0, 1)]
+    for member in replicas:
+        member.become_ready(ReadyReport(member.spec.actor_id, "n", 1, "", 5, 0.1))
+    assert identity.expert_map
+    addresses = tuple(m.address for m in replicas if m.address)
+    return replace(identity, expert_map=replace(identity.expert_map, replicas=addresses))
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,8 @@ async def test_scaling_down_takes_a_member_that_is_still_starting(actors: FakeAc
         assert ids(actors, "expert") == ["expert-g0-r0"]
         await asyncio.sleep(10)
         assert supervisor.state().map_version == 1, "none of them ever joined"
+        text = (await supervisor.exposition("in", ())).decode()
+        assert 'outcrop_actor_restarts_total{kind="expert"} 0.0' in text, "and none of them is lost"
 
 
 async def test_a_front_that_does_not_finish_is_ended_after_the_timeout(actors: FakeActors) -> None:
