@@ -17,10 +17,15 @@ from tests.unit.control.fake_actors import Actor, FakeActors, Spec, WorkingActor
 
 
 async def test_all_load_side_by_side_and_the_first_map_is_complete(actors: FakeActors) -> None:
-    actors.make = WorkingActor
+    def make(spec: Spec) -> Actor:
+        actor = WorkingActor(spec)
+        actor.answers["load"] = lambda: asyncio.sleep(10, actor.ready)
+        return actor
+
+    actors.make = make
     actors.set(replicas=2)
     async with supervising(actors) as supervisor:
-        await until(lambda: supervisor.state().state == "ready")
+        await until(lambda: supervisor.state().state == "ready", within=15)
         state = supervisor.state()
         assert state.map_version == 1
         assert state.fronts == ("front-0", "front-1")
@@ -30,6 +35,8 @@ async def test_all_load_side_by_side_and_the_first_map_is_complete(actors: FakeA
         ]
         assert state.progress.loaded == state.progress.total == 6 * 5
         assert not actors.ended
+        started = [call[1] for name in state.fronts for call in actors[name].calls if call[0] == "start"]
+        assert [len(expert_map.replicas) for expert_map in started] == [4, 4], "fronts begin with the whole map"
     assert sorted(actors.ended) == sorted(actors.created)
 
 
