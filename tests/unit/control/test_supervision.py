@@ -130,6 +130,7 @@ async def test_an_error_in_the_background_is_logged(
 
     await asyncio.wait([Tasks().spawn(fail())])
     await asyncio.sleep(0)
+    assert "ended with an unexpected error" in caplog.text
     assert "unseen" in caplog.text
 
 
