@@ -14,8 +14,7 @@ from cluster.control.supervisor import Supervisor
 from cluster.messages.actors import Wanted
 from cluster.messages.state import ExpertsReport
 from tests.checkpoints import generate, load_reference
-from tests.cluster.test_supervisor import PROMPT, collect, front, is_alive, running, submit, tokens, until
-from tests.unit.control.fake_actors import fleet_of
+from tests.cluster.test_supervisor import PROMPT, collect, fleet_of, front, is_alive, running, submit, tokens, until
 
 LENGTH = 40
 

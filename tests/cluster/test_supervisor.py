@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from cluster.config import ClusterConfig
+from cluster.control.fleet import Fleet
 from cluster.control.ray_actors import RayActors
 from cluster.control.supervisor import Supervisor
 from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
@@ -37,6 +38,11 @@ async def until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
     async with asyncio.timeout(timeout):
         while not condition():
             await asyncio.sleep(0.05)
+
+
+def fleet_of(supervisor: Supervisor) -> Fleet:
+    assert supervisor._watch
+    return supervisor._watch.fleet
 
 
 def front(supervisor: Supervisor, number: int = 0) -> Any:
@@ -145,7 +151,7 @@ def computed_by_replicas(supervisor: Supervisor) -> int:
 
 async def test_a_dead_front_is_replaced(ray_session: None, granite_dir: Path) -> None:
     settings: Fields = {"lane": "object_ref", "max_num_seqs": 2, "max_num_waiting": 3}
-    async with running(granite_dir, groups=1, **settings) as supervisor:
+    async with running(granite_dir, groups=2, **settings) as supervisor:
         kill(supervisor, "front-0")
         await until(lambda: supervisor.state().state == "recovering")
         assert supervisor.state().fronts == ()
