@@ -16,10 +16,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import list_named_actors
 
 from cluster.config import ClusterConfig, load_config
+from cluster.control.ray_actors import RayActors
 from cluster.control.supervisor import Supervisor
 from cluster.logs import set_up_logs
 from cluster.messages.actors import NAMESPACE_PREFIX, Sample, Wanted
-from cluster.messages.state import ClusterState, RebalanceReport
+from cluster.messages.state import ClusterState, ExpertsReport, RebalanceReport
 from cluster.models.hub import resolve_model
 from deploy.demo import expand_demo
 from deploy.ingress.api import create_api
@@ -47,7 +48,7 @@ class SupervisorDeployment:
         set_up_logs("supervisor", settings.log_format, settings.log_level)
         await _end_of_predecessors()
         namespace = f"{NAMESPACE_PREFIX}{serve.get_replica_context().app_name}"
-        self.supervisor = Supervisor(settings, namespace)
+        self.supervisor = Supervisor(settings, RayActors(namespace))
         self.supervisor.start()
 
     async def push_samples(self, ingress_id: str, samples: tuple[Sample, ...]) -> ClusterState:
@@ -56,7 +57,7 @@ class SupervisorDeployment:
     async def exposition(self, ingress_id: str, samples: tuple[Sample, ...]) -> bytes:
         return await self.supervisor.exposition(ingress_id, samples)
 
-    async def experts(self) -> dict[str, Any]:
+    async def experts(self) -> ExpertsReport | None:
         return await self.supervisor.experts()
 
     async def state(self) -> ClusterState:
@@ -99,7 +100,7 @@ class _Link:
     async def exposition(self, ingress_id: str, samples: tuple[Sample, ...]) -> bytes:
         return await self.handle.exposition.remote(ingress_id, samples)  # type: ignore[no-any-return]
 
-    async def experts(self) -> dict[str, Any]:
+    async def experts(self) -> ExpertsReport | None:
         return await self.handle.experts.remote()  # type: ignore[no-any-return]
 
     async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted:
@@ -132,7 +133,7 @@ class GateDeployment:
             return False  # Serve restarts it
         if state.state == "failed":
             raise RuntimeError(state.error or "the cluster could not be brought up")
-        return state.state in ("ready", "degraded")
+        return state.is_up
 
 
 @serve.deployment(

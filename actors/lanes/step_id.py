@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from cluster.actor_id import ActorId
+
 
 class StepId(NamedTuple):
     """Which step of which front a dispatch belongs to. Both ends write it into their log lines; nothing else uses it.
@@ -14,16 +16,14 @@ class StepId(NamedTuple):
 
     @classmethod
     def first_of(cls, actor_id: str) -> "StepId":
-        """For the actor ids that the supervisor gives: "front-3", and "front-3.1" after a restart."""
-        slot, _, restarts = actor_id.rpartition("-")[2].partition(".")
-        return cls((int(slot) << 8 | int(restarts or 0) & 0xFF) & 0xFFFF)
+        front = ActorId.parse(actor_id)
+        return cls((front.index << 8 | front.restart & 0xFF) & 0xFFFF)
 
     def next(self) -> "StepId":
         return StepId(self.front, (self.number + 1) & 0xFFFFFFFF)
 
     def __str__(self) -> str:
-        slot, restarts = divmod(self.front, 256)
-        return f"front-{slot}{f'.{restarts}' if restarts else ''}:{self.number}"
+        return f"{ActorId(None, *divmod(self.front, 256))}:{self.number}"
 
 
 NO_STEP = StepId()

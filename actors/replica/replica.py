@@ -11,6 +11,7 @@ from actors.experts.layer_experts import LayerExperts
 from actors.experts.store import ExpertStore, NotHeld
 from actors.lanes import wire
 from actors.lanes.step_id import StepId
+from cluster.actor_id import slot_of
 from cluster.messages.actors import ReplicaSpec
 from cluster.metrics import Metrics
 
@@ -141,7 +142,7 @@ class Replica:
 
     def _count(self, num_tokens: int, seconds: float) -> None:
         # Restarted replicas count on under the name of their slot: labels stay few.
-        group, slot = str(self.spec.group), self.spec.actor_id.partition(".")[0]
+        group, slot = str(self.spec.group), slot_of(self.spec.actor_id)
         self.num_tokens += num_tokens
         self.metrics.inc("expert_tokens_total", num_tokens, group=group, replica=slot)
         self.metrics.observe("expert_compute_seconds", seconds, group=group)

@@ -6,11 +6,10 @@ An actor that dies over it is started anew, like any other; what is wrong with s
 import asyncio
 from collections.abc import Callable
 
-from ray.exceptions import RayError
-
+from cluster.control.actors import ActorError, first_line
 from cluster.control.fleet import Fleet
+from cluster.control.lives import join, load
 from cluster.control.members import Member
-from cluster.control.ray_actors import answer, first_line
 
 PROGRESS_PERIOD_S = 0.25
 # An actor that dies this often will die again: out of memory, most of the time.
@@ -18,7 +17,7 @@ MAX_DEATHS = 3
 
 
 async def start_all(fleet: Fleet, tell: Callable[[str], None]) -> None:
-    """`tell` hears of each phase. Raises ConfigError or ModelError, or a RayError of a member that keeps dying."""
+    """`tell` hears of each phase. Raises ConfigError or ModelError, or an ActorError of a member that keeps dying."""
     fleet.set_wanted(fleet.wanted)
     tell("loading weights")
     progress = asyncio.create_task(_follow_progress(fleet))
@@ -38,11 +37,11 @@ async def _start(fleet: Fleet, member: Member, is_to_join: bool) -> None:
     for may_die in (*[True] * MAX_DEATHS, False):
         try:
             if member.ready is None:
-                await fleet.load(member)
+                await load(fleet, member)
             if is_to_join:
-                await fleet.join(member)
+                await join(fleet, member)
             return
-        except RayError as error:
+        except ActorError as error:
             if not may_die:
                 raise
             fleet.replace(member, first_line(error))
@@ -53,14 +52,14 @@ async def _start(fleet: Fleet, member: Member, is_to_join: bool) -> None:
 
 async def _follow_progress(fleet: Fleet) -> None:
     while True:
-        await asyncio.gather(*(_ask_progress(m) for m in fleet.members if m.handle and m.ready is None))
+        await asyncio.gather(*(_ask_progress(fleet, m) for m in fleet.members if m.handle and m.ready is None))
         await asyncio.sleep(PROGRESS_PERIOD_S)
 
 
-async def _ask_progress(member: Member) -> None:
+async def _ask_progress(fleet: Fleet, member: Member) -> None:
     try:
-        progress = await answer(member.handle.progress.remote(), 1.0)
-    except (TimeoutError, RayError):
+        progress = await fleet.actors.call(member.handle, "progress", timeout=1.0)
+    except (TimeoutError, ActorError):
         return  # still starting; a real failure surfaces in load()
     if member.ready is None:
         member.progress = progress

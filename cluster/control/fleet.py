@@ -1,39 +1,25 @@
 """The fleet: the actors that are there and the expert map that tells of them.
 
-It starts and ends actors, lets them join and leave the map, and tells fronts of each new map. What there should be,
-and when, is the supervisor's business.
+It knows its members, buries those that are lost, and tells fronts of each new map. How one comes and goes is told in
+cluster/control/lives.py; what there should be, and when, is not its business.
 """
 
 import asyncio
 import itertools
 import logging
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
-
-from cluster.control import ray_actors
+from cluster.control.actors import ActorError, Actors, first_line
+from cluster.control.clock import now
 from cluster.control.members import Member
-from cluster.control.ray_actors import answer, first_line
-from cluster.messages.actors import ActorKind, ActorReport, FrontSpec, Legacy, ReplicaSpec, Sample, Wanted
+from cluster.messages.actors import ActorKind, FrontSpec, Legacy, ReplicaSpec, Sample, Wanted
 from cluster.metrics import Metrics, cumulative, merge
 from cluster.policy.blueprint import Blueprint
 
 logger = logging.getLogger(__name__)
 
-REPORT_TIMEOUT_S = 2.0
 MAP_TIMEOUT_S = 5.0
 SETTLE_TIMEOUT_S = 35.0
-LOAD_LAYER_S = 120.0
-# A process that says nothing for this long is replaced.
-HUNG_S = 15.0
-# So is a front whose engine does not get on. A step in which it computes experts itself may take long.
-STUCK_S = 120.0
-STOP_S = 3.0
-DRAIN_PERIOD_S = 0.2
-# Ingresses learn within a second that a front takes no more requests, and have fetched its last outputs by then.
-DRAIN_GRACE_S = 1.5
 
 
 class Fleet:
@@ -41,10 +27,10 @@ class Fleet:
     Until then nobody is started, retired or moved.
     """
 
-    def __init__(self, blueprint: Blueprint, namespace: str, metrics: Metrics, is_checked: bool = True) -> None:
+    def __init__(self, blueprint: Blueprint, actors: Actors, metrics: Metrics, is_checked: bool = True) -> None:
         self.blueprint = blueprint
         self.is_checked = is_checked
-        self.namespace = namespace
+        self.actors = actors
         self.metrics = metrics
         self.members: list[Member] = []
         self.expert_map = blueprint.expert_map
@@ -63,28 +49,25 @@ class Fleet:
     def replicas(self, group: int, state: str | None = None) -> list[Member]:
         return [m for m in self.of_kind("expert", state) if m.group == group]
 
-    # -- what there should be ------------------------------------------------------------------------------------
-
     def set_wanted(self, wanted: Wanted) -> tuple[list[Member], list[Member]]:
         """Add members that are missing, without starting them; returns (added, surplus)."""
         self.wanted = wanted
-        added, surplus = self._fill("front", None, wanted.fronts)
-        for group, count in enumerate(wanted.replicas):
-            more, less = self._fill("expert", group, count)
-            added, surplus = added + more, surplus + less
+        staying: dict[int | None, list[Member]] = {}
+        for member in self.members:
+            if not member.is_leaving:
+                staying.setdefault(member.group, []).append(member)
+        used = {m.slot for m in self.members}
+        added, surplus = list[Member](), list[Member]()
+        for group, count in ((None, wanted.fronts), *enumerate(wanted.replicas)):
+            here = staying.get(group, [])
+            added += self._missing(group, count - len(here), used)
+            surplus += _surplus(here, count)
         self.members += added
         return added, surplus
 
-    def _fill(self, kind: ActorKind, group: int | None, count: int) -> tuple[list[Member], list[Member]]:
-        staying = [m for m in self.members if m.kind == kind and m.group == group and not m.is_leaving]
-        used = {m.slot for m in self.members}
+    def _missing(self, group: int | None, count: int, used: set[str]) -> list[Member]:
         free = (spec for spec in self._specs(group) if spec.actor_id not in used)
-        added = [Member(next(free), kind) for _ in range(count - len(staying))]
-        # Those that are silent stay until they have answered: nobody who serves leaves for one that may never do.
-        known = [m for m in reversed(staying) if not m.is_unknown]
-        # Those that don't serve go first, then the youngest slots.
-        leaving = sorted(known, key=lambda m: m.state == "ready")
-        return added, leaving[: max(0, len(known) - count)]
+        return [Member(next(free), "front" if group is None else "expert") for _ in range(count)]
 
     def _specs(self, group: int | None) -> Iterator[FrontSpec | ReplicaSpec]:
         return (self.spec(group, index) for index in itertools.count())
@@ -92,90 +75,6 @@ class Fleet:
     def spec(self, group: int | None, index: int = 0) -> FrontSpec | ReplicaSpec:
         """Of a front (group None) or of a replica, as the blueprint and the map want it."""
         return self.blueprint.front(index) if group is None else self.blueprint.replica(group, index, self.expert_map)
-
-    # -- one member's life ---------------------------------------------------------------------------------------
-
-    async def load(self, member: Member) -> None:
-        """Start the member's actor and let it load. Raises its own ConfigError or ModelError, or a RayError."""
-        member.spec = replace(member.spec, lane_keys=self.blueprint.lane_keys)
-        if isinstance(member.spec, ReplicaSpec):  # experts may have moved since the spec was written
-            experts = self.expert_map.experts_of(member.spec.group)
-            member.spec = replace(member.spec, experts=experts)
-        member.handle = ray_actors.create(member, self.blueprint.resources, self.namespace)
-        started = time.time()
-        member.enter("loading", member.detail)
-        try:
-            member.ready = await member.handle.load.remote()
-        except RayError as error:
-            raise ray_actors.cause(error) from None
-        seconds = time.time() - started
-        if member.kind == "expert":
-            self.metrics.observe("replica_start_seconds", seconds)
-        logger.info("%s has loaded %d bytes in %.1f s", member.spec.actor_id, member.ready.weight_bytes, seconds)
-
-    async def join(self, member: Member) -> None:
-        """Let a member that has loaded serve: a replica enters the map, a front takes the map."""
-        assert member.ready is not None
-        if member.kind == "front":
-            await self._start_front(member)
-            return
-        await self._align(member)  # what takes long holds up nobody else who joins
-        async with self.placing:
-            await self._align(member)
-            member.become_ready(member.ready)
-            await self.publish()
-
-    async def _start_front(self, member: Member) -> None:
-        version, legacy = self.expert_map.version, self.legacy
-        assert member.ready is not None
-        fronts = [m.ready for m in self.of_kind("front") if m is not member and m.handle and m.ready]
-        others = tuple(ready.kv_cache_bytes for ready in fronts if ready.node == member.ready.node)
-        try:
-            ready = await member.handle.start.remote(self.expert_map, legacy, others)
-        except RayError as error:
-            raise ray_actors.cause(error) from None
-        member.become_ready(ready)
-        member.told = legacy
-        if (self.expert_map.version, self.legacy) != (version, legacy):  # it was not among those that heard of the new
-            await self.tell(member)
-
-    async def _align(self, member: Member) -> None:
-        """Have a replica hold what the map has at home in its group."""
-        assert isinstance(member.spec, ReplicaSpec)
-        for layer, experts in enumerate(self.expert_map.experts_of(member.spec.group)):
-            if experts != member.spec.experts[layer]:
-                await answer(member.handle.set_experts.remote(layer, experts), LOAD_LAYER_S)
-                member.hold(layer, experts)
-
-    async def retire(self, member: Member, drain_timeout_s: float, is_serving: bool) -> None:
-        """End a member that leaves; one that serves leaves without a failed request."""
-        if is_serving:
-            try:
-                await (self._drain_front(member, drain_timeout_s) if member.kind == "front" else self._leave_map())
-            except Exception as error:  # it may die while it leaves
-                logger.warning("%s did not drain: %s", member.spec.actor_id, first_line(error))
-        try:
-            await self.close_lanes([member])
-        finally:
-            self.discard(member)
-
-    async def _leave_map(self) -> None:
-        self.renew_map()
-        await self.tell_fronts()  # whoever has made that version: only when fronts have it does nobody send here
-        await self.settle()
-
-    async def _drain_front(self, member: Member, timeout_s: float) -> None:
-        """Wait until its last request has ended. What has not by then is replayed on another front."""
-        await answer(member.handle.drain.remote(), HUNG_S)
-        await asyncio.sleep(DRAIN_GRACE_S)
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            await self._ask(member)
-            if member.state != "draining" or member.report is None or member.report.num_requests == 0:
-                break
-            member.detail = f"{member.report.num_requests} requests left"
-            await asyncio.sleep(DRAIN_PERIOD_S)
-        await asyncio.sleep(DRAIN_GRACE_S)
 
     def discard(self, member: Member) -> None:
         """End a member's actor, and forget the member but for what it has counted."""
@@ -187,13 +86,7 @@ class Fleet:
 
     def kill(self, member: Member) -> None:
         if member.handle is not None:
-            ray_actors.end(member.handle)
-
-    async def end_all(self) -> None:
-        await self.close_lanes(self.of_kind("expert", "ready"))
-        for member in self.members:
-            self.kill(member)
-            member.enter("dead", "stopped")
+            self.actors.end(member.handle)
 
     def bury(self, member: Member, why: str) -> None:
         """Note that a member's actor is dead."""
@@ -215,16 +108,6 @@ class Fleet:
         """Of an actor or an ingress that is gone."""
         if counted:
             self.gone = merge((self.gone, counted))
-
-    async def close_lanes(self, members: list[Member]) -> None:
-        """Let replicas remove the files of their sockets; a killed process can't."""
-        there = [m for m in members if m.kind == "expert" and m.handle and m.ready]
-        closing = [answer(m.handle.stop.remote(), STOP_S) for m in there]
-        for result in await asyncio.gather(*closing, return_exceptions=True):
-            if isinstance(result, TimeoutError):
-                logger.warning("a replica did not close its lane in %g s", STOP_S)
-
-    # -- expert map ----------------------------------------------------------------------------------------------
 
     async def publish(self) -> None:
         """If the live replicas are not those of the map: next version, to every front that serves."""
@@ -262,70 +145,32 @@ class Fleet:
 
     async def tell(self, front: Member) -> None:
         """Hand a front the newest map, and the legacy. If that fails, it is late: see late_fronts."""
-        front.told_at, legacy, handle = time.monotonic(), self.legacy, front.handle
+        front.told_at, legacy, handle = now(), self.legacy, front.handle
         if handle is None:  # it has died meanwhile
             return
         try:
-            await answer(handle.set_expert_map.remote(self.expert_map, legacy), MAP_TIMEOUT_S)
+            await self.actors.call(handle, "set_expert_map", self.expert_map, legacy, timeout=MAP_TIMEOUT_S)
             front.told = legacy
-        except (TimeoutError, RayError) as error:
+        except (TimeoutError, ActorError) as error:
             logger.warning("%s did not take the expert map: %s", front.spec.actor_id, first_line(error))
 
     def late_fronts(self) -> list[Member]:
         """Fronts that report an older map, or have an older legacy, although the newest has had the time to arrive. A
         successor of the supervisor learns both from them.
         """
-        version, legacy, now = self.expert_map.version, self.legacy, time.monotonic()
+        version, legacy = self.expert_map.version, self.legacy
         late = [m for m in self.listening() if m.report and (m.report.map_version < version or m.told != legacy)]
-        return [m for m in late if now - m.told_at >= MAP_TIMEOUT_S]
+        return [m for m in late if now() - m.told_at >= MAP_TIMEOUT_S]
 
     async def settle(self) -> None:
         """Wait until the step that each front was in has ended. Fronts that die or hang don't count."""
-        waiting = (answer(m.handle.settle.remote(), SETTLE_TIMEOUT_S) for m in self.listening())
+        waiting = (self.actors.call(m.handle, "settle", timeout=SETTLE_TIMEOUT_S) for m in self.listening())
         await asyncio.gather(*waiting, return_exceptions=True)
 
-    # -- reports -------------------------------------------------------------------------------------------------
 
-    async def collect(self) -> None:
-        """Ask every member that serves for its report; bury those that are dead."""
-        await asyncio.gather(*(self._ask(m) for m in self.members if m.state in ("ready", "draining")))
-
-    async def _ask(self, member: Member) -> None:
-        handle = member.handle
-        if handle is None:  # it has died meanwhile
-            return
-        try:
-            report = await answer(handle.report.remote(), REPORT_TIMEOUT_S)
-        except (TimeoutError, GetTimeoutError, ActorUnavailableError):
-            report = None
-        except RayActorError as error:
-            if member.handle is handle:
-                self._lose(member, first_line(error))
-            return
-        except RayError as error:  # it lives, though it can't say how it is
-            member.detail = f"no report: {first_line(error)}"
-            return
-        if member.handle is handle:  # else it has been replaced meanwhile
-            self._hear(member, report)
-
-    def _hear(self, member: Member, report: ActorReport | None) -> None:
-        silent = member.hear(report)
-        if report is None:
-            member.detail = f"no answer for {silent:.0f} s"
-            if silent > HUNG_S:
-                self._give_up(member, "hung")
-        elif report.stuck_seconds > STUCK_S:
-            self._give_up(member, f"stuck: what it computes has not ended for {report.stuck_seconds:.0f} s")
-        elif member.state == "ready":
-            member.detail = ""
-
-    def _give_up(self, member: Member, why: str) -> None:
-        """End a member that lives and does not work; it is replaced unless it was leaving."""
-        self.kill(member)
-        self._lose(member, why)
-
-    def _lose(self, member: Member, why: str) -> None:
-        if member.state == "draining":
-            member.enter("dead", why)  # whoever drains it sees that, and discards it
-        elif member.state == "ready":
-            self.bury(member, why)
+def _surplus(staying: list[Member], count: int) -> list[Member]:
+    """Those that leave for there to be `count`."""
+    # Those that are silent stay until they have answered: nobody who serves leaves for one that may never do.
+    known = [m for m in reversed(staying) if not m.is_unknown]
+    # Those that don't serve go first, then the youngest slots.
+    return sorted(known, key=lambda m: m.state == "ready")[: max(0, len(known) - count)]

@@ -1,16 +1,14 @@
-"""Fronts and expert replicas as the supervisor sees them: states, restarts and their pauses. Plain data, no Ray.
-
-A slot is a place in the cluster, such as `expert-g0-r1`; each actor that fills it has an id of its own: `expert-g0-r1`,
-`expert-g0-r1.1` after a restart, and so on, so that nobody takes a new actor for the one that was lost.
-"""
+"""Fronts and expert replicas as the supervisor sees them: states, restarts and their pauses. Plain data, no calls."""
 
 import asyncio
 import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
+from cluster.actor_id import ActorId, slot_of
+from cluster.control.actors import Handle
+from cluster.control.clock import now
 from cluster.expert_map import ReplicaAddress
 from cluster.messages.actors import ActorKind, ActorReport, FrontSpec, Legacy, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.messages.state import ActorInfo, ActorState
@@ -19,17 +17,15 @@ from cluster.messages.state import ActorInfo, ActorState
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
 STABLE_S = 60.0
 
-Clock = Callable[[], float]
-
 
 @dataclasses.dataclass(slots=True)
 class Member:
-    """`since` is Unix time, for people. All else is on `clock`, which nobody sets while it runs."""
+    """`since` is Unix time, for people. All else is on `clock`."""
 
     spec: FrontSpec | ReplicaSpec
     kind: ActorKind
-    clock: Clock = time.monotonic
-    handle: Any = None
+    clock: Callable[[], float] = now
+    handle: Handle = None
     state: ActorState = "starting"
     since: float = 0.0
     detail: str = ""
@@ -50,7 +46,7 @@ class Member:
 
     @property
     def slot(self) -> str:
-        return self.spec.actor_id.partition(".")[0]
+        return slot_of(self.spec.actor_id)
 
     @property
     def group(self) -> int | None:
@@ -128,7 +124,8 @@ class Member:
     def renew(self) -> None:
         """A new actor for the slot is about to be started, under a name of its own."""
         self.num_restarts += 1
-        self.spec = dataclasses.replace(self.spec, actor_id=f"{self.slot}.{self.num_restarts}")
+        name = dataclasses.replace(ActorId.parse(self.slot), restart=self.num_restarts)
+        self.spec = dataclasses.replace(self.spec, actor_id=str(name))
         self.restart_at, self.silent_since = None, None
         self.ready, self.progress = None, LoadProgress()
         self.enter("starting", f"restart {self.num_restarts}")

@@ -6,13 +6,15 @@ import time
 from dataclasses import replace
 
 from cluster.config import ClusterConfig
-from cluster.control.fleet import LOAD_LAYER_S, Fleet
+from cluster.control.actors import DeadActorError
+from cluster.control.clock import now
+from cluster.control.fleet import Fleet
+from cluster.control.lives import hold
 from cluster.control.members import Member
-from cluster.control.ray_actors import answer, is_death
 from cluster.expert_map import ExpertMap
 from cluster.messages.state import RebalanceReport
 from cluster.policy.expert_load import ExpertLoad
-from cluster.policy.placement import Plan, plan_rebalance
+from cluster.policy.placement import RebalancePlan, plan_rebalance
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +26,19 @@ class RebalanceError(RuntimeError):
 class Rebalancer:
     """One rebalance at a time; by itself if `rebalance_interval_s` says so."""
 
-    def __init__(self, config: ClusterConfig, load: ExpertLoad) -> None:
+    def __init__(self, config: ClusterConfig, expert_load: ExpertLoad) -> None:
         self._config = config
-        self._load = load
+        self._expert_load = expert_load
         self._lock = asyncio.Lock()
-        self._due_at = time.monotonic() + (config.rebalance_interval_s or 0)
+        self.wait_for_next()
 
+    @property
     def is_due(self) -> bool:
-        """True once for each interval."""
-        interval = self._config.rebalance_interval_s
-        if interval is None or time.monotonic() < self._due_at:
-            return False
-        self._due_at = time.monotonic() + interval
-        return True
+        return self._config.rebalance_interval_s is not None and now() >= self._due_at
+
+    def wait_for_next(self) -> None:
+        """Be due again after one more interval."""
+        self._due_at = now() + (self._config.rebalance_interval_s or 0)
 
     async def rebalance(self, fleet: Fleet, dry_run: bool, force: bool) -> RebalanceReport:
         """Move experts to where recent load wants them, or tell what that would be. `force` takes every improvement,
@@ -47,18 +49,18 @@ class Rebalancer:
         if self._lock.locked():
             return RebalanceReport(False, error="another rebalance is running", map_version=fleet.expert_map.version)
         async with self._lock:
-            started, error = time.monotonic(), ""
+            started, error = now(), ""
             plan = self._plan(fleet, force)
             if plan.is_worthwhile:
                 try:
                     await carry_out(plan, fleet)
                 except RebalanceError as failure:
                     error = str(failure)
-            return replace(_report(plan, fleet), error=error, seconds=time.monotonic() - started)
+            return replace(_report(plan, fleet), error=error, seconds=now() - started)
 
-    def _plan(self, fleet: Fleet, force: bool) -> Plan:
+    def _plan(self, fleet: Fleet, force: bool) -> RebalancePlan:
         return plan_rebalance(
-            self._load.recent,
+            self._expert_load.recent,
             fleet.expert_map.homes,
             slots_per_layer=fleet.blueprint.slots_per_layer,
             bytes_per_expert=fleet.blueprint.bytes_per_expert,
@@ -67,7 +69,7 @@ class Rebalancer:
         )
 
 
-def _report(plan: Plan, fleet: Fleet, is_dry_run: bool = False) -> RebalanceReport:
+def _report(plan: RebalancePlan, fleet: Fleet, is_dry_run: bool = False) -> RebalanceReport:
     return RebalanceReport(
         is_dry_run,
         plan.before,
@@ -80,13 +82,13 @@ def _report(plan: Plan, fleet: Fleet, is_dry_run: bool = False) -> RebalanceRepo
     )
 
 
-async def carry_out(plan: Plan, fleet: Fleet) -> None:
+async def carry_out(plan: RebalancePlan, fleet: Fleet) -> None:
     """Raises RebalanceError when a replica can't load its experts; every expert is served all the time."""
-    started = time.monotonic()
+    started = now()
     for layer in plan.changed_layers:
         async with fleet.placing:
             await _move_layer(fleet, layer, plan.homes[layer])
-    seconds = time.monotonic() - started
+    seconds = now() - started
     fleet.metrics.inc("rebalances_total")
     fleet.metrics.observe("rebalance_seconds", seconds)
     fleet.metrics.set("last_rebalance_timestamp_seconds", time.time())
@@ -100,12 +102,12 @@ async def _move_layer(fleet: Fleet, layer: int, homes: tuple[tuple[int, ...], ..
     before, after = fleet.expert_map, fleet.expert_map.with_homes(layer, homes)
     both = [tuple(sorted({*old, *new})) for old, new in zip(_held(before, layer), _held(after, layer), strict=True)]
     try:
-        await _hold(fleet, layer, both)
+        await _hold_all(fleet, layer, both)
     except RebalanceError:
-        await _hold(fleet, layer, _held(before, layer), is_needed=False)
+        await _hold_all(fleet, layer, _held(before, layer), is_needed=False)
         raise
     await fleet.publish_homes(layer, homes)
-    await _hold(fleet, layer, _held(after, layer), is_needed=False)
+    await _hold_all(fleet, layer, _held(after, layer), is_needed=False)
 
 
 def _held(expert_map: ExpertMap, layer: int) -> list[tuple[int, ...]]:
@@ -113,14 +115,14 @@ def _held(expert_map: ExpertMap, layer: int) -> list[tuple[int, ...]]:
     return [expert_map.experts_of(group)[layer] for group in range(expert_map.num_groups)]
 
 
-async def _hold(fleet: Fleet, layer: int, experts: list[tuple[int, ...]], is_needed: bool = True) -> None:
+async def _hold_all(fleet: Fleet, layer: int, experts: list[tuple[int, ...]], is_needed: bool = True) -> None:
     """Have all live replicas hold their group's `experts`. One that dies meanwhile is replaced by one that loads by
     the map. Raises RebalanceError if one fails otherwise, unless the experts are only fewer than before.
     """
     members = [m for m in fleet.of_kind("expert", "ready") if _holds_other(m, layer, experts)]
-    results = await asyncio.gather(*(_tell(m, layer, experts) for m in members), return_exceptions=True)
+    results = await asyncio.gather(*(_tell(fleet, m, layer, experts) for m in members), return_exceptions=True)
     for member, result in zip(members, results, strict=True):
-        if isinstance(result, Exception) and not is_death(result):
+        if isinstance(result, Exception) and not isinstance(result, DeadActorError):
             logger.warning("%s can't change layer %d: %s", member.spec.actor_id, layer, result or "no answer")
             if is_needed:
                 raise RebalanceError(f"{member.spec.actor_id} could not load experts of layer {layer}: {result!r}")
@@ -130,9 +132,6 @@ def _holds_other(member: Member, layer: int, experts: list[tuple[int, ...]]) -> 
     return member.held(layer) != experts[member.group or 0]
 
 
-async def _tell(member: Member, layer: int, experts: list[tuple[int, ...]]) -> None:
-    wanted = experts[member.group or 0]
-    if member.handle is None:  # it has died meanwhile: its successor loads by the map
-        return
-    await answer(member.handle.set_experts.remote(layer, wanted), LOAD_LAYER_S)
-    member.hold(layer, wanted)
+async def _tell(fleet: Fleet, member: Member, layer: int, experts: list[tuple[int, ...]]) -> None:
+    if member.handle:  # else it has died meanwhile: its successor loads by the map
+        await hold(fleet, member, layer, experts[member.group or 0])

@@ -6,42 +6,22 @@ wrong. Silence says nothing about an actor until it lasts so long that the actor
 
 import asyncio
 import logging
-import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
-from ray.exceptions import RayError
-
-from cluster.control import ray_actors
-from cluster.control.fleet import HUNG_S, REPORT_TIMEOUT_S, Fleet
+from cluster.actor_id import ActorId
+from cluster.control.actors import ActorError, Actors, DeadActorError, Handle, first_line
+from cluster.control.fleet import Fleet
+from cluster.control.lives import join
 from cluster.control.members import LONGEST_PAUSE_S, Member
-from cluster.control.ray_actors import answer, first_line, is_death
+from cluster.control.reports import HUNG_S, REPORT_TIMEOUT_S
 from cluster.expert_map import ExpertMap
 from cluster.messages.actors import FrontSpec, Identity, ReplicaSpec
 from cluster.policy.blueprint import Blueprint, recall_blueprint
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"(?:front-(?P<front>\d+)|expert-g(?P<group>\d+)-r(?P<replica>\d+))(?:\.(?P<restart>\d+))?")
 ASK_PAUSE_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Name:
-    """An actor's name taken apart. In this order fronts come first, and of a slot the newest actor last."""
-
-    group: int  # -1: a front
-    index: int
-    restart: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Name | None":
-        match = NAME.fullmatch(text)
-        if match is None:
-            return None
-        number = {key: int(value) for key, value in match.groupdict().items() if value}
-        index = number.get("front", number.get("replica", 0))
-        return cls(number.get("group", -1), index, number.get("restart", 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +29,7 @@ class Found:
     """A live actor. `identity` is None for one that is silent, and for one that can't serve yet."""
 
     name: str
-    handle: Any
+    handle: Handle
     identity: Identity | None = None
     is_silent: bool = False
 
@@ -58,20 +38,19 @@ class Found:
         return self.is_silent or self.identity is not None
 
 
-async def find(namespace: str) -> list[Found]:
+async def find(actors: Actors) -> list[Found]:
     """The actors that live."""
-    handles = ray_actors.named_actors(namespace)
-    found = await asyncio.gather(*(ask(name, handle) for name, handle in handles.items()))
+    found = await asyncio.gather(*(ask(actors, name, handle) for name, handle in actors.named().items()))
     return [actor for actor in found if actor]
 
 
-async def ask(name: str, handle: Any) -> Found | None:
+async def ask(actors: Actors, name: str, handle: Handle) -> Found | None:
     """Who a live actor is; None if it is dead."""
     try:
-        return Found(name, handle, await answer(handle.identity.remote(), REPORT_TIMEOUT_S))
-    except (TimeoutError, RayError) as error:
-        if is_death(error):
-            return None
+        return Found(name, handle, await actors.call(handle, "identity", timeout=REPORT_TIMEOUT_S))
+    except DeadActorError:
+        return None
+    except (TimeoutError, ActorError) as error:
         logger.warning("%s does not say who it is: %s", name, first_line(error))
     return Found(name, handle, is_silent=True)
 
@@ -88,32 +67,48 @@ def recall(known: Identity | None) -> Blueprint | None:
     return None
 
 
+def restarts(expert_map: ExpertMap) -> dict[str, int]:
+    """By slot, of the replicas that a predecessor knew: a successor of one that was lost gets a name of its own."""
+    known = [ActorId.parse(address.replica_id) for address in expert_map.replicas]
+    return {actor_id.slot: actor_id.restart for actor_id in known}
+
+
 def adopt(fleet: Fleet, found: list[Found]) -> list[Member]:
     """Make every live actor a member, in whatever slot it is; returns fronts that were leaving already. Those that
     can't serve yet are ended, since nobody waits for them any more, and those in whose slot a newer one lives.
     """
-    kept: dict[tuple[int, int], tuple[Name, Found]] = {}
-    named = [(name, actor) for actor in found if (name := Name.parse(actor.name))]
-    for name, actor in sorted(named, key=lambda pair: pair[0]):
-        if actor.is_of_use and name.group < fleet.expert_map.num_groups:
-            kept[name.group, name.index] = name, actor
-    end([actor for actor in found if actor not in [other for _, other in kept.values()]])
-    for name, actor in kept.values():
-        fleet.members.append(_member(fleet, name, actor))
+    kept: dict[str, tuple[ActorId, Found]] = {}
+    for actor_id, actor in _in_order(found):
+        if actor.is_of_use and (actor_id.group or 0) < fleet.expert_map.num_groups:
+            kept[actor_id.slot] = actor_id, actor
+    names = {actor.name for _, actor in kept.values()}
+    end(fleet.actors, [actor for actor in found if actor.name not in names])
+    for actor_id, actor in kept.values():
+        fleet.members.append(_member(fleet, actor_id, actor))
     leaving = {a.name for _, a in kept.values() if a.identity and a.identity.is_draining}
     return [m for m in fleet.members if m.spec.actor_id in leaving]
 
 
-def end(actors: list[Found]) -> None:
-    for actor in actors:
+def _in_order(found: list[Found]) -> list[tuple[ActorId, Found]]:
+    """Those that are called as ours are: fronts first, and of a slot the newest actor last."""
+    named = []
+    for actor in found:
+        with suppress(ValueError):
+            named.append((ActorId.parse(actor.name), actor))
+    return sorted(
+        named, key=lambda pair: (-1 if pair[0].group is None else pair[0].group, pair[0].index, pair[0].restart)
+    )
+
+
+def end(actors: Actors, found: list[Found]) -> None:
+    for actor in found:
         logger.info("%s of a predecessor is ended", actor.name)
-        ray_actors.end(actor.handle)
+        actors.end(actor.handle)
 
 
-def _member(fleet: Fleet, name: Name, actor: Found) -> Member:
-    group = None if name.group < 0 else name.group
-    spec = replace(fleet.spec(group, name.index), actor_id=actor.name)
-    member = Member(spec, "front" if group is None else "expert", handle=actor.handle, num_restarts=name.restart)
+def _member(fleet: Fleet, actor_id: ActorId, actor: Found) -> Member:
+    spec = replace(fleet.spec(actor_id.group, actor_id.index), actor_id=actor.name)
+    member = Member(spec, actor_id.kind, handle=actor.handle, num_restarts=actor_id.restart)
     if actor.identity:
         _learn_keys(fleet, actor.identity.spec)
         _recognise(fleet, member, actor.identity)
@@ -164,11 +159,11 @@ async def settle(fleet: Fleet, member: Member) -> bool:
             if member.ready is None:
                 is_leaving = await _ask_again(fleet, member)
             else:
-                await fleet.join(member)
+                await join(fleet, member)
         except Exception as error:
             if member.handle is not handle:
                 break
-            if is_death(error):
+            if isinstance(error, DeadActorError):
                 fleet.bury(member, first_line(error))
             elif isinstance(error, TimeoutError):  # its process may answer, but not the thread that loads
                 fleet.replace(member, "hung while it loaded experts")
@@ -183,7 +178,7 @@ async def settle(fleet: Fleet, member: Member) -> bool:
 async def _ask_again(fleet: Fleet, member: Member) -> bool:
     """As settle."""
     handle = member.handle
-    found = await ask(member.spec.actor_id, handle)
+    found = await ask(fleet.actors, member.spec.actor_id, handle)
     if member.handle is not handle:
         return False
     if found is None or not found.is_of_use:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cluster.actor_id import ActorId
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.expert_map import ExpertMap, contiguous_homes
@@ -39,12 +40,12 @@ class Blueprint:
     bytes_per_expert: int
 
     def front(self, index: int) -> FrontSpec:
-        return FrontSpec(f"front-{index}", self.engine, self.lane, self.lane_keys, self.logs, self.resources)
+        return FrontSpec(str(ActorId(None, index)), self.engine, self.lane, self.lane_keys, self.logs, self.resources)
 
     def replica(self, group: int, index: int, expert_map: ExpertMap) -> ReplicaSpec:
         """A replica that holds what the map has at home in its group."""
         return ReplicaSpec(
-            actor_id=f"expert-g{group}-r{index}",
+            actor_id=str(ActorId(group, index)),
             group=group,
             model_path=self.engine.model_path,
             device=self.resources.replica_device,

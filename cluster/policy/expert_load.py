@@ -2,9 +2,9 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cluster.expert_map import ExpertMap, Homes
+from cluster.messages.state import ExpertsReport
 
 Counts = Sequence[Sequence[int]]
 LayerHomes = tuple[tuple[int, ...], ...]
@@ -75,21 +75,22 @@ class ExpertLoad:
         """Of recent load: mean over layers of mean/max load over groups, see `balancedness`."""
         return balancedness(self.recent, expert_map.homes, expert_map.num_groups)
 
-    def describe(self, expert_map: ExpertMap) -> dict[str, Any]:
-        """The answer of GET /v1/experts."""
-        return {
-            "layers": len(expert_map.homes),
-            "experts": len(expert_map.homes[0]),
-            "counts": self.counts,
-            "recent_counts": self.recent,
-            "window_seconds": self.window_s,
-            "balancedness": self.balancedness(expert_map),
-            "map_version": expert_map.version,
-            "placement": expert_map.homes,
-        }
+    def report(self, expert_map: ExpertMap) -> ExpertsReport:
+        return ExpertsReport(
+            counts=_frozen(self.counts),
+            recent_counts=_frozen(self.recent),
+            window_seconds=self.window_s,
+            balancedness=self.balancedness(expert_map),
+            map_version=expert_map.version,
+            placement=expert_map.homes,
+        )
 
     def _mark(self, now: float) -> None:
         if not self._marks or now - self._marks[-1][0] >= self.window_s / NUM_STEPS:
-            self._marks.append((now, tuple(tuple(row) for row in self.counts)))
+            self._marks.append((now, _frozen(self.counts)))
         while len(self._marks) > 1 and now - self._marks[1][0] >= self.window_s:
             self._marks.popleft()
+
+
+def _frozen(counts: Counts) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in counts)

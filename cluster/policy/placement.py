@@ -29,7 +29,7 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RebalancePlan:
     """A rebalance, not yet done. `reason` says why to skip it; then `homes` are the current ones.
 
     `before` and `after` are balancedness under the same load. `changed_layers` may have layers without a move:
@@ -58,7 +58,7 @@ def plan_rebalance(
     replicas: Sequence[int],
     threshold: float = 0.9,
     min_gain: float = 0.02,
-) -> Plan:
+) -> RebalancePlan:
     """What a rebalance would do under this load. `replicas[group]` is the group's number of replicas.
 
     Skipped without load, at a balancedness of `threshold` or more, and when no layer gains `min_gain` in
@@ -70,14 +70,14 @@ def plan_rebalance(
     homes = place(counts, current, num_groups, slots_per_layer, enough=threshold, min_gain=min_gain)
     if all(can_hold(layer, num_groups, slots_per_layer) for layer in current):
         if not any(map(any, counts)):
-            return Plan(current, before, before, reason="no load was seen")
+            return RebalancePlan(current, before, before, reason="no load was seen")
         if before >= threshold:
             reason = f"balancedness {before:.3f} is not below the threshold {threshold:.3f}"
-            return Plan(current, before, before, reason=reason)
+            return RebalancePlan(current, before, before, reason=reason)
         if homes == current:
-            return Plan(current, before, before, reason=f"no layer would gain {min_gain:.3f} in balancedness")
+            return RebalancePlan(current, before, before, reason=f"no layer would gain {min_gain:.3f} in balancedness")
     moves = moves_between(current, homes)
-    return Plan(
+    return RebalancePlan(
         homes,
         before,
         balancedness(counts, homes, num_groups),

@@ -16,7 +16,7 @@ from deploy.ingress.http import read_body, read_request, require_key, service_of
 from deploy.ingress.openai import errors
 from deploy.ingress.openai.fields import refuse
 from deploy.ingress.openai.requests import Strict
-from deploy.ingress.service import REFRESH_TIMEOUT_S, SERVING, Service
+from deploy.ingress.service import REFRESH_TIMEOUT_S, Service
 
 T = TypeVar("T")
 cluster_routes = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
@@ -72,10 +72,19 @@ async def cluster(request: Request) -> dict[str, Any]:
 
 @cluster_routes.get("/experts")
 async def experts(request: Request) -> dict[str, Any]:
-    answer = await seen(service_of(request).supervisor.experts())
-    if not answer:
+    report = await seen(service_of(request).supervisor.experts())
+    if report is None:
         raise errors.unavailable("The expert map is not known yet")
-    return answer
+    return {
+        "layers": len(report.placement),
+        "experts": len(report.placement[0]),
+        "counts": report.counts,
+        "recent_counts": report.recent_counts,
+        "window_seconds": report.window_seconds,
+        "balancedness": report.balancedness,
+        "map_version": report.map_version,
+        "placement": report.placement,
+    }
 
 
 @cluster_routes.post("/cluster/scale")
@@ -150,5 +159,5 @@ def _check_limits(name: str, number: int | None, least: int, most: int) -> None:
 
 
 def _check_running(service: Service) -> None:
-    if service.state.state not in SERVING:
+    if not service.state.is_serving:
         raise errors.unavailable(f"The cluster is {service.state.state}: {service.state.phase}")

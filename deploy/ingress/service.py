@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from cluster.config import ClusterConfig
 from cluster.messages.actors import Wanted
-from cluster.messages.state import ClusterState, RebalanceReport
+from cluster.messages.state import ClusterState, ExpertsReport, RebalanceReport
 from cluster.metrics import Metrics
 from cluster.models.family import read_spec
 from cluster.policy.blueprint import max_model_len
@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 STARTING_PERIOD_S = 0.2
 READY_PERIOD_S = 1.0
-# "recovering": there may be no front for the moment, or the supervisor may not know yet which there are.
-SERVING = ("ready", "degraded", "recovering")
 REFRESH_TIMEOUT_S = 5.0
 # What grows with a request is done on the event loop only up to this many characters, tokens or bytes: longer work,
 # which goes to a thread, would hold up everyone's streams. There it must not keep the interpreter's lock for long
@@ -61,7 +59,7 @@ class SupervisorLink(Protocol):
 
     async def push_samples(self, ingress_id: str, samples: tuple[Any, ...]) -> ClusterState: ...
     async def exposition(self, ingress_id: str, samples: tuple[Any, ...]) -> bytes: ...
-    async def experts(self) -> dict[str, Any]: ...
+    async def experts(self) -> ExpertsReport | None: ...
     async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted: ...
     async def rebalance(self, dry_run: bool, force: bool) -> RebalanceReport: ...
 
@@ -109,14 +107,14 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """True if a generation could succeed now."""
-        return self.state.state in SERVING and self.client.is_available
+        return self.state.is_serving and self.client.is_available
 
     @property
     def takes_requests(self) -> bool:
         """True from the first time that a generation could succeed until the cluster ends: while no front is there,
         requests wait for one.
         """
-        return self.state.state in SERVING and self._has_been_ready
+        return self.state.is_serving and self._has_been_ready
 
     async def generate(
         self,
@@ -138,7 +136,7 @@ class Service:
         if trace:
             trace.begin(request.n, [plan.choice for plan in plans], plans[0].params)
         # Without a front for the moment, requests wait for the one that is being restarted.
-        if self.state.state not in SERVING:
+        if not self.state.is_serving:
             raise unavailable(f"The model is not ready: {self.state.phase}")
         generation = Generation(plans, self.client, self.metrics, request_id, trace, self.run)
         await generation.submit()

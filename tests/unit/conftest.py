@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from tests.unit.fake_actors import checkpoint, cluster
 from tests.unit.fake_supervisor import open_api
 from tests.unit.front_cluster import short_waits
 
-__all__ = ["checkpoint", "cluster", "open_api", "short_waits"]
+__all__ = ["open_api", "short_waits"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import ClusterConfig, load_config
-from cluster.control.exposition import INGRESS_GONE_S, Reports
+from cluster.control.exposition import INGRESS_GONE_S, Exposition
 from cluster.errors import ConfigError
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.messages.actors import Machine, Wanted
+from cluster.messages.state import ClusterState, State
 from cluster.metrics import PREFIX, TABLE, Metrics, cumulative, exposition, merge
 from cluster.policy.blueprint import check_expert_dtype, draw_blueprint
 from cluster.policy.expert_load import ExpertLoad
@@ -131,6 +132,15 @@ def test_integrity_notices_a_replica_twice() -> None:
     a = ReplicaAddress("r", 0, ())
     with pytest.raises(AssertionError, match="twice"):
         ExpertMap(1, 1, contiguous_homes(1, 2, 1), (a, a)).check_integrity()
+
+
+# -- state -----------------------------------------------------------------------------------------------------------
+
+
+def test_requests_wait_while_the_cluster_recovers_and_it_is_not_up_then() -> None:
+    states = {state: ClusterState(state, "", "") for state in get_args(State)}
+    assert {state for state, told in states.items() if told.is_up} == {"ready", "degraded"}
+    assert {state for state, told in states.items() if told.is_serving} == {"ready", "degraded", "recovering"}
 
 
 # -- load ------------------------------------------------------------------------------------------------------------
@@ -333,15 +343,15 @@ def test_a_process_that_is_gone_leaves_its_counters_but_not_its_gauges() -> None
 
 def test_ingresses_that_are_gone_leave_their_counters_and_no_more() -> None:
     now = [0.0]
-    reports = Reports(Metrics(), lambda: now[0])
+    exposition = Exposition(Metrics(), lambda: now[0])
     for number in range(100):
         ingress = Metrics()
         ingress.inc("prompt_tokens_total", 3)
         ingress.set("num_requests_running", 2)
-        reports.hear(f"ingress-{number}", ingress.samples())
+        exposition.hear(f"ingress-{number}", ingress.samples())
         now[0] += INGRESS_GONE_S
-    assert len(reports._ingress) == 2
-    text = reports.exposition(None, None).decode()
+    assert len(exposition._ingress) == 2
+    text = exposition.text(None, None).decode()
     assert "outcrop_prompt_tokens_total 300.0" in text
     assert "outcrop_num_requests_running 4.0" in text
 

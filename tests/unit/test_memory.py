@@ -1,8 +1,6 @@
 """How large the KV cache becomes, with invented machines and cgroups."""
 
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +14,8 @@ from actors.engine.memory import GIB, LEAST, SHARE, cpu_budget, gpu_budget, num_
 from actors.model.paged_kv import PagedKV
 from benchmarks.make_checkpoint import SHAPES
 from cluster.config import load_config
-from cluster.control.fleet import Fleet
-from cluster.control.members import Member
 from cluster.errors import ModelError
-from cluster.messages.actors import EngineOptions, ReadyReport
-from cluster.metrics import Metrics
+from cluster.messages.actors import EngineOptions
 from cluster.models.family import parse_config
 from cluster.models.spec import ModelSpec
 from cluster.policy.blueprint import draw_blueprint
@@ -143,36 +138,6 @@ def test_a_setting_is_kept_and_refused_if_too_small() -> None:
     model, engine = options(kv_cache_gib=0.1)
     with pytest.raises(ModelError, match=r"kv_cache_gib=0\.1 holds 2176 tokens, fewer than max_model_len=4096"):
         num_kv_blocks(engine, model, PLAIN_BFLOAT16)
-
-
-class FrontHandle:
-    """As of a front's actor: remembers what start() was told, and chooses a cache of 7 bytes."""
-
-    def __init__(self, member: Member) -> None:
-        self.member, self.others = member, ()
-        self.start = SimpleNamespace(remote=self._start)
-
-    async def _start(self, expert_map: object, wanted: object, others: tuple[int, ...]) -> ReadyReport:
-        self.others = others
-        assert self.member.ready is not None
-        return replace(self.member.ready, kv_cache_bytes=7)
-
-
-async def test_a_front_is_told_of_the_caches_on_its_own_node_only() -> None:
-    config = load_config({"model": "m", "device": "cpu", "fronts": 4, "lane": "local"}, environ={})
-    blueprint = draw_blueprint(config, described(parse_config(SHAPES["1b-a400m"])), "m", Machine(2, 0, 2))
-    fleet = Fleet(blueprint, "test", Metrics())
-    fleet.set_wanted(fleet.wanted)
-    handles = []
-    for member, node in zip(fleet.members, ("a", "a", "a", "b"), strict=True):
-        member.ready = ReadyReport(member.spec.actor_id, node, 1, "", 5, 0.1)
-        member.handle = FrontHandle(member)
-        handles.append(member.handle)
-    fleet.members[2].handle = None  # it is dead
-    for number in (0, 3, 1):
-        await fleet.join(fleet.members[number])
-    assert [handle.others for handle in handles] == [(0,), (7,), (), ()]
-    assert [m.ready.kv_cache_bytes for m in fleet.members if m.ready] == [7, 7, 0, 7]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from cluster.policy.expert_load import balancedness, group_loads, layer_balanced
 from cluster.policy.placement import (
     MAX_GROUPS_EXACT,
     Move,
-    Plan,
+    RebalancePlan,
     can_hold,
     check_slots,
     match_packs,
@@ -191,7 +191,7 @@ def test_packs_match_the_groups_that_hold_most_of_them(data: st.DataObject, num_
 # -- plans -----------------------------------------------------------------------------------------------------------
 
 
-def plan(counts: list[list[int]], current: Homes, replicas: tuple[int, ...], **options: float) -> Plan:
+def plan(counts: list[list[int]], current: Homes, replicas: tuple[int, ...], **options: float) -> RebalancePlan:
     slots = len(current[0])
     return plan_rebalance(counts, current, slots_per_layer=slots, bytes_per_expert=100, replicas=replicas, **options)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from ray.exceptions import RayTaskError
 
 from cluster.config import ClusterConfig
 from cluster.errors import NotRunning
-from cluster.messages.state import ClusterState
+from cluster.messages.state import ClusterState, ExpertsReport
 from cluster.models.hub import resolve_model
 from deploy.demo import expand_demo
 from deploy.ingress import cluster_api
@@ -64,6 +64,29 @@ async def test_who_only_looks_does_not_wait_for_a_supervisor_that_hangs(
     answer = await asyncio.wait_for(http.request(method, path, json={"dry_run": True}), 5)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
     assert "has not answered within 0.05 s" in answer.json()["error"]["message"]
+
+
+async def test_operators_see_load_and_placement_of_experts(open_api: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[ExpertsReport | None] = [None]
+
+    async def experts() -> ExpertsReport | None:
+        return known[0]
+
+    http = await open_api()
+    monkeypatch.setattr(http.service.supervisor, "experts", experts, raising=False)  # type: ignore[attr-defined]
+    answer = await http.get("/v1/experts")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "The expert map is not known yet")
+    known[0] = ExpertsReport(((3, 1),), ((2, 0),), 300.0, 0.5, 7, (((0,), (1, 0)),))
+    assert (await http.get("/v1/experts")).json() == {
+        "layers": 1,
+        "experts": 2,
+        "counts": [[3, 1]],
+        "recent_counts": [[2, 0]],
+        "window_seconds": 300.0,
+        "balancedness": 0.5,
+        "map_version": 7,
+        "placement": [[[0], [1, 0]]],
+    }
 
 
 async def test_operators_hear_from_a_supervisor_that_takes_over_to_ask_again() -> None:

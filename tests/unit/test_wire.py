@@ -35,7 +35,7 @@ def test_a_dispatch_names_its_step(front: int, number: int) -> None:
         ("front-0", "front-0:1"),
         ("front-3.2", "front-3.2:1"),
         ("front-255.7", "front-255.7:1"),
-        ("a-1.300", "front-1.44:1"),
+        ("front-1.300", "front-1.44:1"),
     ],
 )
 def test_steps_are_named_as_the_front_is(actor_id: str, name: str) -> None:

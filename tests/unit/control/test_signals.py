@@ -14,7 +14,7 @@ class OneGroup:
     """A fleet of one replica and no front."""
 
     def __init__(self) -> None:
-        self.member = Member(SPEC, "expert", state="ready")
+        self.member = Member(SPEC, "expert", lambda: 0.0, state="ready")
         self.wanted = Wanted(1, (1,))
 
     def of_kind(self, kind: str, state: str | None = None) -> list[Member]:

@@ -1,0 +1,63 @@
+"""How members are: each that serves is asked for a report, and one that is dead, hung or stuck is given up."""
+
+import asyncio
+
+from cluster.control.actors import ActorError, DeadActorError, UnreachableActorError, first_line
+from cluster.control.fleet import Fleet
+from cluster.control.members import Member
+from cluster.messages.actors import ActorReport
+
+REPORT_TIMEOUT_S = 2.0
+# A process that says nothing for this long is replaced.
+HUNG_S = 15.0
+# So is a front whose engine does not get on. A step in which it computes experts itself may take long.
+STUCK_S = 120.0
+
+
+async def collect(fleet: Fleet) -> None:
+    """Ask every member that serves for its report; bury those that are dead."""
+    await asyncio.gather(*(ask(fleet, m) for m in fleet.members if m.state in ("ready", "draining")))
+
+
+async def ask(fleet: Fleet, member: Member) -> None:
+    handle = member.handle
+    if handle is None:  # it has died meanwhile
+        return
+    try:
+        report = await fleet.actors.call(handle, "report", timeout=REPORT_TIMEOUT_S)
+    except (TimeoutError, UnreachableActorError):
+        report = None
+    except DeadActorError as error:
+        if member.handle is handle:
+            _lose(fleet, member, first_line(error))
+        return
+    except ActorError as error:  # it lives, though it can't say how it is
+        member.detail = f"no report: {first_line(error)}"
+        return
+    if member.handle is handle:  # else it has been replaced meanwhile
+        _hear(fleet, member, report)
+
+
+def _hear(fleet: Fleet, member: Member, report: ActorReport | None) -> None:
+    silent = member.hear(report)
+    if report is None:
+        member.detail = f"no answer for {silent:.0f} s"
+        if silent > HUNG_S:
+            _give_up(fleet, member, "hung")
+    elif report.stuck_seconds > STUCK_S:
+        _give_up(fleet, member, f"stuck: what it computes has not ended for {report.stuck_seconds:.0f} s")
+    elif member.state == "ready":
+        member.detail = ""
+
+
+def _give_up(fleet: Fleet, member: Member, why: str) -> None:
+    """End a member that lives and does not work; it is replaced unless it was leaving."""
+    fleet.kill(member)
+    _lose(fleet, member, why)
+
+
+def _lose(fleet: Fleet, member: Member, why: str) -> None:
+    if member.state == "draining":
+        member.enter("dead", why)  # whoever drains it sees that, and discards it
+    elif member.state == "ready":
+        fleet.bury(member, why)

@@ -1,0 +1,70 @@
+"""Actors on a real Ray, in the terms of the seam. That real fronts and replicas are started: test_supervisor.py."""
+
+import asyncio
+import os
+import uuid
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.control.actors import ActorError, DeadActorError
+from cluster.control.ray_actors import RayActors
+from cluster.errors import ConfigError
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
+class Small:
+    async def add(self, a: int, b: int) -> int:
+        return a + b
+
+    async def fail(self, told: bool) -> None:
+        raise ConfigError("groups=3: choose 2") if told else TimeoutError("its own")
+
+    async def hang(self) -> None:
+        await asyncio.Event().wait()
+
+    async def die(self) -> None:
+        os._exit(1)
+
+
+@pytest.fixture
+def actors(ray_session: None) -> RayActors:
+    return RayActors(f"test-{uuid.uuid4().hex[:8]}")
+
+
+def start(actors: RayActors, name: str) -> Any:
+    return Small.options(name=name, namespace=actors.namespace, lifetime="detached").remote()  # type: ignore[attr-defined]
+
+
+async def test_a_call_answers_or_says_in_our_terms_why_not(actors: RayActors) -> None:
+    small = start(actors, "small")
+    assert await actors.call(small, "add", 1, 2) == 3
+    with pytest.raises(ConfigError, match=r"^groups=3: choose 2$"):
+        await actors.call(small, "fail", True)
+    with pytest.raises(ActorError, match="its own") as failed:
+        await actors.call(small, "fail", False)
+    assert not isinstance(failed.value, DeadActorError | TimeoutError), "it has answered"
+    with pytest.raises(TimeoutError):
+        await actors.call(small, "hang", timeout=0.2)
+    with pytest.raises(DeadActorError):
+        await actors.call(small, "die")
+    with pytest.raises(DeadActorError):
+        await actors.call(small, "add", 1, 2)
+
+
+async def test_those_of_the_namespace_that_live_are_found_and_ended(actors: RayActors) -> None:
+    small = start(actors, "small")
+    start(RayActors(f"{actors.namespace}-other"), "other")
+    assert await actors.call(actors.named()["small"], "add", 1, 2) == 3
+    assert list(actors.named()) == ["small"]
+    assert actors.machine().cluster_cpus == actors.machine().largest_node_cpus == 8
+    calling = asyncio.create_task(actors.call(small, "hang"))
+    await asyncio.sleep(0.1)
+    actors.end(small)
+    with pytest.raises(DeadActorError):
+        await calling
+    actors.end(small)
+    async with asyncio.timeout(10):
+        while actors.named():
+            await asyncio.sleep(0.1)
