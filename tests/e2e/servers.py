@@ -7,8 +7,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
+from random import SystemRandom
 from signal import SIGTERM, Signals
 
 import httpx
@@ -35,9 +37,14 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens on, nor gets from the kernel before we use it: those are above 32768 (ip(7)). Ray gives
+    its workers those below 20000.
+    """
+    while True:
+        port = SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -68,7 +75,7 @@ class Server:
         self.model_dir = Path(model)
         self._output = tempfile.TemporaryFile(prefix="e2e-")  # noqa: SIM115 - lives as long as the server
         command = [OUTCROP, "serve", str(model), "--port", str(self.port), "--served-model-name", MODEL, *flags]
-        self._before = set(Path("/tmp").glob("outcrop-*"))
+        self._dirs: set[Path] = set()
         self.process = subprocess.Popen(
             command,
             env=clean_environment(env),
@@ -89,10 +96,16 @@ class Server:
         return session(self.process.pid)
 
     def temp_dirs(self) -> list[Path]:
-        """Its directories in /tmp. Ray puts the pid into the name of a session; one without may be ours."""
-        found = sorted(Path("/tmp").glob("outcrop-*"))
-        named = [d for d in found if any(d.glob(f"ray/session_*_{self.process.pid}"))]
-        return named + [d for d in found if d not in self._before and not any(d.glob("ray/session_*"))]
+        """Its directories in /tmp that are there. Ray puts the pid into the name of a session; before there is one,
+        the process has the lock of its directory open. Other servers may have theirs.
+        """
+        pid = self.process.pid
+        self._dirs |= {Path(d).parents[1] for d in glob(f"/tmp/outcrop-*/ray/session_*_{pid}")}
+        for fd in glob(f"/proc/{pid}/fd/*"):
+            with suppress(OSError):  # it is closed while it is looked at
+                if (file := Path(fd).readlink()).match("/tmp/outcrop-*/.owner"):
+                    self._dirs.add(file.parent)
+        return sorted(d for d in self._dirs if d.exists())
 
     def ray_logs(self) -> str:
         """The logs of Serve: proxy, controller and replicas."""
@@ -149,6 +162,7 @@ class Server:
 
     def stop(self, number: Signals = SIGTERM) -> None:
         """Signal the process alone, as an init system does, and check that it leaves nothing behind."""
+        self.temp_dirs()  # while it can be asked
         self.process.send_signal(number)
         assert self.wait_gone() == 0, f"exit code {self.process.returncode}:\n{self.log}"
         assert "had to be killed" not in self.log, self.log

@@ -8,7 +8,7 @@ from signal import SIGINT
 import httpx
 import pytest
 
-from tests.chaos.test_node_loss import ENV, is_listening, ray_nodes
+from tests.e2e.nodes import ENV, is_listening, ray_nodes
 from tests.e2e.servers import START_S, STOP_S, Server, eventually
 
 GENERATE = {"prompt": "Hi", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
