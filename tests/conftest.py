@@ -1,4 +1,6 @@
-"""Set before anything imports Ray: it reads its variables at import. And what happens where a program is missing."""
+"""Set before anything imports Ray: it reads its variables at import. What happens where a program is missing. Which
+tests keep to one worker of pytest-xdist.
+"""
 
 import os
 import secrets
@@ -23,15 +25,21 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-UNTESTED = pytest.StashKey[Counter[str]]()
+# What starts servers has a worker to itself, beside one that does all else: two servers that start at once on two cores
+# take each other's time. Within a group, session fixtures are made once, and the order is that of the files.
+GROUPS = {"tests/e2e/": "servers", "tests/chaos/": "servers", "tests/cluster/": "cluster"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-missing-tools", action="store_true", help="fail tests whose programs are missing")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[UNTESTED] = Counter()
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        group = next((group for folder, group in GROUPS.items() if file.startswith(folder)), file)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,7 +47,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked `needs("PROGRAM")` where that is missing, before its fixtures start anything."""
     for program in (name for mark in item.iter_markers("needs") for name in mark.args):
         if not shutil.which(program):
-            item.config.stash[UNTESTED][program] += 1
+            item.user_properties.append(("missing", program))  # goes with the report, also to another process
             refuse = pytest.fail if item.config.getoption("no_missing_tools") else pytest.skip
             refuse(f"{program} is missing: apt-get install {PACKAGES[program]}")
 
@@ -47,7 +55,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
     yield
-    if untested := terminalreporter.config.stash[UNTESTED]:
+    reports = (report for found in terminalreporter.stats.values() for report in found)
+    setups = [report for report in reports if getattr(report, "when", None) == "setup"]
+    if untested := Counter(value for setup in setups for name, value in setup.user_properties if name == "missing"):
         told = ", ".join(f"{number} tests that need {program}" for program, number in untested.items())
         packages = " ".join(sorted({PACKAGES[program] for program in untested}))
         terminalreporter.write_line(f"NOT TESTED: {told}: apt-get install {packages}", yellow=True)

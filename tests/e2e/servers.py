@@ -12,6 +12,7 @@ from glob import glob
 from pathlib import Path
 from random import SystemRandom
 from signal import SIGTERM, Signals
+from typing import Any
 
 import httpx
 import psutil
@@ -118,6 +119,11 @@ class Server:
     def get(self, path: str, **options: object) -> httpx.Response:
         return httpx.get(self.url + path, timeout=30, trust_env=False, **options)  # type: ignore[arg-type]
 
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = httpx.post(self.url + path, json=body, timeout=60, trust_env=False)
+        assert answer.status_code == 200, answer.text
+        return answer.json()  # type: ignore[no-any-return]
+
     def is_answering(self, status: int = 200) -> bool:
         assert self.process.poll() is None, f"exit code {self.process.returncode}:\n{self.log}"
         try:
@@ -142,6 +148,15 @@ class Server:
         """No sequence runs or waits, and every KV block has been given back."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
         eventually(lambda: all(self.metric(name) == 0 for name in names), f"all 0: {', '.join(names)}", timeout)
+
+    def unbalance(self) -> None:
+        """Load that other places of the experts would spread better: one token again and again, until one is found."""
+        for token in range(1, 60):
+            body = {"prompt": [token] * 64, "max_tokens": 8, "n": 4}
+            self.post("/v1/completions", body)
+            if self.post("/v1/cluster/rebalance", {"dry_run": True, "force": True})["experts_moved"]:
+                return
+        raise AssertionError("there is never anything to move")
 
     def check_integrity(self) -> None:
         """Every front checks its scheduler and cache between two steps. Needs the environment of ray_token()."""

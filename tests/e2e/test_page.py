@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 
 from deploy.page import PAGE
 from tests.e2e.browser import CHROMIUM_FLAGS, chromium
-from tests.e2e.servers import Server, eventually, serving
+from tests.e2e.servers import Server, eventually
 
 QUESTION = "What is a front?"
 DESKTOP, PHONE = (1360, 900), (390, 844)
@@ -35,9 +35,8 @@ Open = Callable[..., AbstractContextManager[Page]]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving("demo", "--groups", "2") as running:
-        yield running
+def server(operated: Server) -> Server:
+    return operated
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +237,7 @@ class TestOperator:
     def test_rebalance_tells_numbers_first(self, open_page: Open, server: Server) -> None:
         with open_page() as page:
             ask(page)
+            server.unbalance()
             page.get_by_role("button", name="Rebalance…").click()
             dialog = page.get_by_role("dialog", name="Rebalance experts over groups")
             dialog.get_by_label("every improvement").check()
