@@ -25,9 +25,17 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# What starts servers has a worker to itself, beside one that does all else: two servers that start at once on two cores
-# take each other's time. Within a group, session fixtures are made once, and the order is that of the files.
-GROUPS = {"tests/e2e/": "servers", "tests/chaos/": "servers", "tests/cluster/": "cluster"}
+# Groups of tests that stay on one worker of pytest-xdist, in the order of their files, so that session fixtures are
+# made once. Other files are groups of their own. Servers with clients whose patience is tested never run beside each
+# other, but beside actors without HTTP.
+GROUPS = {
+    "tests/e2e/test_start_errors.py": "start errors",
+    "tests/e2e/": "servers",
+    "tests/chaos/": "servers",
+    "tests/cluster/": "clusters",
+    "tests/k8s/test_on_ray.py": "clusters",
+    "tests/k8s/test_image.py": "clusters",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         file = item.nodeid.partition("::")[0]
-        group = next((group for folder, group in GROUPS.items() if file.startswith(folder)), file)
+        group = next((group for path, group in GROUPS.items() if file.startswith(path)), file)
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -59,7 +59,7 @@ def ray_token() -> dict[str, str]:
     return {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
 
 
-def eventually(is_true: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+def eventually(is_true: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
     """Poll until it is true. Fails, naming `what`, when the time is up."""
     deadline = time.monotonic() + timeout
     while not is_true():
@@ -144,7 +144,7 @@ class Server:
         """A sample of /metrics by its name without prefix; 0 where there is none yet."""
         return self.samples().get((f"outcrop_{name}", frozenset(labels.items())), 0.0)
 
-    def wait_idle(self, timeout: float = 10.0) -> None:
+    def wait_idle(self, timeout: float = 20.0) -> None:
         """No sequence runs or waits, and every KV block has been given back."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
         eventually(lambda: all(self.metric(name) == 0 for name in names), f"all 0: {', '.join(names)}", timeout)

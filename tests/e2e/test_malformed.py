@@ -126,13 +126,16 @@ def test_streams_go_on_while_millions_of_token_ids_come(http: httpx.Client, serv
         next(lines)
         sender = threading.Thread(target=lambda: (http.post("/detokenize", content=ids, headers=JSON), sent.set()))
         sender.start()
+        started = time.monotonic()
         while not sent.is_set():
             asked = time.monotonic()
             next(lines)
             longest = max(longest, time.monotonic() - asked)
         sender.join()
-    # It was 0.9 s on a machine of this kind; what is left is what two processes take from two processors.
-    assert longest < 0.45
+        took = time.monotonic() - started
+    # It was 0.9 s on a machine of this kind; what is left is what two processes take from two processors. Where others
+    # compute as well, everything takes longer.
+    assert longest < max(0.45, took / 3)
 
 
 @pytest.mark.parametrize(
