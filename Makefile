@@ -26,7 +26,7 @@ serve: $(VENV)/.installed  ## Serve the demo model on port $(PORT)
 	$(BIN)/outcrop serve demo --port $(PORT)
 
 test: tools  ## What a change must pass, on two cores in under ten minutes; first installs the programs that it needs, where it may
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25 $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --durations=25 $(PYTEST)
 
 test-long: tools  ## What is marked long: before a release, and after changes to failover; an hour
 	$(BIN)/python -m pytest -m long -s --durations=25 $(PYTEST)

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Generator
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.tools import PACKAGES
 
@@ -42,12 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-missing-tools", action="store_true", help="fail tests whose programs are missing")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        group = next((group for path, group in GROUPS.items() if file.startswith(path)), file)
-        item.add_marker(pytest.mark.xdist_group(group))
+class Groups(LoadScopeScheduling):
+    """Not the mark xdist_group: pytest-xdist 3.8 puts it into the id of a test, and pytest 9.2 does not take it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((group for path, group in GROUPS.items() if nodeid.startswith(path)), nodeid.partition("::")[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+    return Groups(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
