@@ -4,33 +4,22 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.e2e.collector import Collector, attributes, collecting
-from tests.e2e.servers import Server, eventually, serving
+from tests.e2e.collector import Collector, attributes
+from tests.e2e.servers import Server, eventually
 
 COMPLETIONS = "/v1/completions"
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-FLAGS = ("--groups", "2", "--dtype", "float32", "--log-format", "json", "--log-level", "debug")
 
 
 @pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    with collecting() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server(model_dir: Path, collector: Collector) -> Iterator[Server]:
-    env = {"OTEL_BSP_SCHEDULE_DELAY": "100"}
-    with serving(model_dir, *FLAGS, "--replicas", "2", "--otlp-traces-endpoint", collector.url, env=env) as running:
-        yield running
+def server(watched: Server) -> Server:
+    return watched
 
 
 def generate(server: Server, request_id: str, body: dict[str, Any], **headers: str) -> httpx.Response:
