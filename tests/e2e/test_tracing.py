@@ -124,7 +124,9 @@ class TestLogs:
     def test_from_a_request_to_the_lines_of_its_replicas(self, server: Server, collector: Collector) -> None:
         generate(server, "followed", {"max_tokens": 4})
         root, _ = trace_of(collector, "followed")
-        (finished,) = [line for line in lines(server.ray_logs()) if line.get("request_id") == "followed"]
+        logged = lambda: [line for line in lines(server.ray_logs()) if line.get("request_id") == "followed"]  # noqa: E731
+        eventually(lambda: bool(logged()), "Serve's log names it")
+        (finished,) = logged()
         assert (finished["trace_id"], finished["front"]) == (root.trace_id.hex(), "front-0")
         eventually(lambda: followed(server)[1] == [{"expert-g0", "expert-g1"}] * 4, "both groups tell of 4 steps")
         steps, _ = followed(server)
