@@ -44,7 +44,7 @@ lint: $(VENV)/.installed-dev  ## Format, lint, types, import boundaries
 	$(BIN)/lint-imports
 
 chaos: $(VENV)/.installed-dev  ## Break things under load and print what clients saw
-	$(BIN)/python -m pytest tests/chaos -s -m 'long or not long'
+	CHAOS_RATE_S=3 $(BIN)/python -m pytest tests/chaos -s -m 'long or not long'
 
 chaos-long: $(VENV)/.installed-dev  ## Half an hour of random faults, and what is left behind
 	CHAOS_SECONDS=1800 $(BIN)/python -m pytest tests/chaos/test_endurance.py -s -m long
