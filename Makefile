@@ -25,7 +25,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: $(VENV)/.installed  ## Serve the demo model on port $(PORT)
 	$(BIN)/outcrop serve demo --port $(PORT)
 
-test: tools  ## What a change must pass, on two cores in under ten minutes; first installs the programs that it needs, where it may
+test: tools  ## What a change must pass, by two workers; first the programs that it needs, where they can be installed
 	$(BIN)/python -m pytest -n 2 --durations=25 $(PYTEST)
 
 test-long: tools  ## What is marked long: before a release, and after changes to failover; an hour
