@@ -7,7 +7,10 @@ PORT ?= 8000
 CHECKPOINTS := checkpoints
 SHAPE ?= 1b-a400m
 
-.PHONY: serve test lint format chaos chaos-long bench bench-peers clean
+.PHONY: help serve test test-long tools lint format chaos chaos-long bench bench-peers clean
+
+help:  ## This list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' Makefile
 
 $(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard actors/kernels/*.cpp actors/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -22,12 +25,17 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: $(VENV)/.installed  ## Serve the demo model on port $(PORT)
 	$(BIN)/outcrop serve demo --port $(PORT)
 
-test:  ## The whole test suite; first the programs that it needs, where they can be installed
+test: tools  ## What a change must pass, by two workers; first the programs that it needs, where they can be installed
+	$(BIN)/python -m pytest -n 2 --durations=25 $(PYTEST)
+
+test-long: tools  ## What is marked long: before a release, and after changes to failover; an hour
+	$(BIN)/python -m pytest -m long -s --durations=25 $(PYTEST)
+
+tools:
 	$(PYTHON) tests/tools.py
 # If the package was installed without a compiler, and so without the native kernels: once more.
 	@! command -v g++ >/dev/null || test -e actors/kernels/libkernels.so || rm -f $(VENV)/.installed
 	$(MAKE) $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --durations=25 $(PYTEST)
 
 lint: $(VENV)/.installed-dev  ## Format, lint, types, import boundaries
 	$(BIN)/ruff format --check .
@@ -36,10 +44,10 @@ lint: $(VENV)/.installed-dev  ## Format, lint, types, import boundaries
 	$(BIN)/lint-imports
 
 chaos: $(VENV)/.installed-dev  ## Break things under load and print what clients saw
-	$(BIN)/python -m pytest tests/chaos -s -m 'long or not long'
+	CHAOS_RATE_S=3 $(BIN)/python -m pytest tests/chaos -s -m 'long or not long'
 
 chaos-long: $(VENV)/.installed-dev  ## Half an hour of random faults, and what is left behind
-	CHAOS_SECONDS=1800 $(BIN)/python -m pytest tests/chaos/test_endurance.py -s
+	CHAOS_SECONDS=1800 $(BIN)/python -m pytest tests/chaos/test_endurance.py -s -m long
 
 $(CHECKPOINTS)/$(SHAPE)/config.json: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.make_checkpoint $(SHAPE) $(CHECKPOINTS)/$(SHAPE)

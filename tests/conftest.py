@@ -1,4 +1,6 @@
-"""Set before anything imports Ray: it reads its variables at import. And what happens where a program is missing."""
+"""Set before anything imports Ray: it reads its variables at import. What happens where a program is missing. Which
+tests keep to one worker of pytest-xdist.
+"""
 
 import os
 import secrets
@@ -7,6 +9,8 @@ from collections import Counter
 from collections.abc import Generator
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.tools import PACKAGES
 
@@ -23,15 +27,32 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-UNTESTED = pytest.StashKey[Counter[str]]()
+# Groups of tests that stay on one worker of pytest-xdist, in the order of their files, so that session fixtures are
+# made once. Other files are groups of their own. Servers with clients whose patience is tested never run beside each
+# other, but beside actors without HTTP.
+GROUPS = {
+    "tests/e2e/test_start_errors.py": "start errors",
+    "tests/e2e/": "servers",
+    "tests/chaos/": "servers",
+    "tests/cluster/": "clusters",
+    "tests/k8s/test_on_ray.py": "clusters",
+    "tests/k8s/test_image.py": "clusters",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-missing-tools", action="store_true", help="fail tests whose programs are missing")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[UNTESTED] = Counter()
+class Groups(LoadScopeScheduling):
+    """Not the mark xdist_group: pytest-xdist 3.8 puts it into the id of a test, and pytest 9.2 does not take it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((group for path, group in GROUPS.items() if nodeid.startswith(path)), nodeid.partition("::")[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+    return Groups(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,7 +60,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked `needs("PROGRAM")` where that is missing, before its fixtures start anything."""
     for program in (name for mark in item.iter_markers("needs") for name in mark.args):
         if not shutil.which(program):
-            item.config.stash[UNTESTED][program] += 1
+            item.user_properties.append(("missing", program))  # goes with the report, also to another process
             refuse = pytest.fail if item.config.getoption("no_missing_tools") else pytest.skip
             refuse(f"{program} is missing: apt-get install {PACKAGES[program]}")
 
@@ -47,7 +68,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
     yield
-    if untested := terminalreporter.config.stash[UNTESTED]:
+    reports = (report for found in terminalreporter.stats.values() for report in found)
+    setups = [report for report in reports if getattr(report, "when", None) == "setup"]
+    if untested := Counter(value for setup in setups for name, value in setup.user_properties if name == "missing"):
         told = ", ".join(f"{number} tests that need {program}" for program, number in untested.items())
         packages = " ".join(sorted({PACKAGES[program] for program in untested}))
         terminalreporter.write_line(f"NOT TESTED: {told}: apt-get install {packages}", yellow=True)

@@ -57,6 +57,7 @@ def usage(server: Server) -> Usage:
     raise AssertionError("processes keep ending")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(SECONDS + 400)
 def test_random_faults_leave_nothing_behind(model_dir: Path, expected: list[list[int]]) -> None:
     dice = random.Random(SEED)

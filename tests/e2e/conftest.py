@@ -1,4 +1,6 @@
-"""One server for most of these tests; see servers.py for what is checked when it stops."""
+"""Servers that files share: one that nobody changes, one for operators, one that is watched and short of memory. See
+servers.py for what is checked when they stop.
+"""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -37,9 +39,33 @@ def unwanted_traces() -> Iterator[Collector]:
 
 @pytest.fixture(scope="session")
 def server(model_dir: Path, unwanted_traces: Collector) -> Iterator[Server]:
+    """Its experts stay where they are at the start, and its actors the first ones."""
     env = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": unwanted_traces.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
     env |= ray_token()
     with serving(model_dir, "--groups", "2", "--replicas", "1", "--dtype", "float32", env=env) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def operated() -> Iterator[Server]:
+    """To be scaled, rebalanced and broken. Each test leaves it with one front and one replica of each group."""
+    with serving("demo", "--groups", "2") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def watched(model_dir: Path, collector: Collector) -> Iterator[Server]:
+    """Tells all that it does. Three prompts of 1,500 tokens fit into its KV cache, 24 answers of 300 tokens don't."""
+    flags = ["--groups", "2", "--replicas", "2", "--dtype", "float32", "--otlp-traces-endpoint", collector.url]
+    flags += ["--log-format", "json", "--log-level", "debug"]
+    flags += ["--max-num-batched-tokens", "64", "--kv-cache-gib", "0.0037"]
+    with serving(model_dir, *flags, env={"OTEL_BSP_SCHEDULE_DELAY": "100"}) as running:
         yield running
 
 

@@ -7,9 +7,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
+from random import SystemRandom
 from signal import SIGTERM, Signals
+from typing import Any
 
 import httpx
 import psutil
@@ -35,9 +38,14 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens on, nor gets from the kernel before we use it: those are above 32768 (ip(7)). Ray gives
+    its workers those below 20000.
+    """
+    while True:
+        port = SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -51,7 +59,7 @@ def ray_token() -> dict[str, str]:
     return {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
 
 
-def eventually(is_true: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+def eventually(is_true: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
     """Poll until it is true. Fails, naming `what`, when the time is up."""
     deadline = time.monotonic() + timeout
     while not is_true():
@@ -68,7 +76,7 @@ class Server:
         self.model_dir = Path(model)
         self._output = tempfile.TemporaryFile(prefix="e2e-")  # noqa: SIM115 - lives as long as the server
         command = [OUTCROP, "serve", str(model), "--port", str(self.port), "--served-model-name", MODEL, *flags]
-        self._before = set(Path("/tmp").glob("outcrop-*"))
+        self._dirs: set[Path] = set()
         self.process = subprocess.Popen(
             command,
             env=clean_environment(env),
@@ -89,10 +97,16 @@ class Server:
         return session(self.process.pid)
 
     def temp_dirs(self) -> list[Path]:
-        """Its directories in /tmp. Ray puts the pid into the name of a session; one without may be ours."""
-        found = sorted(Path("/tmp").glob("outcrop-*"))
-        named = [d for d in found if any(d.glob(f"ray/session_*_{self.process.pid}"))]
-        return named + [d for d in found if d not in self._before and not any(d.glob("ray/session_*"))]
+        """Its directories in /tmp that are there. Ray puts the pid into the name of a session; before there is one,
+        the process has the lock of its directory open. Other servers may have theirs.
+        """
+        pid = self.process.pid
+        self._dirs |= {Path(d).parents[1] for d in glob(f"/tmp/outcrop-*/ray/session_*_{pid}")}
+        for fd in glob(f"/proc/{pid}/fd/*"):
+            with suppress(OSError):  # it is closed while it is looked at
+                if (file := Path(fd).readlink()).match("/tmp/outcrop-*/.owner"):
+                    self._dirs.add(file.parent)
+        return sorted(d for d in self._dirs if d.exists())
 
     def ray_logs(self) -> str:
         """The logs of Serve: proxy, controller and replicas."""
@@ -104,6 +118,11 @@ class Server:
 
     def get(self, path: str, **options: object) -> httpx.Response:
         return httpx.get(self.url + path, timeout=30, trust_env=False, **options)  # type: ignore[arg-type]
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = httpx.post(self.url + path, json=body, timeout=60, trust_env=False)
+        assert answer.status_code == 200, answer.text
+        return answer.json()  # type: ignore[no-any-return]
 
     def is_answering(self, status: int = 200) -> bool:
         assert self.process.poll() is None, f"exit code {self.process.returncode}:\n{self.log}"
@@ -125,10 +144,19 @@ class Server:
         """A sample of /metrics by its name without prefix; 0 where there is none yet."""
         return self.samples().get((f"outcrop_{name}", frozenset(labels.items())), 0.0)
 
-    def wait_idle(self, timeout: float = 10.0) -> None:
+    def wait_idle(self, timeout: float = 20.0) -> None:
         """No sequence runs or waits, and every KV block has been given back."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
         eventually(lambda: all(self.metric(name) == 0 for name in names), f"all 0: {', '.join(names)}", timeout)
+
+    def unbalance(self) -> None:
+        """Load that other places of the experts would spread better: one token again and again, until one is found."""
+        for token in range(1, 60):
+            body = {"prompt": [token] * 64, "max_tokens": 8, "n": 4}
+            self.post("/v1/completions", body)
+            if self.post("/v1/cluster/rebalance", {"dry_run": True, "force": True})["experts_moved"]:
+                return
+        raise AssertionError("there is never anything to move")
 
     def check_integrity(self) -> None:
         """Every front checks its scheduler and cache between two steps. Needs the environment of ray_token()."""
@@ -149,6 +177,7 @@ class Server:
 
     def stop(self, number: Signals = SIGTERM) -> None:
         """Signal the process alone, as an init system does, and check that it leaves nothing behind."""
+        self.temp_dirs()  # while it can be asked
         self.process.send_signal(number)
         assert self.wait_gone() == 0, f"exit code {self.process.returncode}:\n{self.log}"
         assert "had to be killed" not in self.log, self.log

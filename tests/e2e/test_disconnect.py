@@ -9,7 +9,7 @@ import httpx
 import pytest
 from openai import APITimeoutError, OpenAI
 
-from tests.e2e.servers import MODEL, Server
+from tests.e2e.servers import MODEL, Server, eventually
 
 # Runs for more than 10 s if nobody stops it.
 LONG: dict[str, Any] = {"prompt": "Hi", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
@@ -41,7 +41,7 @@ def test_leaving_a_stream_aborts_all_its_choices(server: Server, http: httpx.Cli
     with http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": num_choices}) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: {")
-        assert server.metric("num_requests_running") == num_choices
+        eventually(lambda: server.metric("num_requests_running") == num_choices, "all run", MOMENT_S)
         assert server.metric("kv_cache_usage_ratio") > 0
     check_stopped(server, before, num_choices)
 

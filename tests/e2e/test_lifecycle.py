@@ -35,9 +35,9 @@ def test_sigterm_while_ray_starts(server: Server, num_processes: int) -> None:
 
 def test_what_a_killed_server_leaves_is_removed_by_the_next(server: Server, model_dir: Path) -> None:
     eventually(lambda: bool(server.temp_dirs()) and len(server.processes()) >= 3, "Ray runs", 60)
+    assert [oct(d.stat().st_mode & 0o777) for d in server.temp_dirs()] == ["0o700"]
     server.process.kill()
     eventually(lambda: not server.processes(), "Ray ends with the process that started it", 30)
-    assert [oct(d.stat().st_mode & 0o777) for d in server.temp_dirs()] == ["0o700"]
     following = Server(model_dir)
     try:
         eventually(lambda: not server.temp_dirs(), "the directory of the killed server is removed", 60)

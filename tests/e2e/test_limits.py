@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.servers import Server, eventually, serving
+from tests.e2e.servers import Samples, Server, eventually, serving
 
 COMPLETIONS = "/v1/completions"
 KEY = "schlüssel-0123"
@@ -178,7 +177,7 @@ class TestOverload:
     async def test_a_burst_is_served_or_refused_but_never_broken(
         self, server: Server, crowd: httpx.AsyncClient
     ) -> None:
-        bodies = [SHORT | {"max_tokens": 20, "stream": n % 2 == 0} for n in range(24)]
+        bodies = [SHORT | {"max_tokens": 60, "stream": n % 2 == 0} for n in range(24)]
         answers = await asyncio.gather(*(crowd.post(COMPLETIONS, json=body) for body in bodies))
         found = {answer.status_code for answer in answers}
         assert found == {200, 429}
@@ -191,16 +190,26 @@ class TestOverload:
         server.wait_idle()
 
 
+def told_alike(server: Server) -> Samples:
+    """What a dozen looks tell alike, as they do once both replicas have pushed their samples: once a second."""
+    answers: list[Samples] = []
+
+    def agree() -> bool:
+        answers[:] = [server.samples() for _ in range(12)]
+        return all(answer == answers[0] for answer in answers)
+
+    eventually(agree, "both replicas tell the same")
+    return answers[0]
+
+
 class TestTwoIngressReplicas:
     def test_every_replica_tells_the_same_metrics(self, server: Server, http: httpx.Client) -> None:
         replicas = [p for p in server.processes() if "ServeReplica:outcrop:ingress" in " ".join(p.cmdline())]
         assert len(replicas) == 2
-        before = server.metric("request_success_total", finished_reason="length")
+        counted = "outcrop_request_success_total", frozenset({("finished_reason", "length")})
+        before = told_alike(server)[counted]
         for _ in range(8):
             with httpx.Client(base_url=server.url, headers=bearer(KEY)) as client:
                 client.post(COMPLETIONS, json=SHORT).raise_for_status()
         server.wait_idle()
-        time.sleep(2.5)  # both have pushed their samples: they do so once a second
-        answers = [server.samples() for _ in range(12)]
-        assert all(answer == answers[0] for answer in answers)
-        assert answers[0]["outcrop_request_success_total", frozenset({("finished_reason", "length")})] == before + 8
+        eventually(lambda: told_alike(server)[counted] == before + 8, "all are counted")

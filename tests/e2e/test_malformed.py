@@ -5,6 +5,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from http.client import HTTPResponse
 from typing import Any
 
 import httpx
@@ -73,16 +75,18 @@ def test_too_long_prompts_say_so_in_openais_words(http: httpx.Client, is_chat: b
     assert "maximum context length is 2048 tokens" in error["message"]
 
 
-@pytest.mark.parametrize("has_length", [True, False], ids=["content-length", "chunked"])
-def test_50_mib_bodies_are_not_read(server: Server, statuses: StatusLog, has_length: bool) -> None:
-    """On a connection of its own: the server may close it rather than read on."""
-    chunk = b"a" * MIB
-    content: Any = chunk * 50 if has_length else (chunk for _ in range(50))
-    try:
-        response = httpx.post(server.url + COMPLETIONS, content=content, timeout=60, trust_env=False)
-    except (httpx.WriteError, httpx.ReadError):
-        return
-    statuses(response)
+@pytest.mark.parametrize("framing", [f"Content-Length: {50 * MIB}", "Transfer-Encoding: chunked"])
+def test_50_mib_bodies_are_not_read(server: Server, framing: str) -> None:
+    """The answer comes while most of the body is still here; the server may then read on or hang up."""
+    is_chunked = "chunked" in framing
+    head = POST + framing.encode() + b"\r\n\r\n" + (b"%x\r\n" % (50 * MIB) if is_chunked else b"")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(head + bytes(MAX_BODY_MIB * MIB + 1 if is_chunked else 1))
+        answer = HTTPResponse(connection)
+        answer.begin()
+        response = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+        with suppress(ConnectionError):
+            connection.sendall(bytes(40 * MIB))
     assert response.status_code == 413
     assert f"larger than {MAX_BODY_MIB} MiB" in error_of(response)["message"]
 
@@ -122,13 +126,16 @@ def test_streams_go_on_while_millions_of_token_ids_come(http: httpx.Client, serv
         next(lines)
         sender = threading.Thread(target=lambda: (http.post("/detokenize", content=ids, headers=JSON), sent.set()))
         sender.start()
+        started = time.monotonic()
         while not sent.is_set():
             asked = time.monotonic()
             next(lines)
             longest = max(longest, time.monotonic() - asked)
         sender.join()
-    # It was 0.9 s on a machine of this kind; what is left is what two processes take from two processors.
-    assert longest < 0.45
+        took = time.monotonic() - started
+    # It was 0.9 s on a machine of this kind; what is left is what two processes take from two processors. Where others
+    # compute as well, everything takes longer.
+    assert longest < max(0.45, took / 3)
 
 
 @pytest.mark.parametrize(

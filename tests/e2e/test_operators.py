@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,17 @@ import pytest
 from tests.e2e.servers import OUTCROP, Server, clean_environment, eventually
 
 GENERATE = {"prompt": "Hi", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server(operated: Server) -> Server:
+    return operated
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        yield client
 
 
 def outcrop(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +88,8 @@ def test_what_makes_no_sense_is_refused_by_name(
 
 
 def test_rebalance_tells_before_it_does(server: Server, http: httpx.Client) -> None:
-    before = http.post("/v1/completions", json=GENERATE).json()
+    server.unbalance()
+    before, rebalances = http.post("/v1/completions", json=GENERATE).json(), server.metric("rebalances_total")
     dry = http.post("/v1/cluster/rebalance", json={"dry_run": True, "force": True}).json()
     assert (dry["dry_run"], dry["changed"]) == (True, False)
     assert dry["balancedness"]["after"] >= dry["balancedness"]["before"]
@@ -85,7 +98,7 @@ def test_rebalance_tells_before_it_does(server: Server, http: httpx.Client) -> N
     version = http.get("/v1/experts").json()["map_version"]
     done = http.post("/v1/cluster/rebalance", json={"force": True}).json()
     assert (done["changed"], done["map_version"]) == (True, version + done["layers"])
-    assert server.metric("rebalances_total") == 1
+    assert server.metric("rebalances_total") == rebalances + 1
     assert http.post("/v1/completions", json=GENERATE).json()["choices"] == before["choices"]
     again = http.post("/v1/cluster/rebalance")
     assert again.status_code == 200, "a body is not needed"

@@ -86,12 +86,18 @@ def keep_busy(server: Server, is_over: threading.Event) -> None:
 
 
 @pytest.fixture(scope="module")
+def server(operated: Server) -> Server:
+    return operated
+
+
+@pytest.fixture(scope="module")
 def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Scraping while the server is busy, so that rates are not 0, and its experts have been placed anew."""
     running, is_over = Prometheus(server, tmp_path_factory.mktemp("prometheus")), threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
             eventually(running.is_ready, "Prometheus is ready", WAIT_S)
+            server.unbalance()
             busy = pool.submit(keep_busy, server, is_over)
             eventually(lambda: server.metric("generation_tokens_total") > 100, "there is load to balance", WAIT_S)
             httpx.post(f"{server.url}/v1/cluster/rebalance", json={"force": True}, timeout=60).raise_for_status()

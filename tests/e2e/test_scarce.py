@@ -1,23 +1,17 @@
 """A server with a small token budget and a small KV cache: who waits for whom, and what answers say of it."""
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from tests.e2e.servers import MODEL, Server, serving
-
-# 3 prompts of 1,500 tokens fit into the KV cache, 24 answers of 300 tokens don't.
-FLAGS = ["--lane", "local", "--dtype", "float32", "--max-num-batched-tokens", "64", "--kv-cache-gib", "0.0037"]
+from tests.e2e.servers import MODEL, Server
 
 
 @pytest.fixture(scope="module")
-def server(model_dir: Path) -> Iterator[Server]:
-    with serving(model_dir, *FLAGS) as running:
-        yield running
+def server(watched: Server) -> Server:
+    return watched
 
 
 def prompt(number: int, length: int) -> list[int]:

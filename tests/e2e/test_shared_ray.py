@@ -8,7 +8,7 @@ from signal import SIGINT
 import httpx
 import pytest
 
-from tests.chaos.test_node_loss import ENV, is_listening, ray_nodes
+from tests.e2e.nodes import ENV, is_listening, ray_nodes
 from tests.e2e.servers import START_S, STOP_S, Server, eventually
 
 GENERATE = {"prompt": "Hi", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -48,7 +48,7 @@ def test_several_models_in_one_ray(start: Start) -> None:
     assert f"--host 127.0.0.1 --port {port} and another --name" in " ".join(elsewhere.log.split())
     assert f"serves the application 'outcrop' at {first.url} already: choose another --name" in same.log
 
-    second = start("--port", port, "--name", "second", "--served-model-name", "two")
+    second = start("--port", port, "--name", "second", "--served-model-name", "two", "--lane", "local")
     eventually(lambda: "ready" in second.log or second.process.poll() is not None, "the second is ready", START_S)
     url = f"{first.url}/second"
     assert f"two on {url}" in second.log

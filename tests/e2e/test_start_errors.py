@@ -4,21 +4,28 @@ A row breaks a good checkpoint or setting; the message must name the field or fi
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from tests.e2e.servers import OUTCROP, clean_environment, free_port, session
+from deploy.cli import server
+from deploy.cli.main import app
+from tests.e2e.servers import OUTCROP, clean_environment, session
 
 LIMIT_S = 30.0
 Break = Callable[[Path], object]
+# Runs `outcrop serve` with arguments; returns exit code and message.
+Start = Callable[..., tuple[int, str]]
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Break:
@@ -53,8 +60,29 @@ def cut_off(model: Path) -> None:
     (model / "model.safetensors").write_bytes(content[: len(content) // 2])
 
 
-def start(*arguments: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Exit code and message; whatever is started must have ended."""
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Runs the command line in this process, which must refuse before it starts anything."""
+    for name in set(os.environ) - clean_environment().keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+    def no_ray(address: str | None) -> NoReturn:
+        raise AssertionError("it goes on to start Ray")
+
+    monkeypatch.setattr(server, "ray_cluster", no_ray)
+
+    def run(*arguments: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
+        before = set(psutil.Process().children())
+        result = CliRunner().invoke(app, ["serve", *map(str, arguments)], env=env, catch_exceptions=False)
+        assert set(psutil.Process().children()) <= before
+        return judged(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+def start_process(*arguments: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """In a process of its own, as users do."""
     with subprocess.Popen(
         [OUTCROP, "serve", *map(str, arguments)],
         env=clean_environment(env),
@@ -70,9 +98,14 @@ def start(*arguments: str | Path, env: dict[str, str] | None = None) -> tuple[in
             for p in session(process.pid):
                 p.kill()
     assert not left, [p.cmdline() for p in left]
+    return judged(process.returncode, out, message)
+
+
+def judged(code: int, out: str, message: str) -> tuple[int, str]:
+    """Exit code and message."""
     assert out == "", "errors belong on stderr"
     assert "Traceback" not in message
-    return process.returncode, " ".join(message.split())
+    return code, " ".join(message.split())
 
 
 @pytest.fixture
@@ -107,7 +140,7 @@ CHECKPOINTS: dict[str, tuple[Break, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_checkpoints_that_cannot_be_served(model: Path, name: str) -> None:
+def test_checkpoints_that_cannot_be_served(start: Start, model: Path, name: str) -> None:
     apply, told = CHECKPOINTS[name]
     apply(model)
     code, message = start(model)
@@ -130,7 +163,7 @@ SETTINGS: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_that_cannot_be_used(model_dir: Path, name: str) -> None:
+def test_settings_that_cannot_be_used(start: Start, model_dir: Path, name: str) -> None:
     flags, env, told = SETTINGS[name]
     code, message = start(model_dir, *flags, env=env)
     assert code == 1
@@ -148,7 +181,9 @@ def test_settings_that_cannot_be_used(model_dir: Path, name: str) -> None:
     ],
     ids=["broken", "list", "unknown key", "wrong type", "does not divide"],
 )
-def test_yaml_files_that_cannot_be_used(model_dir: Path, tmp_path: Path, content: str, told: list[str]) -> None:
+def test_yaml_files_that_cannot_be_used(
+    start: Start, model_dir: Path, tmp_path: Path, content: str, told: list[str]
+) -> None:
     config = tmp_path / "outcrop.yaml"
     config.write_text(content)
     code, message = start(model_dir, "--config", config)
@@ -165,22 +200,20 @@ def test_yaml_files_that_cannot_be_used(model_dir: Path, tmp_path: Path, content
     ],
     ids=["name", "Hub id", "file"],
 )
-def test_models_that_are_not_there(name: str, told: list[str]) -> None:
+def test_models_that_are_not_there(start: Start, name: str, told: list[str]) -> None:
     code, message = start(name, env={"HF_HUB_OFFLINE": "1"})
     assert code == 1
     assert all(part in message for part in told), message
 
 
-def test_a_missing_model_is_asked_for() -> None:
+def test_a_missing_model_is_asked_for(start: Start) -> None:
     code, message = start()
     assert (code, "model is missing" in message) == (1, True)
 
 
-def test_a_port_in_use(model_dir: Path) -> None:
-    port = free_port()
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", port))
-        other.listen()
+def test_a_port_in_use(start: Start, model_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
         code, message = start(model_dir, "--port", str(port))
     assert code == 1
     assert f"port={port}" in message
@@ -188,7 +221,24 @@ def test_a_port_in_use(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--groups", "x"], ["--lane", "pigeon"], ["--no-such-flag"]], ids=lambda f: f[0])
-def test_flags_that_cannot_be_parsed(model_dir: Path, flags: list[str]) -> None:
+def test_flags_that_cannot_be_parsed(start: Start, model_dir: Path, flags: list[str]) -> None:
     code, message = start(model_dir, *flags)
     assert code == 2
     assert flags[0] in message
+
+
+PROCESSES: dict[str, tuple[Break, list[str], int, str]] = {
+    "weights": (cut_off, [], 1, "model.safetensors is cut off"),
+    "chat template": (settings("tokenizer_config.json", chat_template="{% if %}"), [], 1, "not a valid chat template"),
+    "setting": (lambda model: None, ["--groups", "3"], 1, "groups=3 does not divide 8 experts"),
+    "flag": (lambda model: None, ["--groups", "x"], 2, "--groups"),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_process_ends_with_the_same(model: Path, name: str) -> None:
+    """Whatever is started must have ended."""
+    apply, flags, expected, told = PROCESSES[name]
+    apply(model)
+    code, message = start_process(model, *flags)
+    assert (code, told in message) == (expected, True), message

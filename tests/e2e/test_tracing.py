@@ -4,33 +4,22 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.e2e.collector import Collector, attributes, collecting
-from tests.e2e.servers import Server, eventually, serving
+from tests.e2e.collector import Collector, attributes
+from tests.e2e.servers import Server, eventually
 
 COMPLETIONS = "/v1/completions"
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-FLAGS = ("--groups", "2", "--dtype", "float32", "--log-format", "json", "--log-level", "debug")
 
 
 @pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    with collecting() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server(model_dir: Path, collector: Collector) -> Iterator[Server]:
-    env = {"OTEL_BSP_SCHEDULE_DELAY": "100"}
-    with serving(model_dir, *FLAGS, "--replicas", "2", "--otlp-traces-endpoint", collector.url, env=env) as running:
-        yield running
+def server(watched: Server) -> Server:
+    return watched
 
 
 def generate(server: Server, request_id: str, body: dict[str, Any], **headers: str) -> httpx.Response:
@@ -119,25 +108,34 @@ class TestSpans:
         assert not [span for span in collector.spans if span.trace_id.hex() == "1" * 32]
 
 
+def followed(server: Server) -> tuple[list[dict[str, Any]], list[set[str]]]:
+    """The lines about steps of the request "followed"; and for each, of which groups a replica has told of the step."""
+    told = lines(server.actor_logs())
+    steps = [line for line in told if any(i.startswith("followed-") for i in line.get("request_ids", ()))]
+    groups = []
+    for step in steps:
+        replicas = [line["process"] for line in told if line["step"] == step["step"] and line not in steps]
+        assert len(set(replicas)) == len(replicas), "one line for each step"
+        groups.append({name.partition("-r")[0] for name in replicas})
+    return steps, groups
+
+
 class TestLogs:
     def test_from_a_request_to_the_lines_of_its_replicas(self, server: Server, collector: Collector) -> None:
         generate(server, "followed", {"max_tokens": 4})
         root, _ = trace_of(collector, "followed")
-        (finished,) = [line for line in lines(server.ray_logs()) if line.get("request_id") == "followed"]
+        logged = lambda: [line for line in lines(server.ray_logs()) if line.get("request_id") == "followed"]  # noqa: E731
+        eventually(lambda: bool(logged()), "Serve's log names it")
+        (finished,) = logged()
         assert (finished["trace_id"], finished["front"]) == (root.trace_id.hex(), "front-0")
-        ours = lines(server.actor_logs())
-        steps = [line for line in ours if any(i.startswith("followed-") for i in line.get("request_ids", ()))]
-        assert len(steps) == 4
+        eventually(lambda: followed(server)[1] == [{"expert-g0", "expert-g1"}] * 4, "both groups tell of 4 steps")
+        steps, _ = followed(server)
         assert {line["process"] for line in steps} == {"front-0"}
-        for step in steps:
-            assert re.fullmatch(r"front-0:\d+", step["step"])
-            told = [line["process"] for line in ours if line["step"] == step["step"] and line not in steps]
-            assert {name.partition("-r")[0] for name in told} == {"expert-g0", "expert-g1"}
-            assert len(set(told)) == len(told), "one line for each step"
+        assert all(re.fullmatch(r"front-0:\d+", line["step"]) for line in steps)
 
     def test_a_failover_names_the_requests_and_shows_in_their_trace(self, server: Server, collector: Collector) -> None:
         victim = next(a for a in server.get("/v1/cluster").json()["replicas"] if a["id"] == "expert-g0-r0")
-        body = {"prompt": "Hi", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        body = {"prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
         with httpx.stream(
             "POST", server.url + COMPLETIONS, json=body, headers={"X-Request-Id": "hit"}, timeout=120, trust_env=False
         ) as response:

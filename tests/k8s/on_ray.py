@@ -10,7 +10,6 @@ fronts and experts join after the application has been deployed, as pods do.
 import fcntl
 import json
 import os
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +24,7 @@ from ray.cluster_utils import Cluster
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
 
+from tests.e2e.servers import free_port
 from tests.k8s import serve_config
 from tests.k8s.heads import STORE
 from tests.k8s.manifests import Object, chart, one, ray_groups
@@ -87,8 +87,7 @@ def _join(cluster: Cluster, groups: list[Object], names: dict[str, str]) -> None
 def deploy(service: Object) -> int:
     config = serve_config.parsed(service)
     config["applications"][0]["args"] |= SMALL | FEWER
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     del config["http_options"]
     # What Ray's dashboard does with what KubeRay sends.

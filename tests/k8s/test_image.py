@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from deploy.demo import MODEL_DIR
-from tests.e2e.servers import eventually
+from tests.e2e.servers import eventually, free_port
 from tests.k8s.heads import answers, ray_head
 from tests.k8s.manifests import K8S, ROOT, containers, one, overlay, pod_templates, ray_groups
 
@@ -166,7 +166,7 @@ def test_a_pod_is_ready_while_an_actor_in_it_lives(tmp_path: Path) -> None:
 
 
 def test_linger_lets_a_lone_pod_go_and_outlasts_the_head() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as head:
+    with socket.create_server(("127.0.0.1", free_port())) as head:  # nobody else listens there when it is gone
         settings = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{head.getsockname()[1]}", "ANSWERS": "2"}
         alone = subprocess.run([BIN / "outcrop-linger", "600"], env=settings, timeout=60, check=False)
         assert alone.returncode == 0

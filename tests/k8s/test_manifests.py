@@ -9,8 +9,8 @@ import yaml
 
 from tests.k8s import rules, schema, serve_config
 from tests.k8s.manifests import CHARTS, K8S, OVERLAYS, Object, chart, kustomizations, needs_helm, one, overlay, title
+from tests.k8s.schema import needs_crds
 
-needs_crds = pytest.mark.skipif(not schema.CRDS.is_dir(), reason=schema.MISSING_CRDS)
 MONITORING = {"PodMonitor/outcrop", "PodMonitor/outcrop-ray", "PrometheusRule/outcrop", "ConfigMap/outcrop-dashboards"}
 ALL = [pytest.param(overlay, (name,), id=name) for name in OVERLAYS]
 ALL += [pytest.param(chart, names, id="+".join(names), marks=needs_helm) for names in CHARTS]

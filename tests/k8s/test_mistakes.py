@@ -7,7 +7,7 @@ import pytest
 
 from tests.k8s import rules, schema, serve_config
 from tests.k8s.manifests import Object, one, overlay, title
-from tests.k8s.test_manifests import needs_crds
+from tests.k8s.schema import needs_crds
 
 SERVICE = "RayService/outcrop"
 REDIS = "StatefulSet/outcrop-redis"

@@ -46,9 +46,10 @@ def test_our_own_is_used(note: Path, address: str, caplog: pytest.LogCaptureFixt
 
 
 def test_one_that_has_ended_is_passed_over_in_silence(note: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        note.write_text(f"127.0.0.1:{gone.getsockname()[1]}")
-    assert refused(caplog) == ""
+    with socket.socket() as silent:  # has the port, so that nobody else gets it
+        silent.bind(("127.0.0.1", 0))
+        note.write_text(f"127.0.0.1:{silent.getsockname()[1]}")
+        assert refused(caplog) == ""
 
 
 def test_what_others_may_write_to_is_not_used(note: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,10 +33,12 @@ class Echo:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.entered = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
 
     def __call__(self, dispatches: list[wire.Dispatch]) -> list[bytes]:
+        self.entered.set()
         self.gate.wait(5)
         self.batches.append(len(dispatches))
         return [wire.pack_partial(d.x_TD, 0.0) for d in dispatches]
@@ -121,10 +123,10 @@ def test_fronts_that_wait_for_the_same_layer_share_a_batch(server: ZmqServer, ec
     lanes = [connect("ipc"), connect("tcp"), connect("ipc")]
     echo.gate.clear()
     blocker = lanes[0].send(address(server, "ipc"), MESSAGE)
-    time.sleep(0.2)
+    assert echo.entered.wait(5)
     kinds = ["ipc", "tcp", "ipc"]
     tickets = [lane.send(address(server, kind), MESSAGE) for lane, kind in zip(lanes, kinds, strict=True)]
-    time.sleep(0.2)
+    time.sleep(1.0)  # on their way, by threads of their own
     echo.gate.set()
     for lane, ticket in zip([lanes[0], *lanes], [blocker, *tickets], strict=True):
         assert wire.unpack_partial(lane.receive([ticket], 5)[1]).status == wire.OK
@@ -257,7 +259,7 @@ def test_a_probe_is_answered_when_the_replica_is_free_again(server: ZmqServer, e
     lane = connect()
     echo.gate.clear()
     lane.forget(lane.send(address(server, "ipc"), MESSAGE))
-    time.sleep(0.2)  # now the server computes; a greeting that came with the message would be answered before it
+    assert echo.entered.wait(5), "a greeting that came with the message would be answered before it"
     probe = lane.probe(address(server, "ipc"))
     time.sleep(0.2)
     assert not lane.is_alive(probe)
