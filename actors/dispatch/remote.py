@@ -42,6 +42,7 @@ class _Pending:
     parts: list[Part]
     started: float
     lane: str
+    staging: Staging  # between where like_TD is and the host
 
 
 class RemoteDispatcher(Dispatcher):
@@ -109,6 +110,9 @@ class RemoteDispatcher(Dispatcher):
             self.metrics.raise_to("lane_bytes_total", total, lane=lane, direction=direction)
 
     def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> _Pending:
+        return self._dispatch(layer, x_TD, ids_TK, gates_TK, self._staging)
+
+    def _dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, staging: Staging) -> _Pending:
         started = time.monotonic()
         with self._map_changed:
             if self._map is None:
@@ -120,14 +124,14 @@ class RemoteDispatcher(Dispatcher):
             self._late.hear()
         if self._breaker:
             self._probes.look(self._breaker, self._late.owing, self._by_id)
-        x_here_TD, gates_here_TK, ids_here_TK = self._staging.download(x_TD, gates_TK, ids_TK.to(torch.int16))
+        x_here_TD, gates_here_TK, ids_here_TK = staging.download(x_TD, gates_TK, ids_TK.to(torch.int16))
         parts = split(layer, x_here_TD, ids_here_TK, gates_here_TK, homes, version)
         for part in parts:
             self._send(part)
             self._hedges.earn()
         lanes = [self.lane.name_for(part.sent[0].replica) for part in parts if part.sent]
         self.step.wait_seconds += time.monotonic() - started
-        return _Pending(x_TD, parts, started, lanes[0] if lanes else "local")
+        return _Pending(x_TD, parts, started, lanes[0] if lanes else "local", staging)
 
     def combine(self, pending: _Pending) -> Tensor:
         started = time.monotonic()
@@ -145,12 +149,12 @@ class RemoteDispatcher(Dispatcher):
         for part in pending.parts:
             partial_PD = self._receive(part)
             if part.rows_P is None:
-                (partial_PD,) = self._staging.upload(partial_PD)
+                (partial_PD,) = pending.staging.upload(partial_PD)
                 sum_TD = partial_PD.to(torch.float32, copy=True) if sum_TD is None else sum_TD.add_(partial_PD)
                 continue
             if sum_TD is None:
                 sum_TD = torch.zeros_like(pending.like_TD, dtype=torch.float32)
-            partial_PD, rows_P = self._staging.upload(partial_PD, part.rows_P)
+            partial_PD, rows_P = pending.staging.upload(partial_PD, part.rows_P)
             sum_TD[rows_P] += partial_PD
         assert sum_TD is not None, "every token has an expert in some group"
         self.metrics.observe("dispatch_seconds", time.monotonic() - pending.started, lane=pending.lane)
@@ -300,6 +304,6 @@ class RemoteDispatcher(Dispatcher):
                 return self._compute_here(part)
         self._failover(logging.INFO, f"sent anew by map {self.map_version}: experts of layer {part.layer}", "not_held")
         spent = self.step.wait_seconds
-        sum_PD = self.combine(self.dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK))
+        sum_PD = self.combine(self._dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK, DIRECT))
         self.step.wait_seconds = spent  # the combine() that this is a part of counts it
         return sum_PD

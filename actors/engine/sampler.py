@@ -74,49 +74,57 @@ def draw(logits_RV: Tensor, params: list[SamplingParams], uniforms: list[float])
     """
     size = logits_RV.shape[-1]
     widths = [_width(p, size) for p in params]
-    groups = [[r for r, each in enumerate(widths) if each == width] for width in dict.fromkeys(widths)]
-    found = torch.cat(
-        [
-            _draw(logits_RV[rows], [params[r] for r in rows], [uniforms[r] for r in rows], widths[rows[0]])
-            for rows in groups
-        ]
-    ).tolist()
-    tokens = dict(zip((r for rows in groups for r in rows), found, strict=True))
+    rows = range(len(params))
+    # A GPU likes large pieces. On a CPU one row stays in the caches, and all of them would not.
+    is_on_cpu = logits_RV.device.type == "cpu"
+    groups = [[r] for r in rows] if is_on_cpu else [[r for r in rows if widths[r] == w] for w in dict.fromkeys(widths)]
+    drawn = [_draw(logits_RV, params, uniforms, group, widths[group[0]]) for group in groups]
+    tokens = dict(zip((r for group in groups for r in group), torch.cat(drawn).tolist(), strict=True))
     if short := [r for r, token in tokens.items() if token == SHORT]:
-        again = _draw(logits_RV[short], [params[r] for r in short], [uniforms[r] for r in short], size)
-        tokens |= dict(zip(short, again.tolist(), strict=True))
-    return [int(tokens[r]) for r in range(len(params))]
+        tokens |= dict(zip(short, _draw(logits_RV, params, uniforms, short, size).tolist(), strict=True))
+    return [int(tokens[r]) for r in rows]
 
 
 def _width(params: SamplingParams, size: int) -> int:
     """How many of the likeliest tokens, in that order, the rules need; 0: all of them, in the vocabulary's order."""
     if 0 < params.top_k < size:
-        return min(size, NUCLEUS_GUESS) if params.top_k <= NUCLEUS_GUESS else size
+        return params.top_k
     return 0 if params.top_p >= 1 else min(size, NUCLEUS_GUESS)
 
 
-def _draw(logits_RV: Tensor, params: list[SamplingParams], uniforms: list[float], width: int) -> Tensor:
-    """Token ids [R], SHORT where the `width` likeliest tokens are less than the nucleus. Stays on the device."""
-    size = logits_RV.shape[-1]
-    rules = [(p.temperature, p.top_p, p.min_p, p.top_k or size, u) for p, u in zip(params, uniforms, strict=True)]
-    rules_5R1 = torch.tensor(rules, dtype=torch.float64).to(logits_RV.device, non_blocking=True).T[:, :, None]
-    temperature_R1, top_p_R1, min_p_R1, top_k_R1, u_R1 = rules_5R1.contiguous()
-    values_RN, ids_RN = _ranked(torch.softmax(logits_RV.double() / temperature_R1, dim=-1), width)
-    # Renormalising after min-p only shrinks the nucleus, so this mass is enough in any case.
-    is_short_R1 = (values_RN.sum(-1, keepdim=True) < top_p_R1) & (top_k_R1 >= size) & (0 < width < size)
-    if ids_RN is not None:
-        values_RN = values_RN.where(torch.arange(width, device=values_RN.device) < top_k_R1, 0)
-    values_RN = values_RN.where(values_RN >= min_p_R1 * values_RN.amax(-1, keepdim=True), 0)
-    # The smallest set whose mass reaches top_p of what is left; the most likely token always stays.
+def _draw(
+    logits_RV: Tensor, params: list[SamplingParams], uniforms: list[float], rows: list[int], width: int
+) -> Tensor:
+    """Token ids of these rows, SHORT where the `width` likeliest tokens are less than the nucleus. Stays on the
+    device. Rules that no row has are left out; for rows that don't have one, it changes nothing.
+    """
+    if len(rows) < len(logits_RV):
+        logits_RV = logits_RV[rows[0] : rows[0] + 1] if len(rows) == 1 else logits_RV[rows]
+    chosen = [params[r] for r in rows]
+    rules = [(p.temperature, p.top_p, p.min_p, uniforms[r]) for r, p in zip(rows, chosen, strict=True)]
+    rules_4R1 = torch.tensor(rules, dtype=torch.float64).T.contiguous().to(logits_RV.device, non_blocking=True)
+    temperature_R1, top_p_R1, min_p_R1, u_R1 = rules_4R1[:, :, None]
+    probs_RV = torch.softmax(logits_RV.double() / temperature_R1, dim=-1)
+    if any(p.min_p for p in chosen):
+        probs_RV = probs_RV.where(probs_RV >= min_p_R1 * probs_RV.amax(-1, keepdim=True), 0)
+    values_RN, ids_RN = _ranked(probs_RV, width)
     cumulated_RN = values_RN.cumsum(dim=-1)
-    is_kept_RN = (top_p_R1 >= 1) | (cumulated_RN - values_RN < top_p_R1 * cumulated_RN[:, -1:])
-    cumulated_RN = values_RN.where(is_kept_RN, 0).cumsum(dim=-1)
+    is_short_R1 = None
+    if any(p.top_p < 1 for p in chosen):
+        is_of_all = width and not 0 < chosen[0].top_k <= width
+        left_R1 = (probs_RV if is_of_all else values_RN).sum(-1, keepdim=True)
+        is_short_R1 = cumulated_RN[:, -1:] < top_p_R1 * left_R1
+        # The smallest set whose mass reaches top_p of what is left; the most likely token always stays.
+        is_kept_RN = (top_p_R1 >= 1) | (cumulated_RN - values_RN < top_p_R1 * left_R1)
+        cumulated_RN = values_RN.where(is_kept_RN, 0).cumsum(dim=-1)
     total_R1 = cumulated_RN[:, -1:].contiguous()
     choice_R1 = torch.searchsorted(cumulated_RN, u_R1 * total_R1, right=True)
     # u close to 1: the last token that is left
     choice_R1 = torch.minimum(choice_R1, torch.count_nonzero(cumulated_RN < total_R1, dim=-1)[:, None])
     tokens_R1 = choice_R1 if ids_RN is None else ids_RN.gather(1, choice_R1)
-    return torch.where(is_short_R1, SHORT, tokens_R1)[:, 0]
+    if is_short_R1 is not None and 0 < width < logits_RV.shape[-1]:
+        tokens_R1 = torch.where(is_short_R1, SHORT, tokens_R1)
+    return tokens_R1[:, 0]
 
 
 def _ranked(probs_RV: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
@@ -132,20 +140,25 @@ def token_logprobs(logprobs_RV: Tensor, token_ids: Numbers[int], num_top: Number
     """Report one token of each log-softmaxed row, with the row's `num_top` most likely tokens. One read-back."""
     ids_R1 = torch.tensor(token_ids, device=logprobs_RV.device)[:, None]
     logprob_R1 = logprobs_RV.gather(1, ids_R1)
-    rank_R1 = (logprobs_RV > logprob_R1).sum(1, keepdim=True) + 1
-    values_RN, top_RN = logprobs_RV.topk(max(num_top))
+    columns = [logprob_R1, (logprobs_RV > logprob_R1).sum(1, keepdim=True) + 1]
+    # For each number on its own: which of equal ones are among the first may depend on how many are asked for.
+    numbers = sorted(set(num_top) - {0})
+    for number in numbers:
+        columns += logprobs_RV.topk(number)
     # float64 holds all of them as they are.
-    columns = torch.cat([t.double() for t in (logprob_R1, rank_R1, values_RN, top_RN)], dim=1).tolist()
-    most = values_RN.shape[1]
+    told = torch.cat([column.double() for column in columns], dim=1).tolist()
+    begins = {number: 2 + 2 * sum(numbers[:i]) for i, number in enumerate(numbers)} | {0: 0}
     return [
-        TokenLogprob(
-            token,
-            logprob,
-            int(rank),
-            tuple((int(i), value) for i, value in zip(rest[most : most + n], rest[:n], strict=True)),
-        )
-        for token, n, (logprob, rank, *rest) in zip(token_ids, num_top, columns, strict=True)
+        TokenLogprob(token, row[0], int(row[1]), _pairs(row[begins[n] : begins[n] + 2 * n]))
+        for token, n, row in zip(token_ids, num_top, told, strict=True)
     ]
+
+
+def _pairs(values_and_ids: list[float]) -> tuple[tuple[int, float], ...]:
+    number = len(values_and_ids) // 2
+    return tuple(
+        (int(token), value) for value, token in zip(values_and_ids[:number], values_and_ids[number:], strict=True)
+    )
 
 
 def _is_unadjusted(params: SamplingParams, num_output: int) -> bool:

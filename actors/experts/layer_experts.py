@@ -143,7 +143,8 @@ def combine_sorted(
     experts: LayerExperts | PackedExperts, x_TD: Tensor, choices: Choices, activation: Activation
 ) -> Tensor:
     """As LayerExperts.combine, for experts that want the pairs of each next to one another. Nothing here waits for a
-    GPU: where rows are there, pairs that are computed elsewhere are carried along and masked in the end.
+    GPU: where rows are there, pairs that are computed elsewhere are carried along and masked in the end. (PyTorch's own
+    grouped_mm waits where it has no kernel: in float32, and below compute capability 9.0.)
     """
     num_tokens, top_k = choices.rows_TK.shape
     # One stable sort brings the pairs of an expert together, skipped ones (row E) last.

@@ -60,7 +60,7 @@ class ExpertStore:
         With ids on the host, x and gates may be there too: the sum is on the store's device in any case.
         """
         rows_TK = self._local_rows(layer, ids_TK)
-        if x_TD.device != self.compute.device:
+        if x_TD.device.type != self.compute.device.type:
             x_TD, gates_TK = self.staging.upload(x_TD, gates_TK)
         return self.layers[layer].combine(x_TD, Choices(rows_TK, gates_TK, self.staging), self.activation)
 

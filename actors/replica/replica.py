@@ -129,8 +129,8 @@ class Replica:
                 self._began = None
             seconds = time.monotonic() - started
             self._count(len(partial_TD), seconds)
-        parts = partial_TD.split([len(d.x_TD) for d in dispatches])
-        return [wire.pack_partial(part, seconds) for part in parts]
+            # Before others compute: what a download has returned does not hold for ever.
+            return [wire.pack_partial(part, seconds) for part in partial_TD.split([len(d.x_TD) for d in dispatches])]
 
     def _run(self, layer: int, dispatches: list[wire.Dispatch]) -> torch.Tensor:
         """On the host: a GPU has computed only once its result is here, and the clock stops behind that."""

@@ -50,6 +50,10 @@ def read_spec(model_dir: Path) -> ModelSpec:
     Raises ModelError.
     """
     raw = read_json(model_dir / "config.json")
+    try:
+        _family_of(raw.get("model_type"))  # first: other files of a model that is not ours may be anything
+    except ModelError as error:
+        raise ModelError(f"{model_dir}/config.json: {error}") from None
     generation = model_dir / "generation_config.json"
     if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
         raw["eos_token_id"] = eos

@@ -114,7 +114,7 @@ class Service:
         """True from the first time that a generation could succeed until the cluster ends: while no front is there,
         requests wait for one.
         """
-        return self.state.is_serving and self._has_been_ready
+        return self.state.is_serving and (self._has_been_ready or self.client.is_available)
 
     async def generate(
         self,

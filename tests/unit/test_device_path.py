@@ -253,3 +253,27 @@ def test_a_sampler_reads_once_for_all_rows() -> None:
     with host_reads() as seen:
         sample(logits, sequences)
     assert not seen
+
+
+def test_a_part_that_is_sent_anew_stays_on_the_host(checkpoint: Checkpoint) -> None:
+    """What comes of it is added up there, and uploaded once, as any part."""
+    spec, old = checkpoint.spec, two_groups(checkpoint)
+    homes = contiguous_homes(spec.num_layers, spec.num_experts, 4)
+    addresses = tuple(ReplicaAddress(f"expert-g{group}-r1", group, ()) for group in range(4))
+    new = ExpertMap(old.version, 4, homes).with_replicas(addresses)
+    replicas = replicas_of(checkpoint, new, Counting)
+    refusing = SimpleNamespace(answer=lambda message: wire.pack_refusal(wire.NOT_HELD, "moved", 0))
+    staging = Counting()
+    lane = InProcess(replicas | {address.replica_id: refusing for address in old.replicas})
+    dispatcher = RemoteDispatcher(lane, Metrics(), staging=staging)
+    dispatcher.set_map(old)
+    x = torch.randn(6, spec.hidden_size)
+    ids = torch.stack([torch.randperm(spec.num_experts)[: spec.top_k] for _ in range(6)])
+    gates = torch.rand(6, spec.top_k)
+    pending = dispatcher.dispatch(1, x, ids, gates)
+    dispatcher.set_map(new)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "download", lambda *_: pytest.fail("a part that is here is downloaded"))
+        actual = dispatcher.combine(pending)
+    expected = load_experts(Weights(checkpoint, PLAIN), checkpoint.all_experts).run(1, x, ids, gates)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

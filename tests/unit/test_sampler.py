@@ -180,7 +180,7 @@ def test_a_row_does_not_depend_on_its_company(
         assert (scored.logprob, scored.rank, len(scored.top)) == (
             together[row].logprob, together[row].rank, len(together[row].top)
         )  # fmt: skip
-        assert [value for _, value in scored.top] == [value for _, value in together[row].top]
+        assert scored.top == together[row].top
 
 
 @given(RULES, st.integers(0, 9))
@@ -206,3 +206,23 @@ def test_a_draw_is_what_its_definition_says(rules: dict[str, Any], seed: int) ->
         if reached > u * mass:
             break
     assert draw(logits.float(), params, u) == token or abs(reached - u * mass) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "rules", [{"top_p": 0.95}, {"top_p": 0.6, "min_p": 0.001}, {"top_p": 0.999, "temperature": 1.5}]
+)
+def test_the_guess_at_a_nucleus_changes_nothing(rules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(3))
+    params = SamplingParams(**rules)
+    drawn = []
+    for guess in (10, 1024, 3000):
+        monkeypatch.setattr(sampler, "NUCLEUS_GUESS", guess)
+        drawn.append([draw(logits, params, u / 301) for u in range(301)])
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_the_first_of_equal_tokens_is_the_same_by_top_k_and_by_greed() -> None:
+    for seed in range(40):
+        logits = torch.randn(4000, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+        greedy = sample_one(logits, sequence(temperature=0.0))
+        assert logits[sample_one(logits, sequence(temperature=1.0, top_k=1))] == logits[greedy]

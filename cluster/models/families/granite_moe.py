@@ -31,11 +31,11 @@ class Config(BaseModel):
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=10_000)
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
-    num_local_experts: int = Field(8, gt=0)
+    num_local_experts: int = Field(8, gt=0, le=32_767)  # ids travel in 16 bits
     num_experts_per_tok: int = Field(2, gt=0)
     max_position_embeddings: int = Field(2048, gt=0)
     hidden_act: Literal["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"] = "silu"
