@@ -4,6 +4,7 @@ between two waits depends on a value.
 
 from collections import Counter
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
