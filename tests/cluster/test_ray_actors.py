@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import ray
 
+from cluster.config import ClusterConfig
 from cluster.control.actors import ActorError, DeadActorError
-from cluster.control.ray_actors import RayActors
+from cluster.control.ray_actors import RayActors, _share
 from cluster.errors import ConfigError
+from cluster.messages.actors import ActorKind
+from cluster.policy.resources import plan_resources
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
@@ -68,3 +71,27 @@ async def test_those_of_the_namespace_that_live_are_found_and_ended(actors: RayA
     async with asyncio.timeout(10):
         while actors.named():
             await asyncio.sleep(0.1)
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class Looking:
+    async def around(self) -> tuple[list[Any], str | None]:
+        return ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+async def test_fronts_on_gpus_with_experts_on_cpus(actors: RayActors) -> None:
+    """An actor that has reserved no GPU may see all of them, as Ray leaves it: that it computes on the CPU is in its
+    spec.
+    """
+    config = ClusterConfig(model="m", replica_device="cpu", cpus_per_front=0, cpus_per_replica=0)
+    plan = plan_resources(config, actors.machine())
+    assert (plan.front_device, plan.replica_device) == ("auto", "cpu")
+    kinds: tuple[ActorKind, ActorKind] = ("front", "expert")
+    asked = [Looking.options(**_share(kind, plan)).remote() for kind in kinds]  # type: ignore[attr-defined]
+    front, expert = [await actors.call(handle, "around", timeout=60) for handle in asked]
+    print(f"CUDA_VISIBLE_DEVICES: {front[1]!r} of a front with a GPU, {expert[1]!r} of a replica without")
+    assert len(front[0]) == 1
+    assert front[1] == str(front[0][0]), "its own GPU, and no other"
+    assert expert[0] == []
+    for handle in asked:
+        actors.end(handle)
