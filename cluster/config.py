@@ -1,4 +1,4 @@
-"""ClusterConfig: the one configuration.
+"""ClusterConfig: the one configuration. The file is long because every setting stands in one table.
 
 The command line, OUTCROP_* variables, a YAML file and Serve's `args` are views of it.
 """

@@ -1,4 +1,5 @@
-"""What values the chart takes: values.schema.json, with which Helm refuses what is misspelt, is made of this table.
+"""What values the chart takes: values.schema.json, with which Helm refuses what is misspelt, is made of this
+table. The file is long because every value stands in it.
 
 Defaults stand in chart/values.yaml, which is for people; a test holds both against each other.
 """

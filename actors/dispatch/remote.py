@@ -1,12 +1,12 @@
 """Dispatch to expert replicas over a lane, by the expert map; a replica that fails costs its part, not the step.
 
-Shapes: T tokens, D hidden, K top-k; P tokens of a part. A part is what one group gets of one layer's tokens.
+Shapes: T tokens, D hidden, K top-k; P tokens of a part. A part is what one group gets of one layer's tokens. The file
+is long because how a part is sent, waited for, given up and sent anew is one story.
 """
 
 import logging
-import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from actors.dispatch.dispatcher import Dispatcher, DispatchError
 from actors.dispatch.failover import Breaker, HedgeBudget, Latency
-from actors.dispatch.parts import CorruptAnswerError, HomeTable, NotHeldError, Part, Sent, checked, split
+from actors.dispatch.parts import CorruptAnswerError, NotHeldError, Part, Sent, checked, split
 from actors.dispatch.recovery import LateAnswers, Probes
+from actors.dispatch.routes import Routes
 from actors.lanes import wire
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
 from actors.staging import DIRECT, Staging
@@ -25,8 +26,6 @@ from cluster.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# How long a front waits for a newer map after a replica refused.
-MAP_WAIT_S = 2.0
 # Computing a part in the front costs more than waiting a little longer for the last replica that may answer.
 LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
 # An answer that is read faster had come before it was waited for.
@@ -63,46 +62,23 @@ class RemoteDispatcher(Dispatcher):
         self._probes = Probes(lane)
         self._outstanding: Counter[str] = Counter()
         self._num_sent: Counter[str] = Counter()
-        self._connecting = threading.Lock()
-        self._map_changed = threading.Condition()
-        self._map: ExpertMap | None = None
-        self._homes: list[HomeTable] = []
-        self._by_group: dict[int, list[ReplicaAddress]] = {}
+        self._routes = Routes(lane)
         self._by_id: dict[str, ReplicaAddress] = {}
         self._followed = 0  # the map's version that this thread has seen
-        self._stale = 0  # the version after which no newer one came, though a replica refused
         self._num_bytes: Counter[tuple[str, str]] = Counter()  # (lane, direction)
         self._told: tuple[str, ...] = ()  # requests of which the log says that their experts are computed here
 
     @property
     def map_version(self) -> int:
-        return self._map.version if self._map else 0
+        return self._routes.version
 
     def set_map(self, expert_map: ExpertMap) -> None:
-        """Route by this map from the next dispatch on. May be called from any thread; older maps are ignored.
-
-        A map is taken even if not all of its replicas can be reached: by an older one, less would be.
-        """
-        expert_map.check_integrity()
-        with self._connecting:
-            if expert_map.version <= self.map_version:
-                return
-            try:
-                self.lane.connect(expert_map.replicas)  # may wait for a handshake: dispatches go on meanwhile
-            except Exception:
-                logger.exception("map %d is taken, though its replicas could not be connected", expert_map.version)
-            homes = [HomeTable(layer) for layer in expert_map.homes]
-            by_group: dict[int, list[ReplicaAddress]] = defaultdict(list)
-            for replica in expert_map.replicas:
-                by_group[replica.group].append(replica)
-            with self._map_changed:
-                self._homes, self._by_group = homes, dict(by_group)
-                self._map = expert_map
-                self._map_changed.notify_all()
+        """See Routes.set_map."""
+        self._routes.set_map(expert_map)
 
     def lane_names(self) -> str:
         """The lanes in use, such as "zmq" or, if some replicas could not be reached by it, "object_ref+zmq"."""
-        return "+".join(sorted({self.lane.name_for(r) for r in self._map.replicas})) if self._map else ""
+        return "+".join(sorted({self.lane.name_for(replica) for replica in self._routes.everyone()}))
 
     def publish_counters(self) -> None:
         """Bring counters that are kept here up to date; called when metrics are read."""
@@ -114,10 +90,7 @@ class RemoteDispatcher(Dispatcher):
 
     def _dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, staging: Staging) -> _Pending:
         started = time.monotonic()
-        with self._map_changed:
-            if self._map is None:
-                raise DispatchError("no expert map has been published yet")
-            version, homes = self._map.version, self._homes[layer]
+        version, homes = self._routes.of_layer(layer)
         if version != self._followed:
             self._follow_map()
         if self._late:
@@ -182,7 +155,7 @@ class RemoteDispatcher(Dispatcher):
         """The live replica of the part's group with the least outstanding messages, then the least used one."""
         replicas = [
             r
-            for r in self._by_group.get(part.group, ())
+            for r in self._routes.of_group(part.group)
             if r.replica_id not in part.tried and not self._breaker.is_open(r.replica_id)
         ]
         if len(replicas) == 1:
@@ -212,7 +185,7 @@ class RemoteDispatcher(Dispatcher):
 
     def _patience(self, part: Part, may_hedge: bool) -> float:
         """Seconds to wait for the newest message; longer if it is not to be sent to another replica."""
-        group = self._by_group.get(part.group, ())
+        group = self._routes.of_group(part.group)
         live = [r.replica_id for r in group if not self._breaker.is_open(r.replica_id)]
         deadline = self._latency.deadline(live or [r.replica_id for r in group], part.num_tokens)
         if not may_hedge:
@@ -271,9 +244,8 @@ class RemoteDispatcher(Dispatcher):
 
     def _follow_map(self) -> None:
         """Forget what was known of replicas that have left; begin anew to share out messages among those that stay."""
-        assert self._map is not None
-        self._followed = self._map.version
-        self._by_id = {r.replica_id: r for r in self._map.replicas}
+        self._followed = self._routes.version
+        self._by_id = {replica.replica_id: replica for replica in self._routes.everyone()}
         here = set(self._by_id)
         self._breaker.keep_only(here)
         self._latency.keep_only(here)
@@ -297,11 +269,8 @@ class RemoteDispatcher(Dispatcher):
 
     def _reroute(self, part: Part) -> Tensor:
         """The experts have moved: wait for the map that says where to, and dispatch the part by it."""
-        with self._map_changed:
-            timeout = MAP_WAIT_S if part.map_version != self._stale else 0.0
-            if not self._map_changed.wait_for(lambda: self.map_version > part.map_version, timeout):
-                self._stale = part.map_version  # one wait for it is enough: until it comes, nobody waits again
-                return self._compute_here(part)
+        if not self._routes.wait_for_newer(part.map_version):
+            return self._compute_here(part)
         self._failover(logging.INFO, f"sent anew by map {self.map_version}: experts of layer {part.layer}", "not_held")
         spent = self.step.wait_seconds
         sum_PD = self.combine(self._dispatch(part.layer, part.x_PD, part.ids_PK, part.gates_PK, DIRECT))

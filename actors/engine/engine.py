@@ -10,11 +10,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from actors.dispatch.dispatcher import Dispatcher, DispatchError, NoExperts
+from actors.dispatch.dispatcher import Dispatcher
 from actors.dispatch.step import Step
-from actors.engine.batch_builder import batch_for_nobody, build_batch
+from actors.engine.batch_builder import build_batch
 from actors.engine.readout import Sampled, sample_next, score_prompt
 from actors.engine.scheduler import Chunk, Scheduler
+from actors.engine.self_test import BrokenEngineError, SelfTest
 from actors.engine.sequence import Sequence
 from actors.lanes.step_id import StepId
 from actors.model.batch import Span
@@ -24,13 +25,6 @@ from cluster.messages.requests import FinishReason, GenerationRequest, RequestOu
 from cluster.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-# After this many failed steps in a row a front is of no use, whatever its self-test says.
-MAX_FAILED_STEPS = 5
-
-
-class BrokenEngineError(RuntimeError):
-    """This engine will not recover. Its sequences have not failed: another front can go on with them."""
 
 
 class Engine:
@@ -50,7 +44,7 @@ class Engine:
         self.metrics = metrics
         self.sequences: dict[str, Sequence] = {}
         self.is_broken = False
-        self._num_failed = 0  # steps in a row
+        self._self_test = SelfTest(model, kv, scheduler.allocator)
         self._step_id = StepId.first_of(actor_id)
         spec = model.spec
         self.expert_counts = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.int64)
@@ -69,19 +63,9 @@ class Engine:
         if not request.is_replay:
             self.metrics.inc("prompt_tokens_total", len(request.prompt_token_ids))
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compute a piece of a prompt and a single token through every layer, for nobody: raises what a first request
-        would run into, and has what is loaded at its first use loaded now.
-        """
-        for length in (self.scheduler.allocator.block_size, 1):
-            self._compute_for_nobody(length, 0, self.dispatcher)
-
-    def _compute_for_nobody(self, length: int, block: int, dispatcher: Dispatcher) -> None:
-        """Overwrites the start of a KV block."""
-        batch = batch_for_nobody(length, block, self.scheduler.allocator.block_size, self.model.staging)
-        hidden_RD, _ = self.model.forward(batch, self.kv, dispatcher)
-        self.model.staging.download(self.model.logits(hidden_RD))
+        """See SelfTest.warm_up."""
+        self._self_test.warm_up(self.dispatcher)
 
     def abort(self, request_id: str) -> None:
         """Take a request out between steps; unknown and finished ones are none of our business."""
@@ -116,7 +100,7 @@ class Engine:
         step = self._begin(chunks)
         try:
             outputs = self._compute(chunks, step)
-            self._num_failed = 0
+            self._self_test.is_well()
         except Exception as error:
             logger.exception("step of %d sequences failed", len(chunks), extra=step.extra)
             self._look_at_itself(error)
@@ -129,25 +113,13 @@ class Engine:
             logger.debug("step of %d tokens took %.1f ms", num_tokens, 1e3 * seconds, extra=step.extra)
         return outputs
 
-    @torch.inference_mode()
     def _look_at_itself(self, error: Exception) -> None:
-        """After a failed step: see whether a token can be computed for nobody, without experts, which are not this
-        front's to answer for. A GPU that is gone, for one, would fail every step, and draw requests by its low load.
-        """
-        if isinstance(error, DispatchError):
-            return
-        self._num_failed += 1
-        allocator = self.scheduler.allocator
+        """After a failed step. Raises BrokenEngineError if no other will succeed; is_broken from then on."""
         try:
-            if self._num_failed >= MAX_FAILED_STEPS:
-                raise error
-            if allocator.can_allocate(1):
-                block = allocator.allocate(1)
-                self._compute_for_nobody(1, block[0], NoExperts())
-                allocator.free(block)
-        except Exception as another:
+            self._self_test.look(error)
+        except BrokenEngineError:
             self.is_broken = True
-            raise BrokenEngineError(f"{type(another).__name__}: {another}") from another
+            raise
 
     def _begin(self, chunks: list[Chunk]) -> Step:
         """Name the step, and note it where a trace will ask for it."""

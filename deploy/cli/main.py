@@ -42,7 +42,7 @@ def serve(config_file: Path | None, **settings: Any) -> None:
 @with_config_flags
 def check(config_file: Path | None, **settings: Any) -> None:
     """Check MODEL and settings as `serve` does, without starting anything."""
-    from deploy.cli.server import check_everything, kernels_here, map_line
+    from deploy.cli.check import check_everything, kernels_here, map_line
 
     try:
         config = _load(config_file, settings)

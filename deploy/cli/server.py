@@ -1,17 +1,13 @@
 """`outcrop serve`: check, start, show progress, wait, stop everything that was started."""
 
-import asyncio
 import json
 import logging
 import shlex
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,17 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.config import ClusterConfig
-from cluster.errors import ConfigError, ModelError
+from cluster.errors import ConfigError
 from cluster.messages.state import ClusterState
-from cluster.models.checkpoint import Checkpoint
-from cluster.models.hub import resolve_model
-from cluster.policy.blueprint import check_config, check_expert_dtype, device_of_experts, served_dtype
+from deploy.cli.check import Check, check_everything, map_line
 from deploy.cli.local_ray import ray_cluster, reachable_address
 from deploy.cli.on_serve import address, place, route, wait_for_answer
-from deploy.ingress.sandbox import Sandbox
-from deploy.ingress.text.chat_template import ChatTemplate
-from deploy.ingress.text.tokens import Tokenizer
-from deploy.ingress.tracing.exporter import check_tracing
 
 POLL_S = 0.2
 
@@ -69,57 +59,6 @@ def _is_stop(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, _Stopped):
         error = error.__cause__
     return error is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """What is known of a model before anything is started."""
-
-    checkpoint: Checkpoint
-    has_chat_template: bool
-
-
-def check_everything(config: ClusterConfig) -> Check:
-    """All errors that can be found without Ray. Raises ConfigError or ModelError."""
-    check_tracing(config)
-    model_dir = resolve_model(config.model)
-    checkpoint = Checkpoint.open(model_dir)
-    spec = checkpoint.spec
-    check_config(config, spec)
-    device = device_of_experts(config)
-    check_expert_dtype(config, served_dtype(config, checkpoint), "cuda" if device == "cuda" else "cpu")
-    tokenizer = Tokenizer.load(model_dir, config.chat_template)
-    if not tokenizer.has_chat_template and config.chat_template != "none":
-        raise ModelError(
-            f"{model_dir} has no chat template: give one with --chat-template FILE, or serve completions only with "
-            "--chat-template none (base models such as PowerMoE-3b have none)"
-        )
-    if tokenizer.vocab_size > spec.vocab_size:
-        raise ModelError(
-            f"{model_dir}/tokenizer.json has {tokenizer.vocab_size} tokens, config.json vocab_size={spec.vocab_size}: "
-            "tokenizer and weights are of different models"
-        )
-    if tokenizer.template:
-        asyncio.run(_check_template(tokenizer.template))
-    return Check(checkpoint, tokenizer.has_chat_template)
-
-
-async def _check_template(template: ChatTemplate) -> None:
-    """Raises ModelError if it can't be compiled."""
-    sandbox = Sandbox("compiling the chat template", template.arguments())
-    try:
-        await sandbox.warm_up()
-    finally:
-        await sandbox.close()
-
-
-def kernels_here(config: ClusterConfig) -> str:
-    """In a process of its own: the command line neither loads torch nor knows actors. Raises ConfigError."""
-    command = [sys.executable, "-m", "actors.compute", config.kernels, config.expert_dtype]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise ConfigError(found.stderr.strip().rpartition("\n")[2])
-    return found.stdout.strip()
 
 
 def _check_port(config: ClusterConfig) -> None:
@@ -207,18 +146,6 @@ def _watch(supervisor: Any) -> NoReturn:
         if state.state != shown:
             shown = state.state
             console.print(f"cluster is {state.state}: {state.phase}")
-
-
-def map_line(config: ClusterConfig, check: Check) -> str:
-    spec = check.checkpoint.spec
-    experts = f"experts: {spec.num_experts} x {spec.num_layers} layers"
-    if config.lane == "local":
-        return f"{experts} in the front process"
-    size = check.checkpoint.expert_bytes / config.groups / 2**20
-    return (
-        f"{experts} over {config.groups} groups x {config.replicas} replicas, "
-        f"{spec.num_experts // config.groups} per group, {size:,.1f} MiB per replica"
-    )
 
 
 def _print_ready(config: ClusterConfig, check: Check, state: ClusterState, seconds: float) -> None:

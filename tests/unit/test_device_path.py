@@ -195,9 +195,9 @@ def test_between_its_waits_a_front_depends_on_no_value(checkpoint: Checkpoint) -
     scheduler = Scheduler(BlockAllocator(8, 16, True), max_num_batched_tokens=16, max_num_seqs=8, max_model_len=64)
     engine = Engine(front, kv, NoExperts(), scheduler, Metrics())
     for length in (1, 16):
-        engine._compute_for_nobody(length, 0, NoExperts())
+        engine._self_test.compute(length, 0, NoExperts())
     everywhere = load_experts(Weights(checkpoint, on_meta), checkpoint.all_experts)
-    engine._compute_for_nobody(16, 0, LocalDispatcher(everywhere))
+    engine._self_test.compute(16, 0, LocalDispatcher(everywhere))
 
 
 def test_between_its_waits_a_replica_depends_on_no_value_on_its_device(checkpoint: Checkpoint) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from actors.dispatch.dispatcher import DispatchError
-from actors.engine.engine import MAX_FAILED_STEPS, BrokenEngineError, Engine
+from actors.engine.engine import Engine
+from actors.engine.self_test import MAX_FAILED_STEPS, BrokenEngineError
 from cluster.messages.requests import GenerationRequest, RoutedExperts, SamplingParams
 from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
 from tests.engines import make_engine, run

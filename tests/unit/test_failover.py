@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.dispatch.dispatcher import DispatchError
 from actors.dispatch.failover import (
     DEADLINE_FACTOR,
     DEADLINE_FLOOR_S,
@@ -21,7 +22,8 @@ from actors.dispatch.failover import (
     HedgeBudget,
     Latency,
 )
-from actors.dispatch.remote import MAP_WAIT_S, DispatchError, RemoteDispatcher
+from actors.dispatch.remote import RemoteDispatcher
+from actors.dispatch.routes import MAP_WAIT_S
 from actors.dispatch.step import Step
 from actors.lanes import wire
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
@@ -173,7 +175,7 @@ def test_a_step_that_is_sent_anew_does_not_wait_twice(monkeypatch: pytest.Monkey
     step = named(dispatcher, 1)
     part = dispatcher.dispatch(0, X, IDS, GATES).parts[0]
     before = step.wait_seconds
-    dispatcher._map_changed.wait_for = lambda *args, **options: True  # type: ignore[method-assign]
+    dispatcher._routes._changed.wait_for = lambda *args, **options: True  # type: ignore[method-assign]
     dispatcher._reroute(part)
     assert step.wait_seconds == before, "combine(), which it is a part of, counts it"
 
@@ -217,7 +219,7 @@ def test_an_unreachable_replica_is_skipped_at_once() -> None:
 
 def test_a_part_whose_experts_have_moved_is_sent_by_the_newer_map_and_counted() -> None:
     def moved(frame: bytes) -> bytes:
-        old = dispatcher._map
+        old = dispatcher._routes._map
         assert old
         dispatcher.set_map(replace(old, version=2, replicas=old.replicas[1:]))
         return wire.pack_refusal(wire.NOT_HELD, "expert 0 is not here", 0)
@@ -238,12 +240,12 @@ def test_a_refusal_waits_once_for_a_map_that_does_not_come(monkeypatch: pytest.M
         waits.append(timeout)
         return False
 
-    monkeypatch.setattr(dispatcher._map_changed, "wait_for", wait_in_vain)
+    monkeypatch.setattr(dispatcher._routes._changed, "wait_for", wait_in_vain)
     for _ in range(5):
         assert torch.equal(compute(dispatcher), EXPECTED)
     assert waits == [MAP_WAIT_S, 0, 0, 0, 0]
-    assert dispatcher._map
-    dispatcher.set_map(replace(dispatcher._map, version=2))
+    assert dispatcher._routes._map
+    dispatcher.set_map(replace(dispatcher._routes._map, version=2))
     compute(dispatcher)
     assert waits[-1] == MAP_WAIT_S, "a newer map that is wrong as well"
 
@@ -257,8 +259,8 @@ def test_a_map_is_taken_even_if_its_replicas_cannot_be_connected(
     lane = ScriptedLane(a=echo, b=echo, c=echo, d=echo)
     dispatcher = make(lane)
     monkeypatch.setattr(lane, "connect", fail)
-    assert dispatcher._map
-    dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
+    assert dispatcher._routes._map
+    dispatcher.set_map(dispatcher._routes._map.with_replicas(dispatcher._routes._map.replicas[1:]))
     assert dispatcher.map_version == 2
     assert "map 2 is taken" in caplog.text
     assert torch.equal(compute(dispatcher), EXPECTED)
@@ -312,8 +314,8 @@ def test_a_new_map_ends_the_wait_for_replicas_that_left() -> None:
     lane = ScriptedLane(a=None, b=echo, c=echo, d=echo)
     dispatcher = make(lane)
     compute(dispatcher)
-    assert dispatcher._map
-    dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
+    assert dispatcher._routes._map
+    dispatcher.set_map(dispatcher._routes._map.with_replicas(dispatcher._routes._map.replicas[1:]))
     assert torch.equal(compute(dispatcher), EXPECTED)
     assert not dispatcher._breaker
 
@@ -328,8 +330,8 @@ def test_a_probe_of_a_replica_that_left_is_forgotten() -> None:
     now[0] += REPROBE_S[0]
     compute(dispatcher)
     assert "a" in dispatcher._probes
-    assert dispatcher._map
-    dispatcher.set_map(dispatcher._map.with_replicas(dispatcher._map.replicas[1:]))
+    assert dispatcher._routes._map
+    dispatcher.set_map(dispatcher._routes._map.with_replicas(dispatcher._routes._map.replicas[1:]))
     compute(dispatcher)
     assert [(ticket.replica, ticket.frame) for ticket in lane.forgotten] == [("a", b"")]
 
@@ -337,7 +339,7 @@ def test_a_probe_of_a_replica_that_left_is_forgotten() -> None:
 def test_a_replica_that_joins_does_not_get_all_messages_until_it_has_caught_up() -> None:
     lane = ScriptedLane(a=echo, b=echo, c=echo, d=echo)
     dispatcher = make(lane)
-    both = dispatcher._map
+    both = dispatcher._routes._map
     assert both
     dispatcher.set_map(both.with_replicas(both.replicas[1:]))
     for _ in range(20):
