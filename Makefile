@@ -7,7 +7,7 @@ PORT ?= 8000
 CHECKPOINTS := checkpoints
 SHAPE ?= 1b-a400m
 
-.PHONY: serve test lint format chaos chaos-long bench bench-peers clean
+.PHONY: serve test lint format chaos chaos-long bench bench-peers gpu-check clean
 
 $(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard actors/kernels/*.cpp actors/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +66,9 @@ $(PEERS)/transformers/.installed:
 
 bench-peers: $(CHECKPOINTS)/$(SHAPE)/config.json $(PEERS)/vllm/.installed $(PEERS)/transformers/.installed  ## Against vLLM and transformers
 	$(BIN)/python -m benchmarks.peers $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/peers.json
+
+gpu-check: $(VENV)/.installed  ## Prove the path of GPUs on this machine (about five minutes): docs/gpu.md
+	$(BIN)/python -m benchmarks.gpu_check --out benchmarks/results/gpu-check.json
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -6,6 +6,7 @@ Every check has a half for the CPU, which runs everywhere, and one for the first
 import faulthandler
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,22 +29,19 @@ CHECKS = (
     *speed.CHECKS,
 )
 # After so long something hangs: the traceback of every thread says what.
-MOST_SECONDS = 1800
+MOST_SECONDS = 900
 
 
 def main(out: Annotated[Path | None, typer.Option(help="Write results and figures as JSON.")] = None) -> None:
     """Check the path of GPUs; the exit status is 1 if a check has failed."""
-    faulthandler.enable()
-    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
     rows = run_all(Sizes(), out)
-    faulthandler.cancel_dump_traceback_later()
     raise typer.Exit(int(any(row.result == "failed" for row in rows)))
 
 
 def run_all(sizes: Sizes, out: Path | None = None) -> list[Row]:
     """Run every check and show the table. What is done is in the file even if a later check ends the process."""
     rows: list[Row] = []
-    broken_by = ""
+    here, broken_by = {"environment": environment(), "gpus": machine.gpus()}, ""
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = checkpoints_in(Path(directory))
         for check in CHECKS:
@@ -53,8 +51,7 @@ def run_all(sizes: Sizes, out: Path | None = None) -> list[Row]:
                 broken_by = check.name
             print(*(f"{row.name} on the {row.on}: {row.result}" for row in rows[-2:]), sep="\n", flush=True)
             if out:
-                content = {"environment": environment(), "gpus": machine.gpus(), "checks": [r.as_json() for r in rows]}
-                out.write_text(json.dumps(content, indent=1) + "\n")
+                out.write_text(json.dumps(here | {"checks": [asdict(row) for row in rows]}, indent=1) + "\n")
     _show(rows)
     return rows
 
@@ -93,4 +90,6 @@ def _show(rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
     typer.run(main)

@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -79,9 +79,6 @@ class Row:
     why: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def run_half(check: Check, trial: Trial) -> Row:

@@ -21,13 +21,14 @@ def float32(trial: Trial) -> None:
         "replicas on the CPU": lambda: remote(checkpoint, here, on_cpu, 2)[0],
     }
     on_the_cpu = make_engine(checkpoint, on_cpu, local(checkpoint, on_cpu))
-    expected = {params: tokens_of(generate(on_the_cpu, asked, params)) for params in (GREEDY, DRAWN)}
+    # What is drawn may fall between two tokens, where the last bits of a sum decide: compared on one device only.
+    expected = {GREEDY: tokens_of(generate(on_the_cpu, asked, GREEDY))}
     for way, make in ways.items():
         engine = make_engine(checkpoint, here, make())
         engine.warm_up()
-        for params, tokens in expected.items():
+        for name, params in (("greedy", GREEDY), ("drawn", DRAWN)):
             found = tokens_of(generate(engine, asked, params))
-            trial.expect(found == tokens, f"{way}: other tokens than an engine on the CPU")
+            trial.expect(found == expected.setdefault(params, found), f"{way}: other tokens, {name}")
     trial.figures["ways"] = ", ".join(ways)
     trial.figures["tokens"] = sum(len(each) for tokens in expected.values() for each in tokens)
 

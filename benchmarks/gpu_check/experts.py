@@ -3,8 +3,6 @@
 Shapes: T tokens, D hidden, F expert hidden, K top-k, E experts, P (token, choice) pairs.
 """
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +10,7 @@ from actors.compute import Compute
 from actors.experts.layer_experts import ACTIVATIONS, LayerExperts, run_experts_grouped, run_experts_loop
 from actors.experts.store import ExpertStore
 from benchmarks.gpu_check.check import Check, Trial
+from benchmarks.gpu_check.waits import other_waits
 from benchmarks.make_checkpoint import SHAPES
 from cluster.models.family import parse_config
 
@@ -44,22 +43,10 @@ def grouped(trial: Trial) -> None:
     trial.expect(error <= TOLERANCE, f"grouped products are off by {error:.2g}")
     trial.expect(all(torch.equal(run, runs[0]) for run in runs), f"{REPEATS} runs differ in their bits")
     if trial.is_on_gpu:
-        waits = _waits(lambda: run_experts_grouped(layer, x_PD, ends_E, F.silu))
-        trial.figures["waits of one call"] = waits
+        with other_waits(is_on_gpu=True) as seen:
+            run_experts_grouped(layer, x_PD, ends_E, F.silu)
+        waits = trial.figures["waits of one call"] = seen.total()
         trial.figures["way"] = "fused" if not waits else "torch's fallback: a read-back and a loop in each product"
-
-
-def _waits(call: object) -> int:
-    """How often the host waits for the GPU, as far as torch tells."""
-    assert callable(call)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in seen)
 
 
 def store(trial: Trial) -> None:

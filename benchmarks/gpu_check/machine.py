@@ -9,6 +9,7 @@ import torch
 from actors.compute import Compute, describe
 from actors.engine.memory import CUDA_CONTEXT, gpu_budget, num_kv_blocks
 from actors.model.paged_kv import PagedKV
+from actors.staging import staging_for
 from benchmarks.gpu_check.check import Check, Trial
 from benchmarks.make_checkpoint import SHAPES
 from cluster.errors import ConfigError
@@ -55,7 +56,7 @@ def choices(trial: Trial) -> None:
         trial.figures |= dict(line.split(": ", 1) for line in describe(compute, "auto"))
         return
     trial.figures["driver"] = driver_version() or "unknown"
-    trial.figures["GPUs"] = ", ".join(" ".join(map(str, gpu.values())) for gpu in gpus())
+    trial.figures["GPUs"] = ", ".join("{name}, capability {capability}, {gib} GiB".format(**gpu) for gpu in gpus())
     trial.figures["bfloat16"] = f"attention {compute.attention}, linear {compute.linears}, experts {compute.experts}"
     trial.figures["float32"] = f"attention {Compute.choose('cuda', 'float32').attention}"
     capability = torch.cuda.get_device_capability()
@@ -76,11 +77,14 @@ def int8(trial: Trial) -> None:
 
 
 def worker_thread(trial: Trial) -> None:
-    """Engine and replica compute in threads that did not start CUDA."""
+    """Engine and replica compute in threads that did not start CUDA, with staging that another thread has made."""
     found: list[float] = []
+    staging = staging_for(trial.device)
 
     def compute() -> None:
-        found.append(float(torch.arange(1000, device=trial.device, dtype=torch.float32).sum()))
+        (numbers,) = staging.upload(torch.arange(1000.0))
+        (total,) = staging.download(numbers.sum())
+        found.append(float(total))
 
     thread = threading.Thread(target=compute)
     thread.start()

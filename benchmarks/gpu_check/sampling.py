@@ -13,7 +13,8 @@ from benchmarks.gpu_check.check import Check, Trial
 from cluster.messages.requests import GenerationRequest, SamplingParams
 
 # Logits that are closer than this are a tie: which one is larger depends on how sums are rounded.
-TIE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+TIE = {torch.float32: 1e-4, torch.bfloat16: 0.13}
+GATES_OFF = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 TOKENS, VOCABULARY = 256, 8192
 RULES = (
     {"temperature": 0.0},
@@ -44,7 +45,7 @@ def router(trial: Trial) -> None:
         worst = float(distance_TK.max())
         trial.expect(worst <= TIE[dtype], f"{name}: an expert is chosen whose logit is lower by {worst:.2g}")
         error = float((gates_TK.float() - logits_TE.gather(1, ids_TK).softmax(-1)).abs().max())
-        trial.expect(error <= TIE[dtype], f"{name}: gates are off by {error:.2g}")
+        trial.expect(error <= GATES_OFF[dtype], f"{name}: gates are off by {error:.2g}")
 
 
 def sampler(trial: Trial) -> None:
@@ -54,7 +55,6 @@ def sampler(trial: Trial) -> None:
     alone = [sample(logits_RV[row : row + 1], [_sequence(row)])[0] for row in range(len(logits_RV))]
     other = [row for row, (ours, theirs) in enumerate(zip(batched, alone, strict=True)) if ours != theirs]
     trial.figures |= {"rows": len(alone), "other tokens": len(other)}
-    # A draw may fall between two tokens, where the last bit of a sum decides: one in a thousand rows is too much.
     trial.expect(not other, f"rows with rules {sorted({row % len(RULES) for row in other})} get other tokens")
 
 

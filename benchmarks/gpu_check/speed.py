@@ -25,7 +25,7 @@ LAYERS_OF_MODEL, PROMPT = 24, 128
 # Of a decode step of 24 layers with few sequences, in milliseconds. Estimates: the GPU itself works for 2 to 4.
 SLOW_MS = 8.0
 NEXT_STEPS = {
-    "attend and route": "launches: capture the front's half of a layer in a CUDA graph, or fuse norm, rotation and router",
+    "attend and route": "launches: capture the front's half of a layer in a CUDA graph, or fuse norm and rotation",
     "dispatch": "the read-back of a layer: look at the check `waits`, then at packing on the host",
     "experts": "the products: look at the way that the check `grouped products` names",
     "combine": "messages: put fewer groups on this machine, or use lane=local where the model fits one GPU",

@@ -21,6 +21,8 @@ LAYERS, NUM_STEPS = 4, 8
 PER_LAYER, PER_STEP, PER_MESSAGE = 2, 2, 1
 # By reading the code it is about 60 with a local store.
 LAUNCHES_PER_LAYER = 100
+# How torch begins to warn of a wait.
+SYNCHRONIZED = "called a synchronizing"
 
 
 class Counting(Pinned):
@@ -51,7 +53,7 @@ def other_waits(is_on_gpu: bool) -> Iterator[Counter[str]]:
             yield seen
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    seen.update(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    seen.update(f"{Path(w.filename).name}:{w.lineno}" for w in caught if SYNCHRONIZED in str(w.message))
 
 
 def decoding(engine: Engine, number: int, length: int = 40) -> None:
