@@ -1,6 +1,9 @@
 """Whole engines: the same tokens by every way to the experts, with prefix hits, after preemption, without replicas."""
 
+from collections.abc import Callable
+
 from actors.compute import Compute
+from actors.dispatch.dispatcher import Dispatcher
 from benchmarks.gpu_check.check import Check, Trial
 from benchmarks.gpu_check.models import SMALL, generate, local, make_engine, prompts, remote, tokens_of
 from cluster.messages.requests import SamplingParams
@@ -14,7 +17,7 @@ def float32(trial: Trial) -> None:
     """In float32 all ways have the same tokens: sums in another order differ by far less than logits do."""
     checkpoint, here = trial.checkpoint(SMALL, LAYERS), Compute.choose(trial.device.type, "float32")
     on_cpu, asked = Compute.choose("cpu", "float32"), prompts(5, 60)
-    ways = {
+    ways: dict[str, Callable[[], Dispatcher]] = {
         "local": lambda: local(checkpoint, here),
         "one replica": lambda: remote(checkpoint, here, here, 1)[0],
         "two replicas": lambda: remote(checkpoint, here, here, 2)[0],

@@ -21,7 +21,7 @@ def load_reference(directory: Path, dtype: torch.dtype, device: torch.device) ->
         from transformers import GraniteMoeForCausalLM, logging
     except ImportError:
         raise NotRunError("transformers is not installed: pip install 'transformers>=5.0'") from None
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model = GraniteMoeForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
@@ -62,7 +62,7 @@ def bfloat16(trial: Trial) -> None:
 
 def _scores(reference: Any, prompt: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Log-probability of each token but the first."""
-    logits = reference(torch.tensor([prompt], device=device)).logits[0].float().cpu()
+    logits: torch.Tensor = reference(torch.tensor([prompt], device=device)).logits[0].float().cpu()
     return logits[:-1].log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
 
 

@@ -3,6 +3,8 @@
 Shapes: T tokens, R rows, D hidden, E experts, K top-k, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 
 from actors.engine.sampler import sample
@@ -16,7 +18,7 @@ from cluster.messages.requests import GenerationRequest, SamplingParams
 TIE = {torch.float32: 1e-4, torch.bfloat16: 0.13}
 GATES_OFF = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 TOKENS, VOCABULARY = 256, 8192
-RULES = (
+RULES: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.7},
     {"temperature": 1.0, "top_k": 5},
@@ -59,7 +61,7 @@ def sampler(trial: Trial) -> None:
 
 
 def _sequence(row: int) -> Sequence:
-    params = SamplingParams(max_tokens=200, seed=row, **RULES[row % len(RULES)])  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=200, seed=row, **RULES[row % len(RULES)])
     sequence = Sequence.of(GenerationRequest(str(row), "", (1, 2, 3 + row), params))
     sequence.token_ids += [7, 8 + row, 7]
     return sequence

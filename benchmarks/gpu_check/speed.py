@@ -6,7 +6,7 @@ the measurement runs.
 
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ NEXT_STEPS = {
     "dispatch": "the read-back of a layer: look at the check `waits`, then at packing on the host",
     "experts": "the products: look at the way that the check `grouped products` names",
     "combine": "messages: put fewer groups on this machine, or use lane=local where the model fits one GPU",
-    "head": "the head and its float32 logits: compute them for fewer rows, or sample in bfloat16",
-    "rest": "scheduling and sampling on the host: look at the place in `other waits a step`",
+    "head": "the product with the vocabulary: compare with the time that reading its matrix once takes",
+    "rest": "scheduling and sampling on the host: look at `other waits a step` of the check `waits`",
 }
 
 
@@ -40,7 +40,7 @@ class Timed(Dispatcher):
     def __init__(self, inner: Dispatcher, trial: Trial) -> None:
         super().__init__()
         self.inner, self.trial = inner, trial
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self._last = time.perf_counter()
 
     def mark(self, part: str) -> None:
@@ -159,6 +159,9 @@ def memory(trial: Trial) -> None:
     trial.figures["weights and cache"] = f"{expected / MIB:.0f} MiB"
     if trial.is_on_gpu:
         loaded, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        # A front's budget leaves a tenth of its GPU to scratch memory.
+        most = 0.1 * torch.cuda.get_device_properties().total_memory
+        trial.expect(peak - loaded <= most, f"scratch memory of a step takes {(peak - loaded) / MIB:.0f} MiB")
         trial.figures |= {"allocated": f"{loaded / MIB:.0f} MiB", "peak": f"{peak / MIB:.0f} MiB"}
         trial.expect(
             loaded <= 1.1 * expected + 64 * MIB, f"{loaded / MIB:.0f} MiB are held, {expected / MIB:.0f} expected"

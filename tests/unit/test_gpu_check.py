@@ -47,7 +47,7 @@ def test_without_a_gpu_every_half_of_the_cpu_passes(tmp_path: Path) -> None:
 def test_what_is_computed_wrongly_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu_check, "CHECKS", attention.CHECKS)
     define = attention.define
-    monkeypatch.setattr(attention, "define", lambda step: define(step) + 0.01)
+    monkeypatch.setattr(attention, "define", lambda step: define(step) * 1.001)
     assert exit_status() == 1
     assert "failed" in capsys.readouterr().out
 
@@ -144,11 +144,11 @@ def test_the_halves_of_a_gpu_run_to_their_end(check: Check, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("_emulated")
-def test_flash_attention_that_sees_other_keys_fails(wrong: dict[str, Any], tmp_path: Path) -> None:
-    wrong["window_size"] = (0, 0)
+def test_flash_attention_that_weighs_keys_otherwise_fails(wrong: dict[str, Any], tmp_path: Path) -> None:
+    wrong["scale"] = 0.9 * attention.SCALE
     row = emulated_half(attention.CHECKS[1], tmp_path)
-    assert "one decode: off by" in row.why
-    assert "chunks: off by" in row.why
+    for name in attention.cases(SMALL.context):
+        assert f"{name}: off by" in row.why
 
 
 @pytest.mark.usefixtures("_emulated")
