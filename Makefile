@@ -7,7 +7,7 @@ PORT ?= 8000
 CHECKPOINTS := checkpoints
 SHAPE ?= 1b-a400m
 
-.PHONY: help serve test test-long tools lint format chaos chaos-long bench bench-peers clean
+.PHONY: help serve test test-long tools lint format chaos chaos-long bench bench-peers gpu-check clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' Makefile
@@ -74,6 +74,9 @@ $(PEERS)/transformers/.installed:
 
 bench-peers: $(CHECKPOINTS)/$(SHAPE)/config.json $(PEERS)/vllm/.installed $(PEERS)/transformers/.installed  ## Against vLLM and transformers
 	$(BIN)/python -m benchmarks.peers $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/peers.json
+
+gpu-check: $(VENV)/.installed  ## Prove the path of GPUs on this machine (about five minutes): docs/gpu.md
+	$(BIN)/python -m benchmarks.gpu_check --out benchmarks/results/gpu-check.json
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

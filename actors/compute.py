@@ -153,6 +153,7 @@ def describe(compute: Compute, kernels: KernelChoice) -> Iterator[str]:
         "onednn": "oneDNN: this CPU has bfloat16 instructions",
         "widened": f"torch, slow: {without}",
         "torch": f"torch: {without}",
+        "flash": "flash attention, over block tables",
     }
     yield f"attention: {said[compute.attention]}"
     yield f"linear layers: {said[compute.linears]}"

@@ -152,7 +152,8 @@ class Engine:
             if chunk.completes and chunk.sequence.request.params.max_tokens:
                 sampling.append(chunk.sequence)
                 last_rows.append(span.logits.stop - 1)
-        sampled = sample_next(self.model, sampling, hidden_RD[last_rows]) if sampling else {}
+        (last_rows_R,) = self.model.staging.upload(torch.tensor(last_rows, dtype=torch.int64))
+        sampled = sample_next(self.model, sampling, hidden_RD[last_rows_R]) if sampling else {}
         outputs = []
         for chunk in chunks:
             completes = chunk.completes

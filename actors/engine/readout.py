@@ -3,11 +3,13 @@
 Shapes: R rows that need logits, D hidden, V vocabulary.
 """
 
+import torch
 from torch import Tensor
 
 from actors.engine.sampler import sample, token_logprobs
 from actors.engine.sequence import Sequence
 from actors.model.front_half import FrontHalf
+from actors.staging import Staging
 from cluster.messages.requests import TokenLogprob
 
 # Rows whose logits exist at once: 64 rows of a 49k vocabulary in float32 are 12 MiB.
@@ -36,20 +38,23 @@ def sample_next(model: FrontHalf, sequences: list[Sequence], hidden_RD: Tensor) 
     for start in range(0, len(sequences), LOGIT_ROWS):
         some = sequences[start : start + LOGIT_ROWS]
         logits_RV = model.logits(hidden_RD[start : start + len(some)])
-        tokens = sample(logits_RV, some)
-        scores = _scores(logits_RV, some, tokens)
+        tokens = sample(logits_RV, some, model.staging)
+        scores = _scores(logits_RV, some, tokens, model.staging)
         sampled |= {
             s.request.request_id: (token, scores.get(r)) for r, (s, token) in enumerate(zip(some, tokens, strict=True))
         }
     return sampled
 
 
-def _scores(logits_RV: Tensor, sequences: list[Sequence], tokens: list[int]) -> dict[int, TokenLogprob]:
+def _scores(
+    logits_RV: Tensor, sequences: list[Sequence], tokens: list[int], staging: Staging
+) -> dict[int, TokenLogprob]:
     """By row, of those that want them."""
     wanted = {r: n for r, s in enumerate(sequences) if (n := s.request.params.logprobs) is not None}
     if not wanted:
         return {}
     rows = list(wanted)
-    logprobs_RV = logits_RV[rows].log_softmax(dim=-1)
+    (rows_R,) = staging.upload(torch.tensor(rows))
+    logprobs_RV = logits_RV[rows_R].log_softmax(dim=-1)
     scored = token_logprobs(logprobs_RV, [tokens[r] for r in rows], list(wanted.values()))
     return dict(zip(rows, scored, strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actors.engine.adjustments import Adjustments
 from actors.engine.sequence import Sequence
+from actors.staging import DIRECT, Staging
 from cluster.messages.requests import SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
@@ -20,25 +21,22 @@ GREEDY_BELOW = 1e-5
 NUCLEUS_GUESS = 1024
 # In place of a token.
 SHORT = -1
+# What rules a row is drawn by, and a number in [0, 1).
+Drawn = tuple[SamplingParams, float]
 
 
-def sample(logits_RV: Tensor, sequences: list[Sequence]) -> list[int]:
+def sample(logits_RV: Tensor, sequences: list[Sequence], staging: Staging = DIRECT) -> list[int]:
     """The next token of each sequence; row r of the logits belongs to sequences[r]. Leaves the logits alone.
 
     A row's token does not depend on the other rows. One read-back from the device, however many rows there are.
     """
     adjusted_RV = _adjust_all(logits_RV, sequences)
-    drawn = [r for r, sequence in enumerate(sequences) if sequence.request.params.temperature >= GREEDY_BELOW]
-    if not drawn:
-        return [int(token) for token in adjusted_RV.argmax(dim=-1).tolist()]
-    params = [sequences[r].request.params for r in drawn]
-    uniforms = [uniform(p.seed, len(sequences[r].token_ids)) for p, r in zip(params, drawn, strict=True)]
-    if len(drawn) == len(sequences):
-        return draw(adjusted_RV, params, uniforms)
-    tokens = [int(token) for token in adjusted_RV.argmax(dim=-1).tolist()]
-    for r, token in zip(drawn, draw(adjusted_RV[drawn], params, uniforms), strict=True):
-        tokens[r] = token
-    return tokens
+    drawn = {
+        r: (s.request.params, uniform(s.request.params.seed, len(s.token_ids)))
+        for r, s in enumerate(sequences)
+        if s.request.params.temperature >= GREEDY_BELOW
+    }
+    return draw(adjusted_RV, drawn, staging)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -67,22 +65,30 @@ def adjust(logits_V: Tensor, sequence: Sequence) -> Tensor:
     return sequence.adjustments.apply(logits_V, sequence.token_ids, sequence.num_prompt)
 
 
-def draw(logits_RV: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
-    """Row by row, invert the cumulative distribution of the tokens that temperature, top-k, min-p and top-p leave.
+def draw(logits_RV: Tensor, drawn: dict[int, Drawn], staging: Staging = DIRECT) -> list[int]:
+    """A token for each row: of those in `drawn`, where the cumulative distribution of the tokens that temperature,
+    top-k, min-p and top-p leave reaches a number in [0, 1); the most likely one of the others.
 
     Most rows need their likeliest tokens only. Those whose nucleus turns out larger are drawn again, from all.
     """
-    size = logits_RV.shape[-1]
-    widths = [_width(p, size) for p in params]
-    rows = range(len(params))
-    # A GPU likes large pieces. On a CPU one row stays in the caches, and all of them would not.
-    is_on_cpu = logits_RV.device.type == "cpu"
-    groups = [[r] for r in rows] if is_on_cpu else [[r for r in rows if widths[r] == w] for w in dict.fromkeys(widths)]
-    drawn = [_draw(logits_RV, params, uniforms, group, widths[group[0]]) for group in groups]
-    tokens = dict(zip((r for group in groups for r in group), torch.cat(drawn).tolist(), strict=True))
-    if short := [r for r, token in tokens.items() if token == SHORT]:
-        tokens |= dict(zip(short, _draw(logits_RV, params, uniforms, short, size).tolist(), strict=True))
-    return [int(tokens[r]) for r in rows]
+    size, tokens_R = logits_RV.shape[-1], logits_RV.argmax(dim=-1)
+    widths = {r: _width(params, size) for r, (params, _) in drawn.items()}
+    for group in _groups(widths, is_on_cpu=logits_RV.device.type == "cpu"):
+        rows_R, found_R = _draw(logits_RV, drawn, group, widths[group[0]], staging)
+        tokens_R[rows_R] = found_R
+    tokens: list[int] = tokens_R.tolist()
+    if short := [r for r, token in enumerate(tokens) if token == SHORT]:
+        _, found_R = _draw(logits_RV, drawn, short, size, staging)
+        for r, token in zip(short, found_R.tolist(), strict=True):
+            tokens[r] = token
+    return tokens
+
+
+def _groups(widths: dict[int, int], *, is_on_cpu: bool) -> list[list[int]]:
+    """Rows that are drawn together. A GPU likes large pieces; on a CPU one row stays in the caches."""
+    if is_on_cpu:
+        return [[r] for r in widths]
+    return [[r for r, each in widths.items() if each == width] for width in dict.fromkeys(widths.values())]
 
 
 def _width(params: SamplingParams, size: int) -> int:
@@ -93,16 +99,16 @@ def _width(params: SamplingParams, size: int) -> int:
 
 
 def _draw(
-    logits_RV: Tensor, params: list[SamplingParams], uniforms: list[float], rows: list[int], width: int
-) -> Tensor:
-    """Token ids of these rows, SHORT where the `width` likeliest tokens are less than the nucleus. Stays on the
+    logits_RV: Tensor, drawn: dict[int, Drawn], rows: list[int], width: int, staging: Staging
+) -> tuple[Tensor, Tensor]:
+    """(these rows, their token ids), SHORT where the `width` likeliest tokens are less than the nucleus. Stays on the
     device. Rules that no row has are left out; for rows that don't have one, it changes nothing.
     """
+    chosen = [drawn[r][0] for r in rows]
+    rules = [(p.temperature, p.top_p, p.min_p, u) for p, u in (drawn[r] for r in rows)]
+    rows_R, rules_4R1 = staging.upload(torch.tensor(rows), torch.tensor(rules, dtype=torch.float64).T.contiguous())
     if len(rows) < len(logits_RV):
-        logits_RV = logits_RV[rows[0] : rows[0] + 1] if len(rows) == 1 else logits_RV[rows]
-    chosen = [params[r] for r in rows]
-    rules = [(p.temperature, p.top_p, p.min_p, uniforms[r]) for r, p in zip(rows, chosen, strict=True)]
-    rules_4R1 = torch.tensor(rules, dtype=torch.float64).T.contiguous().to(logits_RV.device, non_blocking=True)
+        logits_RV = logits_RV[rows[0] : rows[0] + 1] if len(rows) == 1 else logits_RV[rows_R]
     temperature_R1, top_p_R1, min_p_R1, u_R1 = rules_4R1[:, :, None]
     probs_RV = torch.softmax(logits_RV.double() / temperature_R1, dim=-1)
     if any(p.min_p for p in chosen):
@@ -124,7 +130,7 @@ def _draw(
     tokens_R1 = choice_R1 if ids_RN is None else ids_RN.gather(1, choice_R1)
     if is_short_R1 is not None and 0 < width < logits_RV.shape[-1]:
         tokens_R1 = torch.where(is_short_R1, SHORT, tokens_R1)
-    return tokens_R1[:, 0]
+    return rows_R, tokens_R1[:, 0]
 
 
 def _ranked(probs_RV: Tensor, width: int) -> tuple[Tensor, Tensor | None]:

@@ -22,7 +22,7 @@ def sequence(prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), **par
 
 
 def draw(logits_V: torch.Tensor, params: SamplingParams, u: float) -> int:
-    return sampler.draw(logits_V[None], [params], [u])[0]
+    return sampler.draw(logits_V[None], {0: (params, u)})[0]
 
 
 def sample_one(logits_V: torch.Tensor, one: Sequence) -> int:
