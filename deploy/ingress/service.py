@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
 from cluster.config import ClusterConfig
-from cluster.messages.actors import Wanted
-from cluster.messages.state import ClusterState, ExpertsReport, RebalanceReport
+from cluster.messages.state import ClusterState
 from cluster.metrics import Metrics
 from cluster.models.family import read_spec
 from cluster.policy.blueprint import max_model_len
@@ -33,6 +32,7 @@ from deploy.ingress.openai.parsing import check_content, parse_body
 from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest, Message
 from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from deploy.ingress.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
+from deploy.ingress.supervisor_link import SupervisorLink
 from deploy.ingress.text.tokens import NO_TEMPLATE, Tokenizer, TooManyTokens
 from deploy.ingress.tracing.request_trace import RequestTrace
 
@@ -52,16 +52,6 @@ LARGE_BODY = 200_000
 # To tokenise a character, or to spell a token, takes as long as to write so many; so many stand around a message.
 ENCODED_CHARS, SPELT_CHARS, MESSAGE_CHARS = 10, 10, 50
 MAX_THREADS = 4
-
-
-class SupervisorLink(Protocol):
-    """What an ingress asks of the supervisor; deploy/app.py connects it."""
-
-    async def push_samples(self, ingress_id: str, samples: tuple[Any, ...]) -> ClusterState: ...
-    async def exposition(self, ingress_id: str, samples: tuple[Any, ...]) -> bytes: ...
-    async def experts(self) -> ExpertsReport | None: ...
-    async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted: ...
-    async def rebalance(self, dry_run: bool, force: bool) -> RebalanceReport: ...
 
 
 class Service:

@@ -1,0 +1,16 @@
+"""What an ingress asks of the supervisor."""
+
+from typing import Any, Protocol
+
+from cluster.messages.actors import Wanted
+from cluster.messages.state import ClusterState, ExpertsReport, RebalanceReport
+
+
+class SupervisorLink(Protocol):
+    """deploy/app.py connects it, over a handle of Serve."""
+
+    async def push_samples(self, ingress_id: str, samples: tuple[Any, ...]) -> ClusterState: ...
+    async def exposition(self, ingress_id: str, samples: tuple[Any, ...]) -> bytes: ...
+    async def experts(self) -> ExpertsReport | None: ...
+    async def scale(self, fronts: int | None, group: int | None, replicas: int | None) -> Wanted: ...
+    async def rebalance(self, dry_run: bool, force: bool) -> RebalanceReport: ...
