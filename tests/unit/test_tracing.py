@@ -210,7 +210,8 @@ def test_without_an_endpoint_nothing_is_needed_and_nothing_imported() -> None:
 def test_the_check_at_start_imports_no_ray() -> None:
     """Ray reads its environment when it is imported, and `outcrop serve` sets that after the check."""
     config = f"ClusterConfig(model='demo', otlp_traces_endpoint={ENDPOINT!r})"
-    code = f"import deploy.cli.server as s, sys; s.check_tracing(s.{config}); sys.exit('ray' in sys.modules)"
+    code = "import deploy.cli.server, deploy.cli.check as c, sys"
+    code += f"; c.check_tracing(c.{config}); sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
