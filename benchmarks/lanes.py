@@ -90,7 +90,9 @@ def _start(
         for g in range(expert_map.num_groups)
         for i in range(replicas)
     ]  # fmt: skip
-    handles = [actor.options(name=s.actor_id, namespace=NAMESPACE, lifetime="detached").remote(s) for s in specs]
+    handles = [
+        actor.options(name=s.actor_id, namespace=NAMESPACE, lifetime="detached").remote(s, NAMESPACE) for s in specs
+    ]
     reports: list[ReadyReport] = ray.get([handle.load.remote() for handle in handles])
     return tuple(
         ReplicaAddress(spec.actor_id, spec.group, (("object_ref", spec.actor_id), *report.endpoints))
