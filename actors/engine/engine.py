@@ -152,8 +152,10 @@ class Engine:
             if chunk.completes and chunk.sequence.request.params.max_tokens:
                 sampling.append(chunk.sequence)
                 last_rows.append(span.logits.stop - 1)
-        (last_rows_R,) = self.model.staging.upload(torch.tensor(last_rows, dtype=torch.int64))
-        sampled = sample_next(self.model, sampling, hidden_RD[last_rows_R]) if sampling else {}
+        sampled: dict[str, Sampled] = {}
+        if sampling:
+            (last_rows_R,) = self.model.staging.upload(torch.tensor(last_rows))
+            sampled = sample_next(self.model, sampling, hidden_RD[last_rows_R])
         outputs = []
         for chunk in chunks:
             completes = chunk.completes

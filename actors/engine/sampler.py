@@ -71,7 +71,11 @@ def draw(logits_RV: Tensor, drawn: dict[int, Drawn], staging: Staging = DIRECT) 
 
     Most rows need their likeliest tokens only. Those whose nucleus turns out larger are drawn again, from all.
     """
-    size, tokens_R = logits_RV.shape[-1], logits_RV.argmax(dim=-1)
+    num_rows, size = logits_RV.shape
+    if len(drawn) < num_rows:
+        tokens_R = logits_RV.argmax(dim=-1)
+    else:
+        tokens_R = torch.empty(num_rows, dtype=torch.int64, device=logits_RV.device)
     widths = {r: _width(params, size) for r, (params, _) in drawn.items()}
     for group in _groups(widths, is_on_cpu=logits_RV.device.type == "cpu"):
         rows_R, found_R = _draw(logits_RV, drawn, group, widths[group[0]], staging)
@@ -105,11 +109,11 @@ def _draw(
     device. Rules that no row has are left out; for rows that don't have one, it changes nothing.
     """
     chosen = [drawn[r][0] for r in rows]
-    rules = [(p.temperature, p.top_p, p.min_p, u) for p, u in (drawn[r] for r in rows)]
-    rows_R, rules_4R1 = staging.upload(torch.tensor(rows), torch.tensor(rules, dtype=torch.float64).T.contiguous())
+    rules = [(p.temperature, p.top_p, p.min_p, 0 < p.top_k <= width, u) for p, u in (drawn[r] for r in rows)]
+    rows_R, rules_5R1 = staging.upload(torch.tensor(rows), torch.tensor(rules, dtype=torch.float64).T.contiguous())
     if len(rows) < len(logits_RV):
         logits_RV = logits_RV[rows[0] : rows[0] + 1] if len(rows) == 1 else logits_RV[rows_R]
-    temperature_R1, top_p_R1, min_p_R1, u_R1 = rules_4R1[:, :, None]
+    temperature_R1, top_p_R1, min_p_R1, has_top_k_R1, u_R1 = rules_5R1[:, :, None]
     probs_RV = torch.softmax(logits_RV.double() / temperature_R1, dim=-1)
     if any(p.min_p for p in chosen):
         probs_RV = probs_RV.where(probs_RV >= min_p_R1 * probs_RV.amax(-1, keepdim=True), 0)
@@ -117,8 +121,9 @@ def _draw(
     cumulated_RN = values_RN.cumsum(dim=-1)
     is_short_R1 = None
     if any(p.top_p < 1 for p in chosen):
-        is_of_all = width and not 0 < chosen[0].top_k <= width
-        left_R1 = (probs_RV if is_of_all else values_RN).sum(-1, keepdim=True)
+        left_R1 = values_RN.sum(-1, keepdim=True)
+        if 0 < width < logits_RV.shape[-1]:  # without top-k, what is left is more than the likeliest tokens
+            left_R1 = torch.where(has_top_k_R1 > 0, left_R1, probs_RV.sum(-1, keepdim=True))
         is_short_R1 = cumulated_RN[:, -1:] < top_p_R1 * left_R1
         # The smallest set whose mass reaches top_p of what is left; the most likely token always stays.
         is_kept_RN = (top_p_R1 >= 1) | (cumulated_RN - values_RN < top_p_R1 * left_R1)
