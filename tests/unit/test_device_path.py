@@ -23,12 +23,12 @@ from actors.experts import layer_experts
 from actors.experts.loading import load_experts
 from actors.experts.store import ExpertStore
 from actors.lanes import wire
-from actors.lanes.lane import Lane
 from actors.model.loading import load_front
 from actors.model.paged_kv import PagedKV
 from actors.replica.replica import Replica
 from actors.staging import Pinned, Staging
 from actors.weights import Weights
+from benchmarks.gpu_check.models import InProcess
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
 from cluster.messages.actors import ReplicaSpec
 from cluster.messages.requests import SamplingParams
@@ -76,31 +76,6 @@ class ToMeta(Staging):
     def download(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         self.num_downloads += 1
         return tuple(torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors)
-
-
-class InProcess(Lane):
-    """Replicas in this process, that answer when they are asked."""
-
-    name = "in-process"
-
-    def __init__(self, replicas: dict[str, Replica]) -> None:
-        self.replicas = replicas
-
-    def connect(self, replicas: Any) -> None: ...
-
-    def send(self, replica: ReplicaAddress, message: bytes) -> Any:
-        return replica.replica_id, message
-
-    def receive(self, tickets: Any, timeout_s: float) -> Any:
-        name, message = tickets[0]
-        return tickets[0], self.replicas[name].answer(message)
-
-    def forget(self, ticket: Any) -> None: ...
-    def probe(self, replica: ReplicaAddress) -> Any: ...
-    def is_alive(self, ticket: Any) -> bool:
-        return True
-
-    def close(self) -> None: ...
 
 
 def replicas_of(checkpoint: Checkpoint, expert_map: ExpertMap, staging: Any) -> dict[str, Replica]:
