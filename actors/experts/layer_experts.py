@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden, F expert hidden, K top-k, E experts held of a layer,
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -54,12 +55,16 @@ class LayerExperts:
 
     def run(self, x_PD: Tensor, ends_E: Tensor, activation: Activation) -> Tensor:
         """expert(x) for pairs sorted by expert, those of expert e before ends_E[e] (int32): [P, D]. Rows behind the
-        last end are anything.
+        last end are anything. The ends are where x is if `is_grouped`, else on the host.
         """
-        # grouped_mm wants rows that start at multiples of 16 bytes.
-        row_bytes = [n * self.down_EDF.dtype.itemsize for n in self.down_EDF.shape[1:]]
-        run = run_experts_loop if any(n % 16 for n in row_bytes) else run_experts_grouped
+        run = run_experts_grouped if self.is_grouped else run_experts_loop
         return run(self, x_PD, ends_E, activation)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether all experts are computed in one call. grouped_mm wants rows that start at multiples of 16 bytes."""
+        row_bytes = [n * self.down_EDF.dtype.itemsize for n in self.down_EDF.shape[1:]]
+        return not any(n % 16 for n in row_bytes) and can_group(self.down_EDF.device, self.down_EDF.dtype)
 
     def regrouped(self, ids: tuple[int, ...], more: "LayerExperts") -> "LayerExperts":
         """The experts `ids` as a layer of their own; those that are not in this one come from `more`."""
@@ -88,6 +93,7 @@ class PackedExperts:
     gate_up_E: tuple[FastLinear, ...]
     down_E: tuple[FastLinear, ...]
     compute: Compute
+    is_grouped = False
 
     @classmethod
     def of(cls, plain: LayerExperts, compute: Compute) -> "PackedExperts":
@@ -142,9 +148,9 @@ AnyExperts = LayerExperts | PackedExperts | FusedExperts
 def combine_sorted(
     experts: LayerExperts | PackedExperts, x_TD: Tensor, choices: Choices, activation: Activation
 ) -> Tensor:
-    """As LayerExperts.combine, for experts that want the pairs of each next to one another. Nothing here waits for a
-    GPU: where rows are there, pairs that are computed elsewhere are carried along and masked in the end. (PyTorch's own
-    grouped_mm waits where it has no kernel: in float32, and below compute capability 9.0.)
+    """As LayerExperts.combine, for experts that want the pairs of each next to one another. Where rows are on a GPU,
+    pairs that are computed elsewhere are carried along and masked in the end: to cut them off would be to wait. Nothing
+    here waits for a GPU but a loop over experts whose rows are there.
     """
     num_tokens, top_k = choices.rows_TK.shape
     # One stable sort brings the pairs of an expert together, skipped ones (row E) last.
@@ -154,7 +160,12 @@ def combine_sorted(
     is_cut = is_on_host(rows_P)
     if is_cut:
         order_P = order_P[: int(ends_E[-1]) if len(ends_E) else 0]
+    if experts.is_grouped and is_cut:
         order_P, ends_E = choices.staging.upload(order_P, ends_E)
+    elif is_cut:
+        (order_P,) = choices.staging.upload(order_P)
+    elif not experts.is_grouped:
+        (ends_E,) = choices.staging.download(ends_E)
     y_PD = experts.run(x_TD[order_P // top_k], ends_E, activation)
     weighted_PD = y_PD.float().mul_(choices.gates_TK.flatten()[order_P, None])
     if not is_cut:
@@ -173,12 +184,24 @@ def run_experts_grouped(experts: LayerExperts, x_PD: Tensor, ends_E: Tensor, act
 
 
 def run_experts_loop(experts: LayerExperts, x_PD: Tensor, ends_E: Tensor, activation: Activation) -> Tensor:
-    """One expert after the other: for widths that grouped_mm refuses, and the oracle of the faster ways."""
+    """One expert after the other: where grouped_mm can't be used, and the oracle of the faster ways."""
     y_PD = torch.empty_like(x_PD)
     for row, (start, end) in enumerate(_ranges(ends_E)):
-        gate_F, up_F = F.linear(x_PD[start:end], experts.gate_up_EFD[row]).chunk(2, dim=-1)
-        y_PD[start:end] = F.linear(activation(gate_F) * up_F, experts.down_EDF[row])
+        if start < end:
+            gate_F, up_F = F.linear(x_PD[start:end], experts.gate_up_EFD[row]).chunk(2, dim=-1)
+            y_PD[start:end] = F.linear(activation(gate_F) * up_F, experts.down_EDF[row])
     return y_PD
+
+
+@cache
+def can_group(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether grouped_mm has a kernel of its own. On GPUs it has one for bfloat16 and compute capabilities 9.x and
+    10.x; elsewhere it reads the ends back and loops, in each of two products (ATen/native/GroupedMMUtils.h). The loop
+    here takes ends that the host knows. A CPU waits for nobody, and torch's own loop is as good.
+    """
+    if device.type != "cuda":
+        return True
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def is_on_host(tensor: Tensor) -> bool:

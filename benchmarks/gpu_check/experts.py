@@ -46,7 +46,9 @@ def grouped(trial: Trial) -> None:
         with other_waits(is_on_gpu=True) as seen:
             run_experts_grouped(layer, x_PD, ends_E, F.silu)
         waits = trial.figures["waits of one call"] = seen.total()
-        trial.figures["way"] = "fused" if not waits else "torch's fallback: a read-back and a loop in each product"
+        trial.figures["way"] = "fused" if layer.is_grouped else "a loop over experts: no kernel for this GPU"
+        fault = f"is expected to have {'a' if layer.is_grouped else 'no'} kernel for this GPU, but waits {waits} times"
+        trial.expect(layer.is_grouped == (not waits), f"grouped_mm {fault}")
 
 
 def store(trial: Trial) -> None:

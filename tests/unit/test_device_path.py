@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -175,7 +176,12 @@ def test_between_its_waits_a_front_depends_on_no_value(checkpoint: Checkpoint) -
     engine._self_test.compute(16, 0, LocalDispatcher(everywhere))
 
 
-def test_between_its_waits_a_replica_depends_on_no_value_on_its_device(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_between_its_waits_a_replica_depends_on_no_value_on_its_device(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, has_kernel: bool
+) -> None:
+    """Nor where grouped_mm has no kernel, as on an A100: the host knows the ends that the loop needs."""
+    monkeypatch.setattr(layer_experts, "can_group", lambda device, dtype: has_kernel)
     staging, spec = ToMeta(), checkpoint.spec
     on_meta = Compute(torch.device("meta"), torch.bfloat16)
     loaded = load_experts(Weights(checkpoint, on_meta), checkpoint.all_experts)
@@ -192,6 +198,33 @@ def test_between_its_waits_a_replica_depends_on_no_value_on_its_device(checkpoin
     assert answer.partial_TD is not None
     assert answer.partial_TD.shape == x.shape
     assert staging.num_downloads == 1
+
+
+def test_a_front_with_all_experts_waits_once_a_layer_where_grouped_products_have_no_kernel(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = Counting()
+    loaded = load_experts(Weights(checkpoint, PLAIN), checkpoint.all_experts)
+    store = ExpertStore(checkpoint.spec, tuple(loaded.layers), PLAIN, staging)
+    x, gates = torch.randn(4, checkpoint.spec.hidden_size), torch.rand(4, 2)
+    ids = torch.tensor([[0, 7], [6, 5], [2, 4], [7, 1]])
+    expected = store.run(1, x, ids, gates)
+    monkeypatch.setattr(layer_experts, "can_group", lambda device, dtype: False)
+    monkeypatch.setattr(layer_experts, "is_on_host", lambda tensor: False)
+    actual = layer_experts.combine_sorted(store.layers[1], x, layer_experts.Choices(ids, gates, staging), F.silu)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert staging.num_downloads == 1
+
+
+@pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 0), False)])
+def test_grouped_products_are_for_gpus_that_have_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], can: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    can_group = layer_experts.can_group.__wrapped__
+    assert can_group(torch.device("cuda"), torch.bfloat16) == can
+    assert not can_group(torch.device("cuda"), torch.float32)
+    assert can_group(torch.device("cpu"), torch.float32)
 
 
 def test_experts_that_are_elsewhere_are_masked_on_a_gpu(checkpoint: Checkpoint) -> None:
