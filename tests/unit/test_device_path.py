@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from actors.compute import Compute
 from actors.dispatch.dispatcher import NoExperts
@@ -24,6 +25,7 @@ from actors.experts import layer_experts
 from actors.experts.loading import load_experts
 from actors.experts.store import ExpertStore
 from actors.lanes import wire
+from actors.model.front_layers import TorchLayers
 from actors.model.loading import load_front
 from actors.model.paged_kv import PagedKV
 from actors.replica.replica import Replica
@@ -225,6 +227,67 @@ def test_grouped_products_are_for_gpus_that_have_a_kernel(
     assert can_group(torch.device("cuda"), torch.bfloat16) == can
     assert not can_group(torch.device("cuda"), torch.float32)
     assert can_group(torch.device("cpu"), torch.float32)
+
+
+@contextmanager
+def launches() -> Any:
+    """Counts operations on meta tensors that a GPU would launch a kernel or a copy for: not views and allocations."""
+
+    class Mode(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result, name = func(*args, **kwargs or {}), func.overloadpacket.__name__
+            written = memory(result) if name.endswith("_") else memory(result) - memory(args)
+            if written and not name.startswith(("empty", "new_empty")):
+                self.seen[name] += 1
+            return result
+
+    def memory(values: Any) -> set[int]:
+        return {t.untyped_storage()._cdata for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_meta}
+
+    with Mode() as mode:
+        yield mode.seen
+
+
+ON_META = Compute(torch.device("meta"), torch.bfloat16, "flash")
+
+
+def test_a_layer_of_a_front_launches_no_more_than_it_did(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch takes a CPU about as long as a GPU takes for a small product: a decode step is as slow as they are many.
+    Attention counts as one.
+    """
+    staging, seen, attend_and_route = ToMeta(), list[Any](), TorchLayers.attend_and_route
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, *_, **__: torch.zeros_like(q))
+
+    def counted(*given: Any) -> Any:
+        with launches() as mine:
+            seen.append(mine)
+            return attend_and_route(*given)
+
+    monkeypatch.setattr(TorchLayers, "attend_and_route", counted)
+    front, kv = load_front(Weights(checkpoint, ON_META), staging), PagedKV(checkpoint.spec, 8, 256, ON_META)
+    scheduler = Scheduler(BlockAllocator(8, 256, True), max_num_batched_tokens=16, max_num_seqs=8, max_model_len=64)
+    Engine(front, kv, NoExperts(), scheduler, Metrics())._self_test.compute(1, 0, NoExperts())
+    assert len(seen) == checkpoint.spec.num_layers
+    assert max(mine.total() for mine in seen) <= 23, seen
+
+
+@pytest.mark.parametrize(("has_kernel", "most"), [(True, 17), (False, 22)])
+def test_a_message_to_a_replica_launches_no_more_than_it_did(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, has_kernel: bool, most: int
+) -> None:
+    monkeypatch.setattr(layer_experts, "can_group", lambda device, dtype: has_kernel)
+    loaded = load_experts(Weights(checkpoint, ON_META), checkpoint.all_experts)
+    store = ExpertStore(checkpoint.spec, tuple(loaded.layers), ON_META, ToMeta())
+    x, gates = torch.ones(1, checkpoint.spec.hidden_size).bfloat16(), torch.ones(1, 2).bfloat16()
+    with launches() as seen:
+        store.run(1, x, torch.tensor([[1, 6]]), gates)
+    assert 0 < seen.total() <= most, seen
 
 
 def test_experts_that_are_elsewhere_are_masked_on_a_gpu(checkpoint: Checkpoint) -> None:
