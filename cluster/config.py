@@ -91,6 +91,9 @@ class ClusterConfig(BaseModel):
     front_device: Device | None = Field(None, description="Where fronts compute; default: device.")
     replica_device: Device | None = Field(None, description="Where expert replicas compute; default: device.")
     kernels: KernelChoice = Field("auto", description="What computes bfloat16 on a CPU: see `outcrop check`.")
+    cuda_graphs: bool = Field(
+        False, description="Replay decode steps of fronts on GPUs as CUDA graphs. Has not run on a GPU yet."
+    )
     max_model_len: int | None = Field(None, description="Longest prompt + output, in tokens.", ge=1)
     kv_cache_gib: float | None = Field(
         None, description="KV cache of each front, in GiB; default: a share of the memory that is free.", gt=0

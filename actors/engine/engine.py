@@ -66,6 +66,8 @@ class Engine:
     def warm_up(self) -> None:
         """See SelfTest.warm_up."""
         self._self_test.warm_up(self.dispatcher)
+        if self.model.graphs:
+            self.model.graphs.capture(self.scheduler.max_num_seqs)
 
     def abort(self, request_id: str) -> None:
         """Take a request out between steps; unknown and finished ones are none of our business."""

@@ -20,6 +20,7 @@ from actors.lanes.object_ref import ObjectRefLane
 from actors.lanes.zmq_client import ZmqLane
 from actors.model.attention import why_not_flash
 from actors.model.front_half import FrontHalf
+from actors.model.graphs import Captures, DecodeGraphs, cuda_capture
 from actors.model.loading import load_front
 from actors.model.paged_kv import PagedKV
 from actors.weights import Weights
@@ -75,10 +76,23 @@ def build_engine(spec: FrontSpec, parts: FrontParts, metrics: Metrics, others: S
     options, model = spec.engine, parts.model
     num_blocks = num_kv_blocks(options, model.spec, model.compute, others, spec.resources.gpus_per_front)
     with told_if_out_of_memory("the KV cache", "set kv_cache_gib, or lower gpu_memory_utilization"):
-        kv = PagedKV(model.spec, num_blocks, options.block_size, model.compute)
+        # The padding of captured steps has a block of its own.
+        kv = PagedKV(model.spec, num_blocks + options.cuda_graphs, options.block_size, model.compute)
     if model.compute.attention == "flash" and (reason := why_not_flash(kv)):
         logger.warning("attention gathers keys, which is slow: flash attention can't be used, as %s", reason)
+    if options.cuda_graphs and (reason := why_no_graphs(kv, model.compute)):
+        logger.warning("cuda_graphs: true has no effect: %s", reason)
+    elif options.cuda_graphs:
+        captures = Captures(model.spec, model.compute, model.torch_layers, kv, options.max_model_len, cuda_capture())
+        model.graphs = DecodeGraphs(captures)
     return Engine(model, kv, parts.dispatcher, make_scheduler(options, num_blocks), metrics, spec.actor_id)
+
+
+def why_no_graphs(kv: PagedKV, compute: Compute) -> str:
+    """Why decode steps can't be captured; empty if they can."""
+    if compute.attention != "flash":
+        return "only fronts on a GPU of capability 8.0 or more with dtype=bfloat16 have CUDA graphs"
+    return why_not_flash(kv)
 
 
 def make_lane(spec: FrontSpec, namespace: str) -> Lane:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from actors.compute import Compute
 from actors.dispatch.dispatcher import Dispatcher
-from actors.model.attention import plan_attention
+from actors.model.attention import AttentionPlan, plan_attention
 from actors.model.batch import StepBatch
 from actors.model.front_layers import LayerSteps, LayerWeights, NativeLayers, TorchLayers, native_layers
+from actors.model.graphs import DecodeGraphs
 from actors.model.layers import AnyLinear, rms_norm
 from actors.model.paged_kv import PagedKV, routed_dtype
 from actors.model.rope import Rotary
@@ -42,6 +43,7 @@ class FrontHalf:
         self.staging = staging or staging_for(compute.device)
         self.rotary = Rotary(spec, compute.device)
         self._native = native_layers(spec, weights.layers)
+        self.graphs: DecodeGraphs | None = None  # where decode steps are replayed
 
     def forward(self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
         """Compute one step and write its keys, values and routing to the cache: in each layer
@@ -63,12 +65,19 @@ class FrontHalf:
         return rms_norm(x_RD, self.weights.norm_D, self.spec.norm_eps), ids_TLK
 
     def _steps(self, batch: StepBatch, kv: PagedKV) -> LayerSteps:
-        x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD) * self.spec.embedding_multiplier
-        angles = self.rotary.angles(batch.positions_T, self.compute.dtype)
         if self._native:
-            return NativeLayers(self._native, x_TD, angles, batch, kv)
-        plan = plan_attention(batch, kv, self.compute, self.staging)
-        return TorchLayers(self.spec, self.weights.layers, x_TD, angles, batch, kv, plan)
+            return NativeLayers(self._native, *self._embedded(batch), batch, kv)
+        if self.graphs and (replayed := self.graphs.steps(batch)):
+            return replayed
+        return self.torch_layers(batch, kv, plan_attention(batch, kv, self.compute, self.staging))
+
+    def torch_layers(self, batch: StepBatch, kv: PagedKV, plan: AttentionPlan) -> TorchLayers:
+        return TorchLayers(self.spec, self.weights.layers, *self._embedded(batch), batch, kv, plan)
+
+    def _embedded(self, batch: StepBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The residual stream before the first layer, and the angles of all positions."""
+        x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD) * self.spec.embedding_multiplier
+        return x_TD, self.rotary.angles(batch.positions_T, self.compute.dtype)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """float32 [R, V]."""

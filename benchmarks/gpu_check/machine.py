@@ -100,7 +100,7 @@ def memory(trial: Trial) -> None:
         model_path="", device=trial.device.type, expert_device="cpu", dtype="bfloat16", max_model_len=4096,
         block_size=size, kv_cache_bytes=None, gpu_memory_utilization=0.9, max_num_batched_tokens=None,
         max_num_seqs=256, max_num_waiting=256, enable_prefix_caching=True, kernels="auto", expert_dtype="auto",
-        num_threads=1,
+        cuda_graphs=False, num_threads=1,
     )  # fmt: skip
     blocks = num_kv_blocks(options, spec, compute)
     trial.figures["KV cache of a 1b-a400m front"] = f"{blocks * size} tokens"

@@ -17,6 +17,7 @@ from actors.experts.fallback import CheckpointExperts
 from actors.experts.loading import load_experts, read_layer_experts
 from actors.experts.store import ExpertStore
 from actors.lanes.lane import Lane, LaneError
+from actors.model.graphs import Captures, DecodeGraphs, cuda_capture
 from actors.model.loading import load_front
 from actors.model.paged_kv import PagedKV
 from actors.replica.replica import Replica
@@ -122,17 +123,26 @@ def make_engine(
     budget: int | None = 512,
     prefix_caching: bool = False,
     staging: Staging | None = None,
+    graphs: bool = False,
 ) -> Engine:
-    """With pages of 256 tokens where flash attention wants them, and a KV cache of `num_tokens`."""
-    size = 256 if compute.attention == "flash" else 16
+    """With pages of 256 tokens where flash attention wants them, and a KV cache of `num_tokens`. Graphs are captured by
+    warm_up().
+    """
+    size, max_num_seqs = (256 if compute.attention == "flash" else 16), (64 if graphs else 256)
+    max_model_len = min(checkpoint.spec.max_context, num_tokens)
     scheduler = Scheduler(
         BlockAllocator(num_tokens // size, size, prefix_caching),
         max_num_batched_tokens=budget,
-        max_num_seqs=256,
-        max_model_len=min(checkpoint.spec.max_context, num_tokens),
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
     )
-    kv = PagedKV(checkpoint.spec, num_tokens // size, size, compute)
-    return Engine(load_front(Weights(checkpoint, compute), staging), kv, dispatcher, scheduler, Metrics())
+    kv = PagedKV(checkpoint.spec, num_tokens // size + graphs, size, compute)
+    model = load_front(Weights(checkpoint, compute), staging)
+    if graphs:
+        model.graphs = DecodeGraphs(
+            Captures(checkpoint.spec, compute, model.torch_layers, kv, max_model_len, cuda_capture())
+        )
+    return Engine(model, kv, dispatcher, scheduler, Metrics())
 
 
 def prompts(number: int, length: int, vocab_size: int = 1000) -> list[tuple[int, ...]]:

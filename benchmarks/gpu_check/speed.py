@@ -25,7 +25,7 @@ LAYERS_OF_MODEL, PROMPT = 24, 128
 # Of a decode step of 24 layers with few sequences, in milliseconds. Estimates: the GPU itself works for 2 to 4.
 SLOW_MS = 8.0
 NEXT_STEPS = {
-    "attend and route": "launches: capture the front's half of a layer in a CUDA graph, or fuse norm and rotation",
+    "attend and route": "launches: set cuda_graphs, if the check `decode` is faster with it",
     "dispatch": "the read-back of a layer: look at the check `waits`, then at packing on the host",
     "experts": "the products: look at the way that the check `grouped products` names",
     "combine": "messages: put fewer groups on this machine, or use lane=local where the model fits one GPU",
@@ -105,9 +105,13 @@ def _model(trial: Trial) -> Checkpoint:
     return trial.checkpoint(trial.sizes.gpu_shape if trial.is_on_gpu else SMALL, trial.sizes.gpu_layers)
 
 
-def _engine(trial: Trial, dispatcher: Dispatcher, compute: Compute, number: int) -> Engine:
+def _engine(trial: Trial, dispatcher: Dispatcher, compute: Compute, number: int, graphs: bool = False) -> Engine:
     most = 256 * -(-(PROMPT + 7 * number + 4 * trial.sizes.steps) // 256)
-    engine = make_engine(_model(trial), compute, dispatcher, num_tokens=most * max(2, number), budget=2048)
+    engine = make_engine(
+        _model(trial), compute, dispatcher, num_tokens=most * max(2, number), budget=2048, graphs=graphs
+    )
+    if graphs:
+        engine.warm_up()
     decoding(engine, number, PROMPT)
     step(engine)
     return engine
@@ -118,8 +122,10 @@ def by_batch(trial: Trial) -> None:
     dispatcher = local(checkpoint, compute)
     trial.figures["layers"] = checkpoint.spec.num_layers
     for number in trial.sizes.batches:
-        seconds = step_seconds(_engine(trial, dispatcher, compute, number), trial)
-        trial.figures[f"{number} sequences"] = f"{1e3 * seconds:.2f} ms a step, {number / seconds:.0f} tokens/s"
+        for how in ("", ", graphs") if trial.is_on_gpu else ("",):
+            seconds = step_seconds(_engine(trial, dispatcher, compute, number, graphs=bool(how)), trial)
+            what = f"{1e3 * seconds:.2f} ms a step, {number / seconds:.0f} tokens/s"
+            trial.figures[f"{number} sequences{how}"] = what
 
 
 def by_part(trial: Trial) -> None:

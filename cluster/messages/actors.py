@@ -44,6 +44,7 @@ class EngineOptions:
     enable_prefix_caching: bool
     kernels: KernelChoice
     expert_dtype: ExpertDtype
+    cuda_graphs: bool
     num_threads: int
 
 

@@ -158,5 +158,6 @@ def _engine_options(
         enable_prefix_caching=config.enable_prefix_caching,
         kernels=config.kernels,
         expert_dtype=config.expert_dtype,
+        cuda_graphs=config.cuda_graphs,
         num_threads=resources.threads_per_front,
     )

@@ -17,7 +17,7 @@ from benchmarks.gpu_check.check import Check, NotRunError, Row, Sizes, Trial, ru
 from benchmarks.gpu_check.models import checkpoints_in
 from cluster.errors import ConfigError
 from tests.specs import CPU
-from tests.unit import flash_attention
+from tests.unit import flash_attention, tape
 
 SMALL = Sizes(hidden=64, expert_size=32, experts=8, pairs=64, context=600, steps=2, batches=(1, 3))
 
@@ -122,7 +122,8 @@ def _emulated(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", tape.as_one_operation(varlen_attn))
+    monkeypatch.setattr("benchmarks.gpu_check.models.cuda_capture", lambda: tape.capture)
     monkeypatch.setattr(Compute, "choose", choose)
     monkeypatch.setattr(Trial, "is_on_gpu", True)
 

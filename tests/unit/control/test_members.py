@@ -72,7 +72,7 @@ def test_a_replica_fits_with_other_experts_since_it_can_be_told_to_hold_some() -
 
 def test_fronts_fit_fronts() -> None:
     keys = LaneKeys(b"a", b"b", b"c", b"d")
-    engine = EngineOptions("/m", "cpu", "float32", 8, 4, None, 0.9, 8, 2, 2, True, "auto", "auto", "auto", 1)
+    engine = EngineOptions("/m", "cpu", "float32", 8, 4, None, 0.9, 8, 2, 2, True, "auto", "auto", "auto", False, 1)
     assert not FrontSpec("front-0", engine, "zmq").fits(SPEC)
     assert FrontSpec("front-0.1", engine, "zmq", keys).fits(FrontSpec("front-0", engine, "zmq"))
 
