@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,7 @@ from cluster.messages.requests import SamplingParams
 from cluster.metrics import Metrics
 from deploy.ingress.fronts.client import FrontClient
 from deploy.ingress.fronts.output_stream import OutputStream
-from deploy.ingress.openai.choices import Choice, ChoiceDelta
+from deploy.ingress.openai.choices import Choice, ChoiceDelta, merge
 from deploy.ingress.tracing.request_trace import RequestTrace
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,9 @@ class Generation:
             stream.close()
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """Deltas of all choices in the order in which they arrive. Raises GenerationFailed."""
+        """Deltas of all choices in the order in which they arrive. What waits of a choice comes as one: a reader that
+        is behind gets larger pieces, not more of them. Raises GenerationFailed.
+        """
         arrived: asyncio.Queue[ChoiceDelta | Exception] = asyncio.Queue()
         self._pumps = [
             asyncio.create_task(self._pump(choice, stream, arrived))
@@ -100,11 +103,15 @@ class Generation:
         ]
         unfinished = len(self._pumps)
         while unfinished:
-            delta = await arrived.get()
-            if isinstance(delta, Exception):
-                raise delta
-            unfinished -= delta.finish_reason is not None
-            yield delta
+            items = [await arrived.get()]
+            while not arrived.empty():
+                items.append(arrived.get_nowait())
+            for delta in _merged(item for item in items if isinstance(item, ChoiceDelta)):
+                unfinished -= delta.finish_reason is not None
+                yield delta
+            for item in items:
+                if isinstance(item, Exception):
+                    raise item
 
     async def _pump(
         self, choice: Choice, stream: OutputStream, arrived: "asyncio.Queue[ChoiceDelta | Exception]"
@@ -161,3 +168,11 @@ class Generation:
         else:
             self._metrics.observe("inter_token_latency_seconds", now - last)
         return now
+
+
+def _merged(deltas: Iterable[ChoiceDelta]) -> Iterator[ChoiceDelta]:
+    """One for each choice, in the order in which the first ones came."""
+    by_choice: dict[int, list[ChoiceDelta]] = defaultdict(list)
+    for delta in deltas:
+        by_choice[delta.index].append(delta)
+    return map(merge, by_choice.values())

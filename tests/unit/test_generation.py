@@ -120,6 +120,36 @@ async def test_a_choice_that_fails_unexpectedly_ends_its_request() -> None:
         request.close()
 
 
+async def test_what_waits_for_a_reader_comes_in_one_piece_with_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    front = Handle()
+    body = parse_body(b'{"prompt": "Hi", "logprobs": 1, "return_token_ids": true}', CompletionRequest)
+    params = SamplingParams(max_tokens=4, logprobs=1)
+    async with generation(2, a=front) as request:
+        for choice in request.choices:
+            choice._request, choice._params = body, params
+        await request.submit()
+        deltas = request.deltas()
+        front.say(front.taken[0], 72, logprobs=(TokenLogprob(72, -1.0, 1),))
+        first = await anext(deltas)
+        for token in (105, 106):
+            for taken in front.taken:
+                front.say(taken, token, logprobs=(TokenLogprob(token, -float(token), 1),))
+        await eventually(lambda: [choice.num_tokens for choice in request.choices] == [3, 2])
+        pieces = [await anext(deltas), await anext(deltas)]
+        assert [(piece.index, piece.token_ids) for piece in (first, *pieces)] == [
+            (0, (72,)),
+            (0, (105, 106)),
+            (1, (105, 106)),
+        ]
+        assert [(r.token_id, r.logprob.logprob, r.text_offset) for r in pieces[0].rows if r.logprob] == [
+            (105, -105.0, len(first.text)),
+            (106, -106.0, len(first.text) + 1),
+        ]
+        for taken in front.taken:
+            front.say(taken, 107, end="length", logprobs=(TokenLogprob(107, 0.0, 1),))
+        assert [delta.finish_reason async for delta in deltas] == ["length", "length"]
+
+
 async def read(request: Generation) -> list[ChoiceDelta]:
     return [delta async for delta in request.deltas()]
 
