@@ -1,6 +1,7 @@
 """Tensors between the host and an actor's device: several in one copy, through pinned memory.
 
-The only place where the data path of an actor waits for its device is download(). On a CPU nothing is copied.
+The data path of an actor waits for its device in download(), and nowhere else but for what few requests ask for:
+penalties, log-probabilities and routed experts are copied one by one. On a CPU nothing is copied.
 """
 
 from abc import ABC, abstractmethod

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,21 +56,21 @@ def serving(checkpoint: Path, groups: int, dtype: str) -> Iterator[str]:
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OUTCROP_"))} | {"RAY_ADDRESS": "local"}
     server = subprocess.Popen(command, env=environ)
     try:
-        _wait_until_ready(f"http://127.0.0.1:{port}", server)
+        wait_until_ready(f"http://127.0.0.1:{port}", lambda: server.poll() is None)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(60)
 
 
-def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(url: str, is_alive: Callable[[], bool] = lambda: True) -> None:
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and server.poll() is None:
+    while time.monotonic() < deadline and is_alive():
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
                 return
         time.sleep(0.5)
-    raise SystemExit("outcrop serve did not become ready")
+    raise SystemExit(f"{url} did not become ready")
 
 
 def prompt_of(number: int, length: int) -> list[int]:

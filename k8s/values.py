@@ -251,6 +251,7 @@ class Values(Strict):
     serviceAccount: ServiceAccount
     networkPolicies: NetworkPolicies
     service: Service
+    haProxy: bool
     ingress: Ingress
     httpRoute: HttpRoute
     monitoring: Monitoring

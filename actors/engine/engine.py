@@ -44,7 +44,7 @@ class Engine:
         self.metrics = metrics
         self.sequences: dict[str, Sequence] = {}
         self.is_broken = False
-        self._self_test = SelfTest(model, kv, scheduler.allocator)
+        self._self_test = SelfTest(model, kv, scheduler)
         self._step_id = StepId.first_of(actor_id)
         spec = model.spec
         self.expert_counts = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.int64)
@@ -67,7 +67,8 @@ class Engine:
         """See SelfTest.warm_up."""
         self._self_test.warm_up(self.dispatcher)
         if self.model.graphs:
-            self.model.graphs.capture(self.scheduler.max_num_seqs)
+            # Each sequence of a step has a block of its own.
+            self.model.graphs.capture(min(self.scheduler.max_num_seqs, self.scheduler.allocator.num_blocks))
 
     def abort(self, request_id: str) -> None:
         """Take a request out between steps; unknown and finished ones are none of our business."""

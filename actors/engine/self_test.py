@@ -4,7 +4,7 @@ import torch
 
 from actors.dispatch.dispatcher import Dispatcher, DispatchError, NoExperts
 from actors.engine.batch_builder import batch_for_nobody
-from actors.engine.kv_cache import BlockAllocator
+from actors.engine.scheduler import Scheduler
 from actors.model.front_half import FrontHalf
 from actors.model.paged_kv import PagedKV
 
@@ -17,10 +17,10 @@ class BrokenEngineError(RuntimeError):
 
 
 class SelfTest:
-    def __init__(self, model: FrontHalf, kv: PagedKV, allocator: BlockAllocator) -> None:
+    def __init__(self, model: FrontHalf, kv: PagedKV, scheduler: Scheduler) -> None:
         self._model = model
         self._kv = kv
-        self._allocator = allocator
+        self._scheduler = scheduler
         self._num_failed = 0  # steps in a row
 
     def warm_up(self, dispatcher: Dispatcher) -> None:
@@ -46,10 +46,11 @@ class SelfTest:
         try:
             if self._num_failed >= MAX_FAILED_STEPS:
                 raise error
-            if self._allocator.can_allocate(1):
-                block = self._allocator.allocate(1)
+            allocator = self._scheduler.allocator  # another one since a failure has emptied the books
+            if allocator.can_allocate(1):
+                block = allocator.allocate(1)
                 self.compute(1, block[0], NoExperts())
-                self._allocator.free(block)
+                allocator.free(block)
         except Exception as another:
             raise BrokenEngineError(f"{type(another).__name__}: {another}") from another
 

@@ -75,24 +75,26 @@ def build_engine(spec: FrontSpec, parts: FrontParts, metrics: Metrics, others: S
     """`others`: see num_kv_blocks. Raises ModelError if the KV cache can't hold one sequence of full length."""
     options, model = spec.engine, parts.model
     num_blocks = num_kv_blocks(options, model.spec, model.compute, others, spec.resources.gpus_per_front)
+    if model.compute.attention == "flash" and (reason := why_not_flash(model.spec.head_dim, options.block_size)):
+        logger.warning("attention gathers keys, which is slow: flash attention can't be used, as %s", reason)
+    has_graphs = options.cuda_graphs
+    if has_graphs and (reason := why_no_graphs(model.compute, model.spec.head_dim, options.block_size)):
+        logger.warning("cuda_graphs: true has no effect: %s", reason)
+        has_graphs = False
     with told_if_out_of_memory("the KV cache", "set kv_cache_gib, or lower gpu_memory_utilization"):
         # The padding of captured steps has a block of its own.
-        kv = PagedKV(model.spec, num_blocks + options.cuda_graphs, options.block_size, model.compute)
-    if model.compute.attention == "flash" and (reason := why_not_flash(kv)):
-        logger.warning("attention gathers keys, which is slow: flash attention can't be used, as %s", reason)
-    if options.cuda_graphs and (reason := why_no_graphs(kv, model.compute)):
-        logger.warning("cuda_graphs: true has no effect: %s", reason)
-    elif options.cuda_graphs:
+        kv = PagedKV(model.spec, num_blocks + has_graphs, options.block_size, model.compute)
+    if has_graphs:
         captures = Captures(model.spec, model.compute, model.torch_layers, kv, options.max_model_len, cuda_capture())
         model.graphs = DecodeGraphs(captures)
     return Engine(model, kv, parts.dispatcher, make_scheduler(options, num_blocks), metrics, spec.actor_id)
 
 
-def why_no_graphs(kv: PagedKV, compute: Compute) -> str:
+def why_no_graphs(compute: Compute, head_dim: int, block_size: int) -> str:
     """Why decode steps can't be captured; empty if they can."""
     if compute.attention != "flash":
         return "only fronts on a GPU of capability 8.0 or more with dtype=bfloat16 have CUDA graphs"
-    return why_not_flash(kv)
+    return why_not_flash(head_dim, block_size)
 
 
 def make_lane(spec: FrontSpec, namespace: str) -> Lane:

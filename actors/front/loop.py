@@ -82,8 +82,8 @@ class FrontLoop:
 
         self.engine = build_engine(self.spec, self._parts, self.metrics, others)
         self.engine.warm_up()
-        kv = self.engine.kv
-        return kv.num_blocks * kv.block_size, kv.num_bytes
+        allocator = self.engine.scheduler.allocator
+        return allocator.num_blocks * allocator.block_size, self.engine.kv.num_bytes
 
     def start(self, event_loop: asyncio.AbstractEventLoop) -> None:
         """Serve. Called from the event loop, like all that follows but for what is said to wait."""

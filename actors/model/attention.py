@@ -38,18 +38,17 @@ class AttentionPlan(ABC):
 
 
 def plan_attention(batch: StepBatch, kv: PagedKV, compute: Compute, staging: Staging) -> AttentionPlan:
-    if compute.attention == "flash" and not why_not_flash(kv):
+    if compute.attention == "flash" and not why_not_flash(kv.k_LBSGC.shape[-1], kv.block_size):
         return VarlenPlan(batch, staging)
     if compute.attention == "native" and kv.k_LBSGC.shape[-1] % 8 == 0:
         return NativePlan(batch, kv, compute.isa)
     return GatherPlan(batch, kv)
 
 
-def why_not_flash(kv: PagedKV) -> str:
+def why_not_flash(head_dim: int, block_size: int) -> str:
     """What flash attention refuses of a paged cache; empty if nothing."""
-    head_dim = kv.k_LBSGC.shape[-1]
-    if kv.block_size % 256:
-        return f"block_size={kv.block_size} is no multiple of 256"
+    if block_size % 256:
+        return f"block_size={block_size} is no multiple of 256"
     return f"heads of {head_dim} are not among 8, 16, ..., 256" if head_dim % 8 or head_dim > 256 else ""
 
 

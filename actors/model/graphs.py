@@ -26,6 +26,9 @@ from actors.model.paged_kv import PagedKV
 from cluster.errors import ModelError
 from cluster.models.spec import ModelSpec
 
+# Larger steps are slow for the work that they are, not for its launches.
+LARGEST = 512
+
 T = TypeVar("T")
 Replay = Callable[[], object]
 # (what to compute) -> its result, and what computes it anew from the same inputs in the same memory.
@@ -34,13 +37,19 @@ MakeSteps = Callable[[StepBatch, PagedKV, AttentionPlan], LayerSteps]
 
 
 def cuda_capture() -> Capture[Tensor]:
-    """All graphs share memory for what is between their inputs and results: they never run side by side."""
-    pool = torch.cuda.graph_pool_handle()
+    """All graphs share memory for what is between their inputs and results: they never run side by side. The stream is
+    their own, as scratch memory of cuBLAS belongs to a stream, and is let go with the first graph of it that ends.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def capture(compute: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may go on to allocate and to copy.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # Other threads of the process may go on to allocate and to copy. A capture that fails leaves its stream behind
+        # as the current one.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             result = compute()
         return result, graph.replay
 
@@ -69,14 +78,15 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def capture(self, max_num_seqs: int) -> None:
-        """For powers of two up to `max_num_seqs`. Everything must have run once before: kernels are loaded at their
-        first use, which can't be captured. The largest come first: the others fit into their memory. Raises ModelError.
+        """For powers of two, so that there is one for `max_num_seqs` up to LARGEST. The largest come first: the others
+        fit into their memory. Raises ModelError.
         """
-        sizes = [2**power for power in range((max_num_seqs - 1).bit_length() + 1)]
+        sizes = [2**power for power in range((min(max_num_seqs, LARGEST) - 1).bit_length() + 1)]
         try:
             captured = [_Captured(self._captures, size) for size in reversed(sizes)]
         except RuntimeError as error:
-            first = str(error).partition("\n")[0]
+            # Torch raises another error when it ends a capture that has failed.
+            first = str(error.__context__ or error).partition("\n")[0]
             raise ModelError(f"decode steps can't be captured, set cuda_graphs to false ({first})") from error
         self._by_size = captured[::-1]
 
@@ -128,6 +138,9 @@ class _Captured:
             self.x_ND.copy_(steps.x_TD)
             return ids_NK
 
+        for number in range(captures.spec.num_layers):  # kernels are loaded at their first use, which can't be captured
+            layer(number)
+        steps = None
         for number in range(captures.spec.num_layers):
             ids_NK, replay = captures.capture(partial(layer, number))
             self.ids_NK.append(ids_NK)

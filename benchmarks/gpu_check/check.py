@@ -1,5 +1,6 @@
 """What a check is, and how one half of it is run: on the CPU, or on the GPU."""
 
+import gc
 import time
 import traceback
 from collections.abc import Callable
@@ -94,6 +95,7 @@ def run_half(check: Check, trial: Trial) -> Row:
         traceback.print_exc()
         first = str(error).strip().partition("\n")[0]
         trial.problems.append(f"{type(error).__name__}: {first}")
+    gc.collect()  # engines with graphs hold themselves: their memory must not go in the midst of the next check
     result: Result = "failed" if trial.problems else "passed"
     seconds = round(time.monotonic() - started, 2)
     return Row(check.name, check.shows, on, result, "; ".join(trial.problems), trial.figures, seconds)

@@ -89,7 +89,7 @@ def graphs(trial: Trial) -> None:
     checkpoint, here = trial.checkpoint(SMALL, LAYERS), Compute.choose(trial.device.type, "bfloat16")
     asked, dispatcher = prompts(6, 280), local(checkpoint, here)
     plain = make_engine(checkpoint, here, dispatcher)
-    if reason := why_no_graphs(plain.kv, here):
+    if reason := why_no_graphs(here, checkpoint.spec.head_dim, plain.kv.block_size):
         trial.figures["not captured"] = reason
         trial.expect(not trial.is_on_gpu, reason)
         return
@@ -108,7 +108,7 @@ def graphs(trial: Trial) -> None:
 CHECKS = (
     Check("engine, float32", "every way to the experts gives the tokens of an engine on the CPU", float32),
     Check("engine, bfloat16", "two runs, and a replica instead of a local store, give the same tokens", bfloat16),
-    Check("graphs", "decode steps that are replayed have the tokens of those that are computed", graphs),
     Check("cache", "prefix hits and preemption change no token", cache),
     Check("fallback", "without replicas the front computes the same tokens", fallback),
+    Check("graphs", "decode steps that are replayed have the tokens of those that are computed", graphs),
 )

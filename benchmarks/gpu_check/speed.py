@@ -121,8 +121,8 @@ def by_batch(trial: Trial) -> None:
     checkpoint, compute = _model(trial), Compute.choose(trial.device.type, "bfloat16")
     dispatcher = local(checkpoint, compute)
     trial.figures["layers"] = checkpoint.spec.num_layers
-    for number in trial.sizes.batches:
-        for how in ("", ", graphs") if trial.is_on_gpu else ("",):
+    for how in ("", ", graphs") if trial.is_on_gpu else ("",):
+        for number in trial.sizes.batches:
             seconds = step_seconds(_engine(trial, dispatcher, compute, number, graphs=bool(how)), trial)
             what = f"{1e3 * seconds:.2f} ms a step, {number / seconds:.0f} tokens/s"
             trial.figures[f"{number} sequences{how}"] = what

@@ -121,6 +121,14 @@ def test_a_drain_is_as_long_as_the_grace_allows(render: Render) -> None:
         assert group["template"]["spec"]["terminationGracePeriodSeconds"] == 120
 
 
+def test_every_ray_process_knows_which_proxy_it_is(render: Render) -> None:
+    """Proxies and ingresses, on whatever node, must agree."""
+    for wanted in (True, False):
+        for _, group in ray_groups(one(render({"haProxy": wanted}), "RayService")):
+            (ray,) = (c for c in group["template"]["spec"]["containers"] if c["name"].startswith("ray"))
+            assert ({"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in ray["env"]) == wanted
+
+
 def test_budgets_count_pods_not_actors(render: Render) -> None:
     def least(values: dict[str, Any]) -> dict[str, int]:
         budgets = [each for each in render(values) if each["kind"] == "PodDisruptionBudget"]

@@ -264,11 +264,19 @@ def test_experts_that_nobody_computes_are_not_the_front_s_fault(
     assert not engine.is_broken
 
 
+@pytest.mark.parametrize("emptied", [False, True])
 def test_the_self_test_overwrites_nothing_that_can_be_found(
-    model_dir: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, emptied: bool
 ) -> None:
-    """All blocks that no sequence uses are cached: the one that it takes is not to be found any more."""
+    """All blocks that no sequence uses are cached: the one that it takes is not to be found any more. That holds for
+    the books after a failure that has emptied the first ones.
+    """
     engine = make_engine(model_dir, num_blocks=17)
+    if emptied:
+        engine.add(GenerationRequest("a", "test", tuple(PROMPTS[0]), GREEDY))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.scheduler, "schedule", failing("odd"))
+            assert [o.finish_reason for o in engine.step()] == ["error"]
     run(engine, greedy([PROMPTS[3]]))
     assert len(engine.scheduler.allocator._free) == 2, "the failing sequence is meant to take them"
     for number in range(MAX_FAILED_STEPS - 1):

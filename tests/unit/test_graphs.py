@@ -105,9 +105,21 @@ def test_prompts_and_larger_steps_are_computed(checkpoint: Checkpoint) -> None:
     assert engine.model.graphs.num_replayed == 0
 
 
+def test_graphs_are_for_as_many_sequences_as_can_run(checkpoint: Checkpoint) -> None:
+    """Each has a KV block of its own, whatever max_num_seqs says."""
+    engine = engine_of(checkpoint, tape.capture)
+    engine.scheduler.max_num_seqs = 10**6
+    engine.warm_up()
+    assert engine.model.graphs
+    assert [each.size for each in engine.model.graphs._by_size] == [1, 2, 4, 8, 16]
+
+
 def test_what_cannot_be_captured_names_the_setting(checkpoint: Checkpoint) -> None:
     def refuse(compute: Any) -> Any:
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")  # as torch does
 
     with pytest.raises(ModelError, match=r"set cuda_graphs to false \(CUDA error: operation not permitted"):
         engine_of(checkpoint, refuse).warm_up()

@@ -77,8 +77,8 @@ def test_flash_attention_is_asked_for_what_is_gathered(name: str, monkeypatch: p
 def test_what_flash_attention_refuses_is_gathered(page: int, head_dim: int, reason: str) -> None:
     spec = replace(SPEC, head_dim=head_dim)
     kv = PagedKV(spec, 2, page, PLAIN)
-    assert reason in why_not_flash(kv)
-    assert bool(why_not_flash(kv)) == bool(reason)
+    assert reason in why_not_flash(kv.k_LBSGC.shape[-1], kv.block_size)
+    assert bool(why_not_flash(kv.k_LBSGC.shape[-1], kv.block_size)) == bool(reason)
     nothing = torch.zeros(1, dtype=torch.int64)
     batch = StepBatch(nothing, nothing, nothing, torch.zeros(1, 1, dtype=torch.int32), nothing, (Span(0, 1, 1),))
     plan = plan_attention(batch, kv, replace(PLAIN, attention="flash"), DIRECT)

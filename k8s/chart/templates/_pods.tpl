@@ -56,6 +56,9 @@ limits:
 - {name: RAY_max_direct_call_object_size, value: "4194304"} # token batches travel inside the RPC
 - {name: RAY_worker_niceness, value: "0"}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+{{ if .Values.haProxy -}}
+- {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
+{{ end -}}
 {{- end -}}
 
 {{- define "outcrop.modelMounts" -}}
