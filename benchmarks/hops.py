@@ -44,7 +44,7 @@ Read = Callable[[list[list[int]]], Results]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """`ms_a_token`: median of the times between tokens. Of the engine: its mean step."""
+    """`ms_a_token`: median of the times between tokens. Of the engine: its mean step, while a hop behind it is read."""
 
     hop: str
     streams: int
@@ -140,15 +140,15 @@ def measure(hops: dict[str, Read], url: str, streams: int, rounds: int) -> list[
     found: dict[str, list[tuple[float, float]]] = {"engine": []} | {hop: [] for hop in hops}
     prompts = [prompt_of(i, PROMPT) for i in range(streams)]
     for _ in range(rounds):
-        before = _step_seconds(url)
-        for hop, run in hops.items():
-            results = run(prompts)
+        for number, (hop, read) in enumerate(hops.items()):
+            before = _step_seconds(url)
+            results = read(prompts)
             assert not results.errors, results.errors[0]
-            rate = results.num_tokens / results.seconds
-            found[hop].append((1e3 * statistics.median(results.between), rate))
-        after = _step_seconds(url)
-        step = (after[0] - before[0]) / (after[1] - before[1])
-        found["engine"].append((1e3 * step, streams / step))
+            found[hop].append((1e3 * statistics.median(results.between), results.num_tokens / results.seconds))
+            if number == 0:
+                after = _step_seconds(url)
+                step = (after[0] - before[0]) / (after[1] - before[1])
+                found["engine"].append((1e3 * step, streams / step))
     return [
         Figure(hop, streams, *(statistics.median(column) for column in zip(*rows, strict=True)))
         for hop, rows in found.items()
