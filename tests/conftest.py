@@ -30,6 +30,7 @@ os.environ |= {
 # Groups of tests that stay on one worker of pytest-xdist, in the order of their files, so that session fixtures are
 # made once. Other files are groups of their own. Servers with clients whose patience is tested never run beside each
 # other, but beside actors without HTTP.
+# What takes longest comes first, so that no worker waits for another at the end.
 GROUPS = {
     "tests/e2e/test_start_errors.py": "start errors",
     "tests/e2e/": "servers",
@@ -38,6 +39,11 @@ GROUPS = {
     "tests/k8s/test_on_ray.py": "clusters",
     "tests/k8s/test_image.py": "clusters",
 }
+LONGEST = ("servers", "clusters", "tests/unit/test_native_checked.py", "tests/unit/test_zmq_lane.py")
+
+
+def group_of(nodeid: str) -> str:
+    return next((group for path, group in GROUPS.items() if nodeid.startswith(path)), nodeid.partition("::")[0])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,11 +54,19 @@ class Groups(LoadScopeScheduling):
     """Not the mark xdist_group: pytest-xdist 3.8 puts it into the id of a test, and pytest 9.2 does not take it."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return next((group for path, group in GROUPS.items() if nodeid.startswith(path)), nodeid.partition("::")[0])
+        return group_of(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+    config.option.loadscopereorder = False
     return Groups(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # in a worker of pytest-xdist
+        places = {group: place for place, group in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(group_of(item.nodeid), len(places)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from tests.e2e.servers import Server
+from tests.e2e.servers import PLAIN, Server
 
 # The longest stall that clients should see while something breaks. Printed, not asserted: machines differ.
 AIM_S = 0.4
@@ -154,7 +154,7 @@ class Load:
 
     def _run(self, url: str, request_id: str, stream: Stream, body: dict[str, object]) -> None:
         headers = {"X-Request-Id": request_id}
-        with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_S, trust_env=False) as client:
+        with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_S, **PLAIN) as client:
             while not self._stop.is_set():
                 try:
                     stream.answers += self._one(client, stream, body)
