@@ -30,7 +30,6 @@ os.environ |= {
 # Groups of tests that stay on one worker of pytest-xdist, in the order of their files, so that session fixtures are
 # made once. Other files are groups of their own. Servers with clients whose patience is tested never run beside each
 # other, but beside actors without HTTP.
-# What takes longest comes first, so that no worker waits for another at the end.
 GROUPS = {
     "tests/e2e/test_start_errors.py": "start errors",
     "tests/e2e/": "servers",
@@ -39,7 +38,10 @@ GROUPS = {
     "tests/k8s/test_on_ray.py": "clusters",
     "tests/k8s/test_image.py": "clusters",
 }
-LONGEST = ("servers", "clusters", "tests/unit/test_native_checked.py", "tests/unit/test_zmq_lane.py")
+# What takes long comes first, so that no worker waits for another at the end: servers on one, then on the other what
+# has no time limits of its own, beside the faults that servers begin with, which take all that processors have left.
+FIRST = ("servers", "tests/unit/test_native_checked.py", "tests/unit/test_gpu_check.py", "tests/unit/test_zmq_lane.py")
+FIRST += ("tests/unit/test_sandbox.py", "tests/unit/test_sampler.py", "tests/k8s/test_values.py", "clusters")
 
 
 def group_of(nodeid: str) -> str:
@@ -65,7 +67,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # in a worker of pytest-xdist
-        places = {group: place for place, group in enumerate(LONGEST)}
+        places = {group: place for place, group in enumerate(FIRST)}
         items.sort(key=lambda item: places.get(group_of(item.nodeid), len(places)))
 
 
