@@ -25,6 +25,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: $(VENV)/.installed  ## Serve the demo model on port $(PORT)
 	$(BIN)/outcrop serve demo --port $(PORT)
 
+# Dozens of processes import the same modules: compiled once, whatever the environment says.
+test test-long: export PYTHONDONTWRITEBYTECODE =
+
 test: tools  ## What a change must pass, by two workers; first the programs that it needs, where they can be installed
 	$(BIN)/python -m pytest -n 2 --durations=25 $(PYTEST)
 

@@ -38,6 +38,14 @@ GROUPS = {
     "tests/k8s/test_on_ray.py": "clusters",
     "tests/k8s/test_image.py": "clusters",
 }
+# What takes long comes first, so that no worker waits for another at the end: servers on one, then on the other what
+# has no time limits of its own, beside the faults that servers begin with, which take all that processors have left.
+FIRST = ("servers", "tests/unit/test_native_checked.py", "tests/unit/test_gpu_check.py", "tests/unit/test_zmq_lane.py")
+FIRST += ("tests/unit/test_sandbox.py", "tests/unit/test_sampler.py", "tests/k8s/test_values.py", "clusters")
+
+
+def group_of(nodeid: str) -> str:
+    return next((group for path, group in GROUPS.items() if nodeid.startswith(path)), nodeid.partition("::")[0])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,11 +56,19 @@ class Groups(LoadScopeScheduling):
     """Not the mark xdist_group: pytest-xdist 3.8 puts it into the id of a test, and pytest 9.2 does not take it."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return next((group for path, group in GROUPS.items() if nodeid.startswith(path)), nodeid.partition("::")[0])
+        return group_of(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+    config.option.loadscopereorder = False
     return Groups(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # in a worker of pytest-xdist
+        places = {group: place for place, group in enumerate(FIRST)}
+        items.sort(key=lambda item: places.get(group_of(item.nodeid), len(places)))
 
 
 @pytest.hookimpl(tryfirst=True)

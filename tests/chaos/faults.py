@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 from tests.chaos.connections import shut_down
-from tests.e2e.servers import Server, eventually
+from tests.e2e.servers import PLAIN, Server, eventually
 
 Fault = Callable[[Server], None]
 
@@ -76,7 +76,7 @@ def ingress_pid(server: Server) -> int:
 def post(server: Server, path: str, body: dict[str, object]) -> dict[str, object]:
     """503: the supervisor is being restarted. Moving the experts of a large model takes minutes on busy cores."""
     for _ in range(60):
-        answer = httpx.post(server.url + path, json=body, timeout=600, trust_env=False)
+        answer = httpx.post(server.url + path, json=body, timeout=600, **PLAIN)
         if answer.status_code != 503:
             break
         time.sleep(0.5)
@@ -138,7 +138,7 @@ def can_rebalance(server: Server) -> bool:
 
 def ask_for_rebalance(server: Server) -> None:
     """Any answer will do: who would have given the right one is gone."""
-    httpx.post(f"{server.url}/v1/cluster/rebalance", json={"force": True}, timeout=120, trust_env=False)
+    httpx.post(f"{server.url}/v1/cluster/rebalance", json={"force": True}, timeout=120, **PLAIN)
 
 
 def cut(server: Server, seconds: float) -> None:

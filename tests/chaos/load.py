@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from tests.e2e.servers import Server
+from tests.e2e.servers import PLAIN, Server
 
 # The longest stall that clients should see while something breaks. Printed, not asserted: machines differ.
 AIM_S = 0.4
 # A client gives up a stream that gives it nothing but pings, and waits so long after a failure before it asks again.
 PATIENCE_S = 90.0
 PAUSE_S = 0.2
+# How long it pauses after an answer where that is asked for.
+EASE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -75,6 +77,7 @@ class Load:
         self.streams = [Stream() for _ in range(num_clients)]
         self._num_choices = num_choices
         self._stop = threading.Event()
+        self._is_eased = threading.Event()
         self._may_break = threading.Event()
         body = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "n": num_choices}
         body |= {"stream": True, "return_token_ids": True}
@@ -106,6 +109,15 @@ class Load:
             self._may_break.set()
         yield
         self._may_break.clear()
+
+    @contextmanager
+    def eased(self) -> Iterator[None]:
+        """Clients meanwhile pause after each answer: they would take all that the processors have left from the
+        processes that are starting.
+        """
+        self._is_eased.set()
+        yield
+        self._is_eased.clear()
 
     def wait_for(self, num_answers: int) -> None:
         """Until every client has got this many more answers."""
@@ -154,10 +166,12 @@ class Load:
 
     def _run(self, url: str, request_id: str, stream: Stream, body: dict[str, object]) -> None:
         headers = {"X-Request-Id": request_id}
-        with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_S, trust_env=False) as client:
+        with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_S, **PLAIN) as client:
             while not self._stop.is_set():
                 try:
                     stream.answers += self._one(client, stream, body)
+                    if self._is_eased.is_set():
+                        self._stop.wait(EASE_S)
                 except Exception as error:
                     is_hang = isinstance(error, TimeoutError | httpx.TimeoutException)
                     if self._may_break.is_set() and not is_hang:

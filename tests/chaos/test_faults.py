@@ -31,7 +31,7 @@ from tests.chaos.load import Load, Outcome, print_table
 from tests.e2e.servers import Server, eventually, serving
 
 # Throughput before and after is counted over so many seconds. It is printed only: `make chaos` asks for more of them.
-RATE_S = float(os.environ.get("CHAOS_RATE_S", "1"))
+RATE_S = float(os.environ.get("CHAOS_RATE_S", "0.2"))
 ROWS: list[Outcome] = []
 
 
@@ -62,7 +62,8 @@ def check(server: Server, expected: list[list[int]], name: str, fault: Fault, nu
                 fault(server)
                 load.wait_for(2)
             stall = load.take_stall()
-            eventually(lambda: is_whole(server), "the cluster has healed", 60)
+            with load.eased():
+                eventually(lambda: is_whole(server), "the cluster has healed", 60)
             load.wait_for(1)
             recovered = load.throughput(RATE_S) / before
     finally:

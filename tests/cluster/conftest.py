@@ -10,18 +10,18 @@ from tests.checkpoints import MODELS, write_checkpoint
 from tests.cluster.hosts import ExpertHost
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_session() -> Iterator[None]:
     with own_ray(num_cpus=8, num_gpus=8):
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def hosts(ray_session: None) -> list[ExpertHost]:
     """Four processes that can become any expert replica; starting one for each test would take minutes."""
     return [ExpertHost(f"host-{i}") for i in range(4)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def granite_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(MODELS["granite"], tmp_path_factory.mktemp("granite"))

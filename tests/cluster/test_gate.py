@@ -56,7 +56,7 @@ def until(is_so: Callable[[], bool], what: str) -> None:
         assert time.monotonic() < deadline, (
             f"not within {TIMEOUT_S:g} s: {what}; Serve says {application()}, the supervisor {cluster_state()}"
         )
-        time.sleep(0.1)
+        time.sleep(0.25)  # Serve's controller answers, while it has other things to do
 
 
 def is_loading_with_everything_else_there() -> bool:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cluster.metrics import PREFIX, TABLE
-from tests.e2e.servers import Server, eventually, free_port
+from tests.e2e.servers import PLAIN, Server, eventually, free_port
 
 ROOT = Path(__file__).parents[2]
 RULES = yaml.safe_load((ROOT / "k8s/prometheus/rules.yaml").read_text())
@@ -54,7 +54,7 @@ class Prometheus:
         self.process = subprocess.Popen(["prometheus", *(f"--{name}={value}" for name, value in flags.items())])
 
     def get(self, path: str, **params: str) -> Any:
-        response = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=10, trust_env=False)
+        response = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=10, **PLAIN)
         assert response.status_code == 200, response.text
         return response.json()["data"]
 
@@ -66,7 +66,7 @@ class Prometheus:
     def is_ready(self) -> bool:
         assert self.process.poll() is None
         try:
-            return httpx.get(f"{self.url}/-/ready", timeout=1, trust_env=False).status_code == 200
+            return httpx.get(f"{self.url}/-/ready", timeout=1, **PLAIN).status_code == 200
         except httpx.TransportError:
             return False
 
