@@ -22,7 +22,7 @@ from cluster.validation import describe
 
 ENV_PREFIX = "OUTCROP_"
 Device = Literal["auto", "cpu", "cuda"]
-Lane = Literal["auto", "object_ref", "zmq", "local"]
+Lane = Literal["auto", "object_ref", "unix", "zmq", "local"]
 DEFAULT_NAME = "outcrop"
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # An application is served under its name: not where the one at / has its own routes.

@@ -17,6 +17,7 @@ from actors.experts.loading import load_experts
 from actors.lanes.auto import AutoLane
 from actors.lanes.lane import Lane
 from actors.lanes.object_ref import ObjectRefLane
+from actors.lanes.unix_client import UnixLane
 from actors.lanes.zmq_client import ZmqLane
 from actors.model.attention import why_not_flash
 from actors.model.front_half import FrontHalf
@@ -100,9 +101,11 @@ def why_no_graphs(compute: Compute, head_dim: int, block_size: int) -> str:
 def make_lane(spec: FrontSpec, namespace: str) -> Lane:
     if spec.lane == "object_ref":
         return ObjectRefLane(namespace)
+    if spec.lane == "unix":
+        return UnixLane()
     assert spec.lane_keys is not None, "the supervisor hands out keys for the zmq lane"
-    fast = ZmqLane(spec.lane_keys)
-    return fast if spec.lane == "zmq" else AutoLane(fast, ObjectRefLane(namespace))
+    zmq = ZmqLane(spec.lane_keys)
+    return zmq if spec.lane == "zmq" else AutoLane((UnixLane(), zmq), ObjectRefLane(namespace))
 
 
 def make_scheduler(options: EngineOptions, num_blocks: int) -> Scheduler:

@@ -1,4 +1,4 @@
-"""The lane `auto`: zmq to every replica that shakes hands, object_ref to the others."""
+"""The lane `auto`: unix to replicas on this host, zmq to others that shake hands, object_ref to the rest."""
 
 import contextlib
 import time
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
-from actors.lanes.zmq_client import ZmqLane
+from actors.lanes.links import LinkedLane
 from cluster.expert_map import ReplicaAddress
 
 # A lane and its own ticket.
@@ -17,29 +17,36 @@ TURN_S = 0.005
 class AutoLane(Lane):
     name = "auto"
 
-    def __init__(self, fast: ZmqLane, fallback: Lane) -> None:
-        self.fast = fast
+    def __init__(self, fast: Sequence[LinkedLane[Any]], fallback: Lane) -> None:
+        """`fast`: a replica is reached by the first of these lanes that has an endpoint of it for this host."""
+        self.fast = tuple(fast)
         self.fallback = fallback
-        self._greetings: dict[str, Any] = {}  # to replicas that zmq does not reach; its tickets
+        self._greetings: dict[str, tuple[LinkedLane[Any], Any]] = {}  # to replicas that their fast lane does not reach
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         replicas = tuple(replicas)
+        fast_of = {replica.replica_id: lane for replica in replicas if (lane := self._choose(replica))}
         try:
-            self.fast.connect(replicas)
+            for lane in self.fast:
+                lane.connect(replica for replica in replicas if fast_of.get(replica.replica_id) is lane)
         finally:  # what does not get through is sent over this one
             self.fallback.connect(replicas)
+
+    def _choose(self, replica: ReplicaAddress) -> LinkedLane[Any] | None:
+        return next((lane for lane in self.fast if lane.has_endpoint(replica)), None)
 
     def name_for(self, replica: ReplicaAddress) -> str:
         return self._lane(replica).name
 
     def _lane(self, replica: ReplicaAddress) -> Lane:
-        return self.fast if self.fast.is_connected(replica.replica_id) else self.fallback
+        return next((lane for lane in self.fast if lane.is_connected(replica.replica_id)), self.fallback)
 
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
-        greeting = self._greetings.get(replica.replica_id)
-        if greeting and self.fast.is_alive(greeting):
+        greeted = self._greetings.get(replica.replica_id)
+        if greeted and greeted[0].is_alive(greeted[1]):
             del self._greetings[replica.replica_id]
-        self.fast.close_retired()
+        for each in self.fast:
+            each.close_retired()
         lane = self._lane(replica)
         return lane, lane.send(replica, message)
 
@@ -71,24 +78,28 @@ class AutoLane(Lane):
         lane.forget(inner)
 
     def probe(self, replica: ReplicaAddress) -> Ticket:
-        """Over zmq if it is connected. Else over the other lane, as zmq may never get through; but it may come back:
-        send() looks for that.
+        """Over its fast lane if that is connected. Else over the other one, as the fast one may never get through; but
+        it may come back: send() looks for that.
         """
+        fast = self._choose(replica)
+        if fast is None:
+            return self.fallback, self.fallback.probe(replica)
         try:
-            greeting = self.fast.probe(replica)
+            greeting = fast.probe(replica)
         except LaneError:
             return self.fallback, self.fallback.probe(replica)
-        if self.fast.is_connected(replica.replica_id):
-            return self.fast, greeting
-        self._greetings[replica.replica_id] = greeting
+        if fast.is_connected(replica.replica_id):
+            return fast, greeting
+        self._greetings[replica.replica_id] = fast, greeting
         with contextlib.suppress(LaneError):
             return self.fallback, self.fallback.probe(replica)
-        return self.fast, greeting
+        return fast, greeting
 
     def is_alive(self, ticket: Ticket) -> bool:
         lane, inner = ticket
         return lane.is_alive(inner)
 
     def close(self) -> None:
-        self.fast.close()
+        for lane in self.fast:
+            lane.close()
         self.fallback.close()

@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.kernels import heads
+from actors.kernels.heads import DISPATCH_MAGIC, FAILED, MAX_HIDDEN, MAX_TOKENS, MAX_TOP_K, NOT_HELD, OK, PARTIAL_MAGIC
 from actors.lanes.step_id import NO_STEP, StepId
+
+__all__ = ("FAILED", "MAX_HIDDEN", "MAX_TOKENS", "MAX_TOP_K", "NOT_HELD", "OK")
 
 Buffer = bytes | bytearray | memoryview
 
-_DISPATCH = struct.Struct("<4sHHIHHII")  # magic, dtype, front, step, layer, K, T, D
-_PARTIAL = struct.Struct("<4sHHIIiQ")  # magic, dtype, status, T, D, expert, nanoseconds of computation
-_DISPATCH_MAGIC, _PARTIAL_MAGIC = b"OCD2", b"OCP1"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-MAX_TOKENS, MAX_HIDDEN, MAX_TOP_K = 1 << 20, 1 << 16, 256
-
-OK, NOT_HELD, FAILED = 0, 1, 2
+_DISPATCH, _PARTIAL = heads.DISPATCH.layout, heads.PARTIAL.layout
+_DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in heads.DTYPES)
+CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
@@ -56,13 +55,13 @@ class Partial:
 
 def pack_dispatch(layer: int, x_TD: Tensor, gates_TK: Tensor, ids_TK: Tensor, step: StepId = NO_STEP) -> bytes:
     """x and gates share a dtype of _DTYPES; ids are any integers that fit int16."""
-    header = _DISPATCH.pack(_DISPATCH_MAGIC, _CODES[x_TD.dtype], *step, layer, ids_TK.shape[1], *x_TD.shape)
+    header = _DISPATCH.pack(DISPATCH_MAGIC, CODES[x_TD.dtype], *step, layer, ids_TK.shape[1], *x_TD.shape)
     return b"".join((header, _bytes(x_TD), _bytes(gates_TK), _bytes(ids_TK.to(torch.int16))))
 
 
 def unpack_dispatch(frame: Buffer) -> Dispatch:
     """Raises WireError."""
-    _, code, front, number, layer, top_k, num_tokens, hidden = _header(_DISPATCH, _DISPATCH_MAGIC, frame)
+    _, code, front, number, layer, top_k, num_tokens, hidden = _header(_DISPATCH, DISPATCH_MAGIC, frame)
     dtype = _dtype(code)
     _check_sizes(num_tokens, hidden, top_k)
     x_end = _DISPATCH.size + num_tokens * hidden * dtype.itemsize
@@ -80,18 +79,18 @@ def unpack_dispatch(frame: Buffer) -> Dispatch:
 def pack_partial(partial_TD: Tensor, compute_seconds: float) -> bytes:
     num_tokens, hidden = partial_TD.shape
     header = _PARTIAL.pack(
-        _PARTIAL_MAGIC, _CODES[partial_TD.dtype], OK, num_tokens, hidden, 0, int(compute_seconds * 1e9)
+        PARTIAL_MAGIC, CODES[partial_TD.dtype], OK, num_tokens, hidden, 0, int(compute_seconds * 1e9)
     )
     return b"".join((header, _bytes(partial_TD)))
 
 
 def pack_refusal(status: int, text: str, expert: int = -1) -> bytes:
-    return _PARTIAL.pack(_PARTIAL_MAGIC, 0, status, 0, 0, expert, 0) + text.encode()
+    return _PARTIAL.pack(PARTIAL_MAGIC, 0, status, 0, 0, expert, 0) + text.encode()
 
 
 def unpack_partial(frame: Buffer) -> Partial:
     """Raises WireError."""
-    _, code, status, num_tokens, hidden, expert, nanoseconds = _header(_PARTIAL, _PARTIAL_MAGIC, frame)
+    _, code, status, num_tokens, hidden, expert, nanoseconds = _header(_PARTIAL, PARTIAL_MAGIC, frame)
     if status != OK:
         return Partial(status, None, expert, bytes(frame[_PARTIAL.size :]).decode(errors="replace"), 0.0)
     _check_sizes(num_tokens, hidden, 1)
@@ -101,12 +100,12 @@ def unpack_partial(frame: Buffer) -> Partial:
     return Partial(OK, partial_TD, -1, "", nanoseconds / 1e9)
 
 
-def _header(layout: struct.Struct, magic: bytes, frame: Buffer) -> tuple[Any, ...]:
+def _header(layout: struct.Struct, magic: int, frame: Buffer) -> tuple[Any, ...]:
     if len(frame) < layout.size:
         raise WireError(f"{len(frame)} bytes are too few for a header of {layout.size}")
     fields = layout.unpack_from(frame)
     if fields[0] != magic:
-        raise WireError(f"magic {fields[0]!r} where {magic!r} belongs")
+        raise WireError(f"magic {fields[0]:#x} where {magic:#x} belongs")
     return fields
 
 

@@ -1,7 +1,6 @@
-"""The fast lane's connection to one replica: one socket.
+"""The zmq lane's connection to one replica: one socket.
 
-A message is two frames: an 8-byte number that the answer repeats, and a packed dispatch (wire.py). An answer whose
-number nobody waits for any more is dropped: a replica that was given up may wake and answer late.
+A message is two frames: an 8-byte number that the answer repeats, and a packed dispatch (wire.py).
 
 zmq is told not to connect again by itself: its socket then has nowhere to send to as soon as a connection is lost,
 which tells of the loss without a monitor (two more sockets per replica, and a queue of events that blocks all
@@ -9,43 +8,25 @@ connections once nobody has read it for some minutes), and nothing is sent to wh
 """
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import zmq
 
+from actors.kernels.heads import MAX_MESSAGE
 from actors.lanes.lane import LaneError
+from actors.lanes.links import Link, Ticket
 from cluster.messages.actors import LaneKeys
 
 NUMBER = struct.Struct("<Q")
-HELLO = b"hello"  # a body that asks the server for its name
-# A dispatch of 16k tokens of hidden size 4096 in float32 is 256 MiB; nothing larger is a message of ours.
-MAX_MESSAGE = 512 * 2**20
 # How long a single read of the socket waits. Only then is a loss looked for: it would cost each answer another call.
 SLICE_MS = 10
 # A host that has vanished sends no reset: bytes that it has not acknowledged for this long mean that it is lost.
 VANISHED_MS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    replica_id: str
-    number: int
-
-
 @dataclass(slots=True, eq=False)
-class Link:
-    """Connected from the replica's answer to a greeting until the connection is lost. `answers` holds answers that
-    came while another was waited for.
-    """
-
-    socket: zmq.Socket[bytes]
-    endpoint: str
-    waiting: set[int] = field(default_factory=set)
-    answers: dict[int, memoryview] = field(default_factory=dict)
-    is_connected: bool = False
-
+class ZmqLink(Link):
     def post(self, ticket: Ticket, body: bytes) -> None:
-        """Raises LaneError."""
         self.waiting.add(ticket.number)
         try:
             self.socket.send_multipart([NUMBER.pack(ticket.number), body], zmq.DONTWAIT, copy=False)
@@ -55,7 +36,7 @@ class Link:
             raise LaneError(f"{self.endpoint}: disconnected ({error})") from None
 
     def take_in(self, *, wait: bool = False) -> None:
-        """Read an answer, or else see whether the connection is lost. If told to wait, for SLICE_MS at most."""
+        """If told to wait, for SLICE_MS at most."""
         try:
             frames = self.socket.recv_multipart(0 if wait else zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as error:
@@ -64,18 +45,7 @@ class Link:
             return
         if len(frames) == 2 and len(frames[0]) == NUMBER.size:
             (number,) = NUMBER.unpack(frames[0].buffer)
-            if number in self.waiting:
-                self.answers[number] = frames[1].buffer
-
-    def hear_greeting(self, ticket: Ticket) -> bool:
-        """Whether the greeting was answered, and by the replica itself: its port may have another owner by now."""
-        self.take_in()
-        answer = self.answers.pop(ticket.number, None)
-        if answer is None:
-            return False
-        self.waiting.discard(ticket.number)
-        self.is_connected = bytes(answer) == ticket.replica_id.encode()
-        return self.is_connected
+            self.keep(number, frames[1].buffer)
 
     def close(self) -> None:
         self.is_connected = False

@@ -1,62 +1,36 @@
-"""The fast lane, the replica's end: a thread that receives dispatches and computes them itself.
+"""The zmq lane, the replica's end.
 
-Fronts on this host come over ipc, in a directory only this user may enter; others over tcp with CURVE, where only the
-application's client key is let in. Messages that wait together for the same layer are computed as one batch. What is
-no message of ours is dropped and counted.
+Fronts on this host may come over ipc, others come over tcp with CURVE, where only the application's client key is let
+in.
 """
 
-import logging
 import os
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from actors.lanes import wire
-from actors.lanes.zmq_link import HELLO, MAX_MESSAGE, NUMBER
-from cluster.leftovers import OwnedDirectory, sweep
+from actors.kernels.heads import MAX_MESSAGE
+from actors.lanes.server import STOP_CHECK_S, ComputeBatch, LaneServer, Waiting
+from actors.lanes.zmq_link import NUMBER
 from cluster.messages.actors import LaneKeys
-
-logger = logging.getLogger(__name__)
 
 # Dispatches taken from the sockets before any is computed: fronts share a batch, and none waits for long.
 MAX_DRAIN = 64
-STOP_CHECK_MS = 200
-DIRECTORY = "lane-"
-
-# Answers for dispatches of one layer, in their order.
-ComputeBatch = Callable[[list[wire.Dispatch]], list[bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    socket: zmq.Socket[bytes]
-    peer: bytes
-    number: bytes
-    dispatch: wire.Dispatch
+class ZmqServer(LaneServer):
+    kind = "zmq"
 
-    def answer(self, body: bytes) -> None:
-        self.socket.send_multipart([self.peer, self.number, body], copy=False)
-
-
-class ZmqServer:
     def __init__(self, replica_id: str, compute: ComputeBatch, keys: LaneKeys, host: str, directory: str) -> None:
-        self.num_dropped = 0
-        self._replica_id = replica_id
-        self._compute = compute
+        super().__init__(replica_id, compute, directory)
         self._keys = keys
         self._host = host
         self._context = zmq.Context()
-        sweep(DIRECTORY, directory)
-        self._directory = OwnedDirectory(DIRECTORY, directory)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="zmq-lane", daemon=True)
+        self._poller = zmq.Poller()
 
     def start(self) -> tuple[tuple[str, str], ...]:
-        """Listen and serve; returns the endpoints for the expert map."""
         self._auth = ThreadAuthenticator(self._context)
         self._auth.start()
         self._auth.configure_curve_callback("*", credentials_provider=_OnlyClient(self._keys.client_public))
@@ -68,6 +42,8 @@ class ZmqServer:
         ipc.bind(f"ipc://{path}")
         port = tcp.bind_to_random_port(f"tcp://{self._host}")
         self._sockets = (ipc, tcp)
+        for socket in self._sockets:
+            self._poller.register(socket, zmq.POLLIN)
         self._thread.start()
         return (("ipc", f"ipc://{path}"), ("tcp", f"tcp://{self._host}:{port}"))
 
@@ -78,19 +54,9 @@ class ZmqServer:
         socket.setsockopt(zmq.IPV6, 1 if ":" in self._host else 0)
         return socket
 
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        for socket in self._sockets:
-            poller.register(socket, zmq.POLLIN)
-        while not self._stop.is_set():
-            try:
-                self._serve(list(self._drain(poller)))
-            except Exception:
-                logger.exception("%s: the lane goes on after an unexpected error", self._replica_id)
-
-    def _drain(self, poller: zmq.Poller) -> Iterator[_Waiting]:
-        """Dispatches that wait now, a turn for each socket; ROUTER sockets take turns between their peers."""
-        ready = [socket for socket, _ in poller.poll(STOP_CHECK_MS)]
+    def _drain(self) -> Iterator[Waiting]:
+        """ROUTER sockets take turns between their peers."""
+        ready = [socket for socket, _ in self._poller.poll(int(1000 * STOP_CHECK_S))]
         for _ in range(MAX_DRAIN):
             if not ready:
                 return
@@ -100,41 +66,25 @@ class ZmqServer:
                 except zmq.Again:
                     ready.remove(socket)
                 else:
-                    if message := self._parse(socket, frames):
+                    if message := self._take(socket, frames):
                         yield message
 
-    def _parse(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> _Waiting | None:
+    def _take(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> Waiting | None:
         if len(frames) != 3 or len(frames[1]) != NUMBER.size:
-            self.num_dropped += 1
+            self._drop()
             return None
-        peer, number, body = frames[0].bytes, frames[1].bytes, frames[2].buffer
-        if body == HELLO:
-            socket.send_multipart([peer, number, self._replica_id.encode()])
-            return None
-        try:
-            return _Waiting(socket, peer, number, wire.unpack_dispatch(body))
-        except wire.WireError:
-            self.num_dropped += 1
-            return None
+        peer, number = frames[0].bytes, frames[1].bytes
+        return self._parse(frames[2].buffer, partial(_answer, socket, (peer, number)))
 
-    def _serve(self, waiting: list[_Waiting]) -> None:
-        by_layer: dict[int, list[_Waiting]] = defaultdict(list)
-        for message in waiting:
-            by_layer[message.dispatch.layer].append(message)
-        for messages in by_layer.values():
-            answers = self._compute([message.dispatch for message in messages])
-            for message, answer in zip(messages, answers, strict=True):
-                message.answer(answer)
-
-    def stop(self) -> None:
-        """End the thread, close the sockets, remove the directory."""
-        self._stop.set()
-        self._thread.join(5)
+    def _close(self) -> None:
         for socket in self._sockets:
             socket.close()
         self._auth.stop()
         self._context.term()
-        self._directory.remove()
+
+
+def _answer(socket: zmq.Socket[bytes], to: tuple[bytes, bytes], body: bytes) -> None:
+    socket.send_multipart([*to, body], copy=False)
 
 
 class _OnlyClient:

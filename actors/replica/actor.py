@@ -20,7 +20,7 @@ from cluster.messages.actors import ActorReport, Identity, LoadProgress, ReadyRe
 from cluster.metrics import Metrics
 
 if TYPE_CHECKING:
-    from actors.lanes.zmq_server import ZmqServer
+    from actors.lanes.server import LaneServer
     from actors.replica.replica import Replica
 
 # A socket's path may have 107 characters.
@@ -36,14 +36,14 @@ class ExpertActor:
         self.spec = spec
         self.metrics = Metrics()
         self.replica: Replica | None = None
-        self.server: ZmqServer | None = None
+        self.servers: list[LaneServer] = []
         self.ready: ReadyReport | None = None
         self._loaded = 0
         self._total = 0
         self.supervision = watch_for_orphanhood(namespace, self._close)
 
     def load(self) -> ReadyReport:
-        """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lane."""
+        """Read this replica's experts, and nothing else, from the checkpoint; then listen on the fast lanes."""
         started = time.monotonic()
         self.replica = gently(self._read)
         endpoints = self._listen(self.replica)
@@ -76,16 +76,18 @@ class ExpertActor:
         self._loaded += num_bytes
 
     def _listen(self, replica: "Replica") -> tuple[tuple[str, str], ...]:
+        from actors.lanes.unix_server import UnixServer
         from actors.lanes.zmq_server import ZmqServer
 
-        if self.spec.lane_keys is None:
-            return ()
-        host = ray.util.get_node_ip_address()
-        directory = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
-        if len(directory) > MAX_DIRECTORY:
-            directory = tempfile.gettempdir()
-        self.server = ZmqServer(self.spec.actor_id, replica.answer_batch, self.spec.lane_keys, host, directory)
-        return self.server.start()
+        session = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
+        directory = next(path for path in (session, tempfile.gettempdir(), "/tmp") if len(path) <= MAX_DIRECTORY)
+        name, compute, spec = self.spec.actor_id, replica.answer_batch, self.spec
+        if spec.lane in ("auto", "unix"):
+            self.servers.append(UnixServer(name, compute, directory))
+        if spec.lane_keys is not None:
+            host = ray.util.get_node_ip_address()
+            self.servers.append(ZmqServer(name, compute, spec.lane_keys, host, directory))
+        return tuple(endpoint for server in self.servers for endpoint in server.start())
 
     def run_experts(self, frame: bytes) -> bytes:
         """The object_ref lane: answer a packed dispatch with a packed partial, or with the reason why not."""
@@ -117,8 +119,7 @@ class ExpertActor:
     def report(self) -> ActorReport:
         self.supervision.hear()
         tokens, stuck = (self.replica.num_tokens, self.replica.stuck_seconds) if self.replica else (0, 0.0)
-        if self.server:
-            self.metrics.raise_to("lane_dropped_messages_total", self.server.num_dropped)
+        self.metrics.raise_to("lane_dropped_messages_total", sum(server.num_dropped for server in self.servers))
         return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.samples(), stuck_seconds=stuck)
 
     @ray.method(concurrency_group="control")
@@ -127,6 +128,6 @@ class ExpertActor:
         self._close()
 
     def _close(self) -> None:
-        if self.server:
-            self.server.stop()
-            self.server = None
+        for server in self.servers:
+            server.stop()
+        self.servers = []

@@ -131,6 +131,7 @@ class ReplicaSpec:
     kernels: KernelChoice = "auto"
     expert_dtype: ExpertDtype = "auto"
     resources: ResourcePlan = ResourcePlan()
+    lane: str = "auto"
 
     def fits(self, wanted: object) -> bool:
         """As FrontSpec.fits. Experts don't matter either: an actor can be told to hold others."""

@@ -57,6 +57,7 @@ class Blueprint:
             kernels=self.engine.kernels,
             expert_dtype=self.engine.expert_dtype,
             resources=self.resources,
+            lane=self.lane,
         )
 
 
@@ -118,7 +119,7 @@ def draw_blueprint(
     lane_keys: LaneKeys | None = None,
 ) -> Blueprint:
     """`model_path` is what actors of all nodes are told: the checkpoint may be a copy of it. `lane_keys` open the zmq
-    lane; the lanes local and object_ref need none. Raises ConfigError.
+    lane; the other lanes need none. Raises ConfigError.
     """
     expert_map = check_config(config, checkpoint.spec)
     resources = plan_resources(config, machine)

@@ -10,6 +10,7 @@ import zmq
 from actors.dispatch.remote import RemoteDispatcher
 from actors.lanes.lane import Lane
 from actors.lanes.object_ref import ObjectRefLane
+from actors.lanes.unix_client import UnixLane
 from actors.lanes.zmq_client import ZmqLane
 from actors.replica.actor import ExpertActor
 from cluster.expert_map import ExpertMap, ReplicaAddress, contiguous_homes
@@ -76,11 +77,13 @@ def place(
 
 
 def make_lane(name: str) -> Lane:
+    if name == "unix":
+        return UnixLane()
     return ObjectRefLane(NAMESPACE) if name == "object_ref" else ZmqLane(KEYS)
 
 
 def connect(expert_map: ExpertMap, lane: str = "object_ref") -> RemoteDispatcher:
-    """A dispatcher over `object_ref`, `zmq` (ipc, since all is on one host) or `tcp`."""
+    """A dispatcher over `object_ref`, `unix`, `zmq` (ipc, since all is on one host) or `tcp`."""
     if lane == "tcp":
         expert_map = without(expert_map, "ipc")
     dispatcher = RemoteDispatcher(make_lane(lane), Metrics())

@@ -29,7 +29,7 @@ def num_groups_of(name: str) -> list[int]:
     return [n for n in (1, 2, 4) if num_experts % n == 0]
 
 
-LANES = ["object_ref", "zmq", "tcp"]
+LANES = ["object_ref", "unix", "zmq", "tcp"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -42,7 +42,7 @@ def test_tokens_equal_transformers_with_any_number_of_groups(
     assert len({token for tokens in expected for token in tokens}) > 8, "the reference must vary"
     for num_groups in num_groups_of(name):
         expert_map = place(hosts, model_dir, num_groups)
-        for lane in ("object_ref", "zmq"):
+        for lane in ("object_ref", "unix", "zmq"):
             dispatcher = connect(expert_map, lane)
             results = run(make_engine(model_dir, dispatcher=dispatcher, budget=16), REQUESTS)
             tokens = [results[str(i)].token_ids for i in range(len(PROMPTS))]

@@ -99,8 +99,8 @@ async def test_two_groups_of_two_replicas_serve_and_report(ray_session: None, gr
         text = (await supervisor.exposition("in", ())).decode()
         assert f"outcrop_generation_tokens_total {2 * 12:.1f}" in text
         assert 'outcrop_expert_replicas{group="1",state="ready"} 2.0' in text
-        assert 'outcrop_lane_bytes_total{direction="sent",lane="zmq"}' in text
-        assert {a.lane for a in supervisor.state().actors} == {"zmq"}, "auto takes the fast lane where it can"
+        assert 'outcrop_lane_bytes_total{direction="sent",lane="unix"}' in text
+        assert {a.lane for a in supervisor.state().actors} == {"unix"}, "auto takes the fast lane where it can"
         pids = [a.pid for a in state.actors]
     await until(lambda: not any(is_alive(pid) for pid in pids))
 

@@ -75,7 +75,10 @@ def test_lists_are_text_where_there_are_only_texts() -> None:
         ({}, "model: Field required"),
         ({"model": "m", "groops": 2}, "groops=2 is unknown: did you mean groups?"),
         ({"model": "m", "groups": 0}, "groups=0: Input should be greater than or equal to 1"),
-        ({"model": "m", "lane": "smoke"}, "lane='smoke': Input should be 'auto', 'object_ref', 'zmq' or 'local'"),
+        (
+            {"model": "m", "lane": "smoke"},
+            "lane='smoke': Input should be 'auto', 'object_ref', 'unix', 'zmq' or 'local'",
+        ),
         ({"model": "m", "name": "A"}, "name='A': Value error, must be up to 40 lower-case letters"),
         ({"model": "m", "name": "v1"}, "name='v1': Value error, is a route of the API: choose a name other than"),
         ({"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 8}, "max_num_seqs=64 is more than"),

@@ -96,7 +96,7 @@ def test_a_computation_that_does_not_end_is_told_to_the_supervisor(
     monkeypatch.setattr("actors.replica.replica.time.monotonic", lambda: now[0])
     supervision = SimpleNamespace(hear=lambda: None)
     actor = SimpleNamespace(
-        spec=replica.spec, replica=replica, server=None, metrics=replica.metrics, supervision=supervision
+        spec=replica.spec, replica=replica, servers=[], metrics=replica.metrics, supervision=supervision
     )
     reported = []
 

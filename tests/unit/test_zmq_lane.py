@@ -15,9 +15,11 @@ import zmq
 from actors.lanes import wire
 from actors.lanes.auto import AutoLane
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
-from actors.lanes.zmq_client import HANDSHAKE_S, ZmqLane
-from actors.lanes.zmq_link import HELLO, NUMBER, Link, new_socket
-from actors.lanes.zmq_server import DIRECTORY, ZmqServer
+from actors.lanes.links import HANDSHAKE_S, HELLO, Link
+from actors.lanes.server import DIRECTORY
+from actors.lanes.zmq_client import ZmqLane
+from actors.lanes.zmq_link import NUMBER, new_socket
+from actors.lanes.zmq_server import ZmqServer
 from cluster.expert_map import ReplicaAddress
 from cluster.leftovers import OwnedDirectory
 from cluster.messages.actors import LaneKeys
@@ -479,7 +481,7 @@ def test_maps_and_probes_in_vain_leave_no_sockets_behind(
     lane: ZmqLane, tmp_path: Path, opened: list[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is sent over zmq meanwhile: all replicas are given up, or reached by another lane."""
-    monkeypatch.setattr("actors.lanes.zmq_client.HANDSHAKE_S", 0.01)
+    monkeypatch.setattr("actors.lanes.links.HANDSHAKE_S", 0.01)
     with Greeters(tmp_path, [""]) as silent:
         for _ in range(5):
             lane.connect(silent.replicas)
@@ -518,7 +520,7 @@ class Everywhere(Lane):
 def test_auto_probes_over_the_lane_that_gets_through_and_returns_to_zmq_when_that_does(
     lane: ZmqLane, tmp_path: Path
 ) -> None:
-    auto = AutoLane(lane, Everywhere())
+    auto = AutoLane((lane,), Everywhere())
     with Greeters(tmp_path, ["someone else"]) as greeters:
         (target,) = greeters.replicas
         auto.connect([target])
@@ -538,7 +540,7 @@ def test_auto_connects_the_other_lane_even_if_zmq_fails(lane: ZmqLane, monkeypat
     def fail(replicas: Iterable[ReplicaAddress]) -> None:
         raise OSError("too many open files")
 
-    auto = AutoLane(lane, Everywhere())
+    auto = AutoLane((lane,), Everywhere())
     monkeypatch.setattr(lane, "connect", fail)
     target = ReplicaAddress("r0", 0, ())
     with pytest.raises(OSError, match="too many open files"):
@@ -549,7 +551,7 @@ def test_auto_connects_the_other_lane_even_if_zmq_fails(lane: ZmqLane, monkeypat
 def test_auto_closes_connections_to_replicas_that_have_left_whichever_lane_it_uses(
     lane: ZmqLane, tmp_path: Path, opened: list[zmq.Socket[bytes]]
 ) -> None:
-    auto = AutoLane(lane, Everywhere())
+    auto = AutoLane((lane,), Everywhere())
     elsewhere = ReplicaAddress("r1", 0, ())
     with Greeters(tmp_path, ["r0"]) as greeters:
         auto.connect([*greeters.replicas, elsewhere])
@@ -561,7 +563,7 @@ def test_auto_closes_connections_to_replicas_that_have_left_whichever_lane_it_us
 
 def test_auto_looks_at_both_lanes_even_without_time_left(server: ZmqServer, connect: Connect) -> None:
     lane = connect()
-    auto = AutoLane(lane, Everywhere())
+    auto = AutoLane((lane,), Everywhere())
     target = address(server, "ipc")
     answered = auto.send(target, MESSAGE)
     assert lane._links["r0"].socket.poll(5000), "the answer has come"
