@@ -83,7 +83,7 @@ class ExpertActor:
         directory = next(path for path in (session, tempfile.gettempdir(), "/tmp") if len(path) <= MAX_DIRECTORY)
         name, compute, spec = self.spec.actor_id, replica.answer_batch, self.spec
         if spec.lane in ("auto", "unix"):
-            self.servers.append(UnixServer(name, compute, directory))
+            self.servers.append(UnixServer(name, compute, directory, replica.serving))
         if spec.lane_keys is not None:
             host = ray.util.get_node_ip_address()
             self.servers.append(ZmqServer(name, compute, spec.lane_keys, host, directory))
@@ -119,6 +119,8 @@ class ExpertActor:
     def report(self) -> ActorReport:
         self.supervision.hear()
         tokens, stuck = (self.replica.num_tokens, self.replica.stuck_seconds) if self.replica else (0, 0.0)
+        if self.replica:
+            self.replica.publish_counters()
         self.metrics.raise_to("lane_dropped_messages_total", sum(server.num_dropped for server in self.servers))
         return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.samples(), stuck_seconds=stuck)
 
