@@ -1,5 +1,8 @@
-"""The native way of dispatches against the same dispatches in Python: replicas in threads, real sockets, real kernels."""
+"""The native way of dispatches against the same in Python: replicas in threads, real sockets, real kernels."""
 
+import socket as sockets
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +14,17 @@ from torch import Tensor
 from actors.compute import Compute
 from actors.dispatch.dispatcher import Dispatcher
 from actors.dispatch.express import ExpressDispatcher
+from actors.dispatch.failover import DEADLINE_FLOOR_S
 from actors.dispatch.local import LocalDispatcher
 from actors.dispatch.remote import RemoteDispatcher
+from actors.dispatch.step import Step
 from actors.experts.fallback import CheckpointExperts
 from actors.experts.loading import load_experts, read_layer_experts
 from actors.experts.store import ExpertStore
 from actors.kernels import native
+from actors.kernels.heads import FRAME
+from actors.lanes import wire
+from actors.lanes.step_id import StepId
 from actors.lanes.unix_client import UnixLane
 from actors.lanes.unix_server import UnixServer
 from actors.replica.replica import Replica
@@ -85,6 +93,9 @@ class Groups:
 
     def fallback(self) -> CheckpointExperts:
         return CheckpointExperts(self.weights)
+
+
+native_only = pytest.mark.parametrize("groups", ["bfloat16"], indirect=True)
 
 
 @pytest.fixture(params=DTYPES)
@@ -193,3 +204,323 @@ def test_metrics_are_the_same_as_without(groups: Groups, connect: Connect) -> No
         assert samples(one.replica.metrics, "expert_tokens_total")[labels] == one.replica.num_tokens
         counted = samples(one.replica.metrics, "expert_compute_seconds_count")
         assert counted[(("group", str(one.replica.spec.group)),)] > 0
+
+
+class OddReplica(threading.Thread):
+    """Speaks for itself on a stream socket: greets as a replica does, then does `behave` with the first dispatch."""
+
+    def __init__(self, name: str, path: Path, behave: Callable[["OddReplica", int, bytes], None]) -> None:
+        super().__init__(daemon=True)
+        self.address = ReplicaAddress(name, 0, (("unix", str(path)),))
+        self.behave = behave
+        self.go_on = threading.Event()
+        self.ended = threading.Event()
+        self.listener = sockets.socket(sockets.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        self.start()
+
+    def run(self) -> None:
+        self.front, _ = self.listener.accept()
+        number, _ = self.read_frame()
+        self.send(number, self.address.replica_id.encode())
+        self.behave(self, *self.read_frame())
+        self.ended.set()
+
+    def read(self, length: int) -> bytes:
+        parts = []
+        while length:
+            parts.append(self.front.recv(length))
+            length -= len(parts[-1])
+            if not parts[-1]:
+                raise EOFError
+        return b"".join(parts)
+
+    def read_frame(self) -> tuple[int, bytes]:
+        number, length = FRAME.layout.unpack(self.read(FRAME.layout.size))
+        return number, self.read(length)
+
+    def send(self, number: int, body: bytes) -> None:
+        self.front.sendall(FRAME.layout.pack(number, len(body)) + body)
+
+    def stop(self) -> None:
+        self.go_on.set()
+        self.listener.close()
+        if hasattr(self, "front"):
+            self.front.close()
+
+
+def partial_of(body: bytes, factor: float = 1.0) -> bytes:
+    return wire.pack_partial(wire.unpack_dispatch(body).x_TD * factor, 0.0)
+
+
+def hang(odd: OddReplica, number: int, body: bytes) -> None:
+    odd.go_on.wait(20)
+
+
+def end(odd: OddReplica, number: int, body: bytes) -> None:
+    odd.front.close()
+
+
+def end_in_mid_answer(odd: OddReplica, number: int, body: bytes) -> None:
+    answer = partial_of(body)
+    odd.front.sendall(FRAME.layout.pack(number, len(answer)) + answer[: len(answer) // 2])
+    odd.front.close()
+
+
+def stop_in_mid_answer(odd: OddReplica, number: int, body: bytes) -> None:
+    answer = partial_of(body)
+    odd.front.sendall(FRAME.layout.pack(number, len(answer)) + answer[: len(answer) // 2])
+    odd.go_on.wait(20)
+
+
+def answer_in_nan(odd: OddReplica, number: int, body: bytes) -> None:
+    odd.send(number, partial_of(body, float("nan")))
+
+
+def answer_with_fewer_tokens(odd: OddReplica, number: int, body: bytes) -> None:
+    odd.send(number, wire.pack_partial(wire.unpack_dispatch(body).x_TD[1:], 0.0))
+
+
+def answer_in_another_type(odd: OddReplica, number: int, body: bytes) -> None:
+    odd.send(number, wire.pack_partial(wire.unpack_dispatch(body).x_TD.half(), 0.0))
+
+
+def answer_garbage(odd: OddReplica, number: int, body: bytes) -> None:
+    odd.send(number, b"\xff" * 300)
+
+
+def announce_too_much(odd: OddReplica, number: int, body: bytes) -> None:
+    odd.front.sendall(FRAME.layout.pack(number, 1 << 60) + b"x" * 300)
+    odd.go_on.wait(20)
+
+
+def fail(odd: OddReplica, number: int, body: bytes) -> None:
+    odd.send(number, wire.pack_refusal(wire.FAILED, "out of memory"))
+
+
+def answer_another_message_first(odd: OddReplica, number: int, body: bytes) -> None:
+    odd.send(number + 5, partial_of(body))
+    odd.go_on.wait(20)
+
+
+ODD = {
+    hang: "timeout",
+    end: "disconnected",
+    end_in_mid_answer: "disconnected",
+    stop_in_mid_answer: "timeout",
+    answer_in_nan: "corrupt",
+    answer_with_fewer_tokens: "corrupt",
+    answer_in_another_type: "corrupt",
+    answer_garbage: "corrupt",
+    announce_too_much: "disconnected",
+    fail: "corrupt",
+    answer_another_message_first: "timeout",
+}
+
+
+def failovers(dispatcher: RemoteDispatcher) -> dict[str, float]:
+    found = samples(dispatcher.metrics, "failovers_total")
+    return {dict(labels)["reason"]: value for labels, value in found.items() if value}
+
+
+def with_first(expert_map: ExpertMap, address: ReplicaAddress) -> ExpertMap:
+    """This one is asked first in group 0."""
+    return expert_map.with_replicas((address, *expert_map.replicas))
+
+
+def watched(dispatcher: RemoteDispatcher, step: int = 1) -> Step:
+    dispatcher.step = Step(StepId(0, step), ("r",))
+    return dispatcher.step
+
+
+@pytest.mark.parametrize("behave", ODD, ids=lambda behave: behave.__name__)
+def test_a_replica_that_is_out_of_the_ordinary_is_given_up_as_without_the_native_way(
+    groups: Groups, connect: Connect, tmp_path: Path, behave: Callable[[OddReplica, int, bytes], None]
+) -> None:
+    expert_map, routed = groups.start(2), message(groups, 7)
+    expected = connect(expert_map, RemoteDispatcher).exchange(0, *routed)
+    odd = OddReplica("odd", tmp_path / "odd", behave)
+    dispatcher = connect(with_first(expert_map, odd.address))
+    dispatcher._latency.observe("odd", 7, 0.001)
+    step, started = watched(dispatcher), time.monotonic()
+    assert torch.equal(dispatcher.exchange(0, *routed), expected)
+    assert failovers(dispatcher) == {ODD[behave]: 1}
+    assert step.num_failovers == 1
+    assert time.monotonic() - started < DEADLINE_FLOOR_S + 1.0
+    dispatcher._breaker._due["odd"] = float("inf")  # it is not probed: that is another story
+    for number in range(3):
+        watched(dispatcher, 2 + number)
+        assert torch.equal(dispatcher.exchange(0, *routed), expected)
+    assert went_native(dispatcher), "with those that are left"
+    assert failovers(dispatcher) == {ODD[behave]: 1}
+    assert not any(dispatcher._outstanding.values())
+    odd.stop()
+
+
+def test_a_message_that_is_not_taken_is_handed_over_in_the_middle(
+    groups: Groups, connect: Connect, tmp_path: Path
+) -> None:
+    """The replica that was given up finds the whole of it when it reads on."""
+    taken: list[tuple[int, bytes]] = []
+
+    class Slow(OddReplica):
+        def run(self) -> None:
+            self.front, _ = self.listener.accept()
+            number, _ = self.read_frame()
+            self.send(number, b"odd")
+            self.go_on.wait(20)
+            taken.append(self.read_frame())
+            self.send(taken[0][0], partial_of(taken[0][1]))
+            self.ended.set()
+
+    expert_map, routed = groups.start(2), message(groups, 6_000)
+    expected = connect(expert_map, RemoteDispatcher).exchange(0, *routed)
+    odd = Slow("odd", tmp_path / "odd", hang)
+    dispatcher = connect(with_first(expert_map, odd.address))
+    dispatcher._latency.observe("odd", 6_000, 0.001)
+    watched(dispatcher)
+    assert torch.equal(dispatcher.exchange(0, *routed), expected)
+    assert failovers(dispatcher) == {"timeout": 1}
+    link = dispatcher.lane._links["odd"]  # type: ignore[attr-defined]
+    assert link.socket.unsent
+    odd.go_on.set()
+    deadline = time.monotonic() + 10
+    while not odd.ended.is_set() or link.waiting:
+        assert time.monotonic() < deadline
+        watched(dispatcher)
+        assert torch.equal(dispatcher.exchange(0, *routed), expected)
+    (part,) = dispatcher.dispatch(0, *routed).parts[:1]
+    assert taken[0][1] == wire.pack_dispatch(0, part.x_PD, part.gates_PK, part.ids_PK, StepId(0, 1))
+    odd.stop()
+
+
+def test_a_step_goes_on_behind_the_layer_that_a_replica_has_ended_in(groups: Groups, connect: Connect) -> None:
+    expert_map = groups.start(2, num_replicas=2)
+    expected = tokens(groups.model_dir, groups.dtype, connect(expert_map, RemoteDispatcher))
+    dispatcher = connect(expert_map)
+    victim = groups.running[0]
+    engine = make_engine(groups.model_dir, dispatcher=dispatcher, budget=16, dtype=groups.dtype)
+    forward, steps = engine.model.forward, []
+
+    def end_before_the_third_step(*arguments: object) -> object:
+        steps.append(1)
+        if len(steps) == 3:
+            victim.server.stop()
+        return forward(*arguments)  # type: ignore[arg-type]
+
+    engine.model.forward = end_before_the_third_step  # type: ignore[method-assign, assignment]
+    results = run(engine, REQUESTS)
+    assert [result.token_ids for result in results.values()] == expected
+    assert failovers(dispatcher) == {"disconnected": 1}
+    groups.running.remove(victim)
+
+
+def test_experts_that_have_moved_are_found_by_the_next_map(groups: Groups, connect: Connect) -> None:
+    expert_map, routed = groups.start(2), message(groups, 7)
+    dispatcher = connect(expert_map)
+    expected = dispatcher.exchange(0, *routed)
+    first, second = groups.running
+    everything = tuple(range(groups.weights.spec.num_experts))
+    second.replica.set_experts(0, everything)
+    first.replica.set_experts(0, ())
+    newer = expert_map.with_homes(0, ((1,),) * len(everything))
+    threading.Timer(0.2, lambda: dispatcher.set_map(newer)).start()
+    moved = dispatcher.exchange(0, *routed)
+    torch.testing.assert_close(moved, expected, atol=0.02, rtol=0.05)
+    assert failovers(dispatcher) == {"not_held": 1}
+    torch.testing.assert_close(dispatcher.exchange(0, *routed), expected, atol=0.02, rtol=0.05)
+    assert failovers(dispatcher) == {"not_held": 1}
+    assert went_native(dispatcher)
+    for number in range(groups.weights.spec.num_layers - 1):
+        assert torch.isfinite(dispatcher.exchange(number + 1, *routed)).all(), "other layers are where they were"
+
+
+def test_experts_are_exchanged_while_others_are_computed(groups: Groups, connect: Connect) -> None:
+    """Under load: nothing is computed by memory that was given back, and every answer is one of the two."""
+    expert_map, routed = groups.start(1), message(groups, 7)
+    dispatcher = connect(expert_map, fallback=groups.fallback().run)
+    expected, (one,) = dispatcher.exchange(0, *routed), groups.running
+    everything, is_over = one.replica.store.held[0], threading.Event()
+
+    def exchange() -> None:
+        while not is_over.is_set():
+            one.replica.set_experts(0, tuple(reversed(everything)))
+            one.replica.set_experts(0, everything)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    for _ in range(300):
+        assert torch.equal(dispatcher.exchange(0, *routed), expected)
+    is_over.set()
+    thread.join()
+    assert went_native(dispatcher)
+
+
+def test_a_replica_that_joins_shares_the_messages_and_one_that_leaves_gets_none(
+    groups: Groups, connect: Connect
+) -> None:
+    both, routed = groups.start(1, num_replicas=2), message(groups, 4)
+    alone = both.with_replicas(both.replicas[:1])
+    dispatcher = connect(alone)
+
+    def computed(times: int) -> list[int]:
+        before = [one.replica.num_tokens for one in groups.running]
+        for _ in range(times):
+            dispatcher.exchange(0, *routed)
+        return [(one.replica.num_tokens - b) // 4 for one, b in zip(groups.running, before, strict=True)]
+
+    assert computed(20) == [20, 0]
+    dispatcher.set_map(ExpertMap(7, 1, both.homes, both.replicas))
+    assert computed(20) == [10, 10]
+    dispatcher.set_map(ExpertMap(8, 1, both.homes, both.replicas[1:]))
+    assert computed(20) == [0, 20]
+    assert went_native(dispatcher)
+    dispatcher.lane.close_retired()
+    assert groups.running[0].server._peers.num_connected <= 1
+
+
+@native_only
+def test_a_replica_says_since_when_it_computes(groups: Groups, connect: Connect) -> None:
+    expert_map = groups.start(1)
+    dispatcher, (one,) = connect(expert_map), groups.running
+    assert one.replica.stuck_seconds == 0
+    is_over, seen = threading.Event(), []
+
+    def look() -> None:
+        while not is_over.is_set():
+            seen.append(one.replica.stuck_seconds)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    dispatcher.exchange(0, *message(groups, 5000))
+    is_over.set()
+    thread.join()
+    assert 0 < max(seen) < 10
+    assert one.replica.stuck_seconds == 0
+
+
+@native_only
+def test_fronts_that_wait_for_the_same_layer_share_a_computation(groups: Groups, connect: Connect) -> None:
+    expert_map = groups.start(1)
+    (one,), fronts = groups.running, [connect(expert_map, RemoteDispatcher) for _ in range(4)]
+    expected = [front.exchange(0, *message(groups, 3, number)) for number, front in enumerate(fronts)]
+    before = samples_of(one)
+    nothing = torch.zeros(1 << 30, dtype=torch.uint8)  # pages that are only read take no memory
+    reading = threading.Thread(target=native.loaded().outcrop_read, args=(1, nothing.data_ptr(), len(nothing)))
+    reading.start()  # one call of the kernels computes at a time: others wait until it has read all that
+    blocker = fronts[0].dispatch(0, *message(groups, 3))
+    while not one.replica.stuck_seconds:
+        time.sleep(0.001)
+    pending = [front.dispatch(0, *message(groups, 3, number)) for number, front in enumerate(fronts[1:], 1)]
+    assert reading.is_alive(), "or they did not have to wait"
+    fronts[0].combine(blocker)
+    for front, open_, sum_TD in zip(fronts[1:], pending, expected[1:], strict=True):
+        assert torch.equal(front.combine(open_), sum_TD), "a token's sum does not depend on the tokens beside it"
+    assert samples_of(one) - before == 2
+
+
+def samples_of(one: Group) -> float:
+    """Computations so far."""
+    one.replica.publish_counters()
+    return sum(samples(one.replica.metrics, "expert_compute_seconds_count").values())
