@@ -480,24 +480,32 @@ def test_a_replica_that_joins_shares_the_messages_and_one_that_leaves_gets_none(
     assert groups.running[0].server._peers.num_connected <= 1
 
 
+def busy_kernels() -> threading.Thread:
+    """One call of the kernels computes at a time: while this one lasts, others wait."""
+    nothing = torch.zeros(1 << 30, dtype=torch.uint8)  # pages that are only read take no memory
+    busy = threading.Thread(target=lambda: native.loaded().outcrop_read(1, nothing.data_ptr(), len(nothing)))
+    busy.start()
+    return busy
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @native_only
 def test_a_replica_says_since_when_it_computes(groups: Groups, connect: Connect) -> None:
     expert_map = groups.start(1)
-    dispatcher, (one,) = connect(expert_map), groups.running
+    dispatcher, (one,) = connect(expert_map, RemoteDispatcher), groups.running
     assert one.replica.stuck_seconds == 0
-    is_over, seen = threading.Event(), []
-
-    def look() -> None:
-        while not is_over.is_set():
-            seen.append(one.replica.stuck_seconds)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    dispatcher.exchange(0, *message(groups, 5000))
-    is_over.set()
-    thread.join()
-    assert 0 < max(seen) < 10
-    assert one.replica.stuck_seconds == 0
+    busy = busy_kernels()
+    pending = dispatcher.dispatch(0, *message(groups, 3))
+    wait_until(lambda: one.replica.stuck_seconds > 0.005)
+    busy.join()
+    dispatcher.combine(pending)
+    wait_until(lambda: one.replica.stuck_seconds == 0)
 
 
 @native_only
@@ -506,14 +514,11 @@ def test_fronts_that_wait_for_the_same_layer_share_a_computation(groups: Groups,
     (one,), fronts = groups.running, [connect(expert_map, RemoteDispatcher) for _ in range(4)]
     expected = [front.exchange(0, *message(groups, 3, number)) for number, front in enumerate(fronts)]
     before = samples_of(one)
-    nothing = torch.zeros(1 << 30, dtype=torch.uint8)  # pages that are only read take no memory
-    reading = threading.Thread(target=native.loaded().outcrop_read, args=(1, nothing.data_ptr(), len(nothing)))
-    reading.start()  # one call of the kernels computes at a time: others wait until it has read all that
+    busy = busy_kernels()
     blocker = fronts[0].dispatch(0, *message(groups, 3))
-    while not one.replica.stuck_seconds:
-        time.sleep(0.001)
+    wait_until(lambda: one.replica.stuck_seconds)
     pending = [front.dispatch(0, *message(groups, 3, number)) for number, front in enumerate(fronts[1:], 1)]
-    assert reading.is_alive(), "or they did not have to wait"
+    assert busy.is_alive(), "or they did not have to wait"
     fronts[0].combine(blocker)
     for front, open_, sum_TD in zip(fronts[1:], pending, expected[1:], strict=True):
         assert torch.equal(front.combine(open_), sum_TD), "a token's sum does not depend on the tokens beside it"
