@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from actors.process.limits import gently, limit_threads, release_free_memory
+from actors.process.limits import gently, limit_threads, release_free_memory, use_threads
 from actors.process.orphan import watch_for_orphanhood
 from actors.process.place import where_am_i
 from actors.process.readiness import show_ready
@@ -66,6 +66,8 @@ class ExpertActor:
         self._total = checkpoint.bytes_per_expert * sum(len(layer) for layer in spec.experts)
         with told_if_out_of_memory("a replica's share of the experts", "raise groups or gpus_per_replica"):
             store = load_experts(Weights(checkpoint, compute, self._advance), spec.experts)
+        if compute.experts == "native" and spec.native_threads:
+            use_threads(spec.native_threads)
         release_free_memory()
         read = partial(read_layer_experts, Weights(checkpoint, compute))
         replica = Replica(spec, store, read, self.metrics)
