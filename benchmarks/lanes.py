@@ -20,7 +20,7 @@ from cluster.models.family import read_spec
 NAMESPACE = "bench"
 # Experts in int8, behind a lane.
 INT8 = "+int8"
-LANES = ("local", "object_ref", "zmq", "zmq" + INT8, "tcp")
+LANES = ("local", "object_ref", "unix", "zmq", "unix" + INT8, "tcp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,20 @@ class Cluster:
     int8_map: ExpertMap | None = None
 
     def dispatcher(self, lane: str, metrics: Any) -> Any:
-        """`zmq` goes over ipc, `tcp` is zmq over tcp with CURVE, `object_ref` over Ray actor calls."""
+        """`unix` is stream sockets, `zmq` is zmq over ipc, `tcp` with CURVE, `object_ref` is Ray actor calls."""
         expert_map = self.int8_map if lane.endswith(INT8) else self.expert_map
         assert expert_map is not None
         lane = lane.removesuffix(INT8)
+        from actors.dispatch.express import ExpressDispatcher
         from actors.dispatch.remote import RemoteDispatcher
         from actors.lanes.object_ref import ObjectRefLane
+        from actors.lanes.unix_client import UnixLane
         from actors.lanes.zmq_client import ZmqLane
 
-        remote = RemoteDispatcher(ObjectRefLane(NAMESPACE) if lane == "object_ref" else ZmqLane(self.keys), metrics)
+        if lane == "unix":
+            remote: RemoteDispatcher = ExpressDispatcher(UnixLane(), metrics)
+        else:
+            remote = RemoteDispatcher(ObjectRefLane(NAMESPACE) if lane == "object_ref" else ZmqLane(self.keys), metrics)
         remote.set_map(without_ipc(expert_map) if lane == "tcp" else expert_map)
         return remote
 
@@ -55,7 +60,13 @@ def without_ipc(expert_map: ExpertMap) -> ExpertMap:
 
 @contextmanager
 def expert_cluster(
-    model_dir: Path, groups: int, replicas: int = 1, dtype: str = "bfloat16", *, with_int8: bool = False
+    model_dir: Path,
+    groups: int,
+    replicas: int = 1,
+    dtype: str = "bfloat16",
+    *,
+    with_int8: bool = False,
+    threads: int | None = None,
 ) -> Iterator[Cluster]:
     """Start Ray and the replicas; all are gone afterwards."""
     from deploy.cli.local_ray import own_ray
@@ -67,20 +78,26 @@ def expert_cluster(
     expert_map = ExpertMap(0, groups, contiguous_homes(spec.num_layers, spec.num_experts, groups))
 
     def started(expert_dtype: ExpertDtype) -> ExpertMap:
-        return expert_map.with_replicas(_start(model_dir, expert_map, replicas, dtype, keys, expert_dtype))
+        return expert_map.with_replicas(_start(model_dir, expert_map, replicas, dtype, keys, expert_dtype, threads))
 
     with own_ray():
         yield Cluster(started("auto"), keys, started("int8") if with_int8 else None)
 
 
 def _start(
-    model_dir: Path, expert_map: ExpertMap, replicas: int, dtype: str, keys: LaneKeys, expert_dtype: ExpertDtype
+    model_dir: Path,
+    expert_map: ExpertMap,
+    replicas: int,
+    dtype: str,
+    keys: LaneKeys,
+    expert_dtype: ExpertDtype,
+    threads: int | None,
 ) -> tuple[ReplicaAddress, ...]:
     import ray
 
     from actors.replica.actor import ExpertActor
 
-    threads = max(1, (os.cpu_count() or 1) // (expert_map.num_groups * replicas))
+    threads = threads or max(1, (os.cpu_count() or 1) // (expert_map.num_groups * replicas))
     actor = ray.remote(num_cpus=0, concurrency_groups={"control": 2})(ExpertActor)
     specs = [
         ReplicaSpec(

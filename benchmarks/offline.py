@@ -48,18 +48,19 @@ class Stopwatch:
     def __init__(self, engine: Any) -> None:
         self.seconds: dict[str, float] = {}
         self._engine = engine
-        self._logits = engine.model.logits
-        engine.model.logits = self._timed("head", self._logits)
+        self._step = engine.step
+        engine.step = self._count_waiting
+        engine.model.logits = self._timed("head", engine.model.logits)
+
+    def _count_waiting(self) -> Any:
+        outputs = self._step()
+        waited = self._engine.dispatcher.step.wait_seconds
+        self.seconds["experts"] = self.seconds.get("experts", 0.0) + waited
+        return outputs
 
     def use(self, dispatcher: Any) -> None:
-        """Let the engine dispatch through `dispatcher`, timed."""
-        watch = self
-
-        class Timed:
-            dispatch = staticmethod(watch._timed("dispatch", dispatcher.dispatch))
-            combine = staticmethod(watch._timed("combine", dispatcher.combine))
-
-        self._engine.dispatcher = Timed()
+        """Let the engine dispatch through `dispatcher`, which counts the time that it takes."""
+        self._engine.dispatcher = dispatcher
 
     def _timed(self, phase: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -114,7 +115,7 @@ def main(
     checkpoint: Path,
     lanes: Annotated[
         str,
-        typer.Option(help="Comma-separated: local, object_ref, zmq (ipc), tcp; +int8: int8 experts."),
+        typer.Option(help="Comma-separated: local, object_ref, unix, zmq (ipc), tcp; +int8: int8 experts."),
     ] = ",".join(LANES),
     batches: str = "1,8,32",
     prompts: str = "512,2048",
@@ -124,11 +125,14 @@ def main(
     steps: int = 12,
     rounds: int = 5,
     threads: int = os.cpu_count() or 1,
+    replica_threads: Annotated[int | None, typer.Option(help="Of each replica; default: the cores shared.")] = None,
     dtype: str = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure CHECKPOINT offline."""
-    with expert_cluster(checkpoint, groups, replicas, dtype, with_int8=INT8 in lanes) as cluster:
+    with expert_cluster(
+        checkpoint, groups, replicas, dtype, with_int8=INT8 in lanes, threads=replica_threads
+    ) as cluster:
         from actors.process.limits import limit_threads
 
         limit_threads(threads)

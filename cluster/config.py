@@ -81,7 +81,10 @@ class ClusterConfig(BaseModel):
     rebalance_threshold: float = Field(0.9, description="Balancedness that needs no rebalance.", ge=0, le=1)
     load_window_s: float = Field(300.0, description="Age up to which expert load counts for balance.", gt=0)
     ingress_replicas: int = Field(1, description="HTTP ingress replicas.", ge=1, le=64)
-    lane: Lane = Field("auto", description="How tokens travel to experts.")
+    lane: Lane = Field(
+        "auto",
+        description="How tokens travel to experts; auto: unix on one host, else zmq, else object_ref.",
+    )
 
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Type of weights and activations.")
     expert_dtype: ExpertDtype = Field(
@@ -123,7 +126,11 @@ class ClusterConfig(BaseModel):
         {}, description="Custom Ray resources of an ingress and of the supervisor, as JSON."
     )
     threads_per_front: int | None = Field(None, description="CPU threads of a front.", ge=1)
-    threads_per_replica: int | None = Field(None, description="CPU threads of an expert replica.", ge=1)
+    threads_per_replica: int | None = Field(
+        None,
+        description="CPU threads of an expert replica; default: its share of the cores, twice that in native kernels.",
+        ge=1,
+    )
     load_timeout_s: float = Field(1800.0, description="Time an actor may take to load.", gt=0)
 
     log_level: Level = Field("info", description="Least level of Outcrop's own log lines.")

@@ -2,7 +2,7 @@
 the text that GET /metrics answers, so each ingress replica gives the same cluster-wide numbers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +104,13 @@ class Metrics:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         self._child(name, labels).observe(value)  # type: ignore[attr-defined]
+
+    def observe_all(self, name: str, counts: Sequence[int], total: float, **labels: str) -> None:
+        """Many observations at once: how many lie in each bucket (the last one is open), and their sum."""
+        child = self._child(name, labels)
+        for bucket, count in zip(child._buckets, counts, strict=True):  # type: ignore[attr-defined]
+            bucket.inc(count)
+        child._sum.inc(total)  # type: ignore[attr-defined]
 
     def raise_to(self, name: str, value: float, **labels: str) -> None:
         """Bring a counter to a total that is counted elsewhere."""

@@ -4,12 +4,13 @@ Shapes: T tokens, D hidden, K top-k. A dispatcher knows where experts live; it k
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from actors.dispatch.step import Step
+from actors.kernels.exchange import NativeSteps
 
 
 class DispatchError(RuntimeError):
@@ -33,6 +34,35 @@ class Dispatcher(ABC):
     @abstractmethod
     def combine(self, pending: Any) -> Tensor:
         """Sum of gate * expert(x) over each token's experts, shape [T, D], dtype of x."""
+
+    def exchange(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Dispatch and combine."""
+        return self.combine(self.dispatch(layer, x_TD, ids_TK, gates_TK))
+
+    def go_through(self, layers: "FrontLayers", number: int, combined_TD: Tensor | None) -> tuple[Tensor, int]:
+        """Take a step through layer `number`, and maybe further: what the experts of the last of them have combined to,
+        and the layer behind it. `combined_TD` is of the layer before.
+        """
+        return self.exchange(number, *layers.attend_and_route(number, combined_TD)), number + 1
+
+
+class FrontLayers(Protocol):
+    """One step's front half of all layers, see actors/model/front_layers.py."""
+
+    x_TD: Tensor
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def chosen(self, number: int) -> Tensor:
+        """The experts that layer `number` has chosen, int64."""
+        ...
+
+    def native_steps(self) -> NativeSteps | None:
+        """The same for a native walk through the layers, or None where they are not native."""
+        ...
 
 
 class NoExperts(Dispatcher):

@@ -26,13 +26,15 @@ class Latency:
     def __init__(self) -> None:
         self._seconds: dict[str, dict[int, float]] = {}
 
-    def observe(self, replica_id: str, num_tokens: int, seconds: float) -> None:
-        """An answer counts for its deadline at most: a replica that was frozen for a minute is not that slow."""
+    def observe(self, replica_id: str, num_tokens: int, seconds: float, times: int = 1) -> None:
+        """An answer counts for its deadline at most: a replica that was frozen for a minute is not that slow. `times`:
+        as many answers took about as long.
+        """
         seconds = min(seconds, self.deadline((replica_id,), num_tokens))
         bucket = num_tokens.bit_length()
         known = self._seconds.setdefault(replica_id, {})
         before = known.get(bucket, seconds)
-        known[bucket] = before + SMOOTHING * (seconds - before)
+        known[bucket] = seconds + (1 - SMOOTHING) ** times * (before - seconds)
 
     def between(self, replica_id: str, num_tokens: int, least: float, most: float) -> None:
         """An answer has taken so long. Within these bounds, what was expected is believed."""
@@ -76,9 +78,9 @@ class HedgeBudget:
     def __bool__(self) -> bool:
         return self._left >= 1
 
-    def earn(self) -> None:
-        """A message was sent for the first time."""
-        self._left = min(HEDGE_BURST, self._left + HEDGE_SHARE)
+    def earn(self, times: int = 1) -> None:
+        """So many messages were sent for the first time."""
+        self._left = min(HEDGE_BURST, self._left + times * HEDGE_SHARE)
 
     def spend(self) -> None:
         self._left -= 1

@@ -70,6 +70,11 @@ class HomeTable:
         self._home_ER = np.array([[groups[r % len(groups)] for r in range(most)] for groups in homes], np.int16)
         self._is_redundant = most > 1
 
+    @property
+    def arrays(self) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+        """home_ER and the number of homes of each expert, for the native exchange."""
+        return self._home_ER, self._num_homes_E
+
     def of(self, ids_TK: NDArray[np.int16]) -> NDArray[np.int16]:
         """The group of each choice; meaningless where an id is negative."""
         which: Any = 0

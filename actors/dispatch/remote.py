@@ -36,7 +36,7 @@ Fallback = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
+class Pending:
     like_TD: Tensor
     parts: list[Part]
     started: float
@@ -85,18 +85,15 @@ class RemoteDispatcher(Dispatcher):
         for (lane, direction), total in tuple(self._num_bytes.items()):
             self.metrics.raise_to("lane_bytes_total", total, lane=lane, direction=direction)
 
-    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> _Pending:
+    def dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Pending:
         return self._dispatch(layer, x_TD, ids_TK, gates_TK, self._staging)
 
-    def _dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, staging: Staging) -> _Pending:
+    def _dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor, staging: Staging) -> Pending:
         started = time.monotonic()
         version, homes = self._routes.of_layer(layer)
         if version != self._followed:
             self._follow_map()
-        if self._late:
-            self._late.hear()
-        if self._breaker:
-            self._probes.look(self._breaker, self._late.owing, self._by_id)
+        self._look_after_the_lost()
         x_here_TD, gates_here_TK, ids_here_TK = staging.download(x_TD, gates_TK, ids_TK.to(torch.int16))
         parts = split(layer, x_here_TD, ids_here_TK, gates_here_TK, homes, version)
         for part in parts:
@@ -104,9 +101,16 @@ class RemoteDispatcher(Dispatcher):
             self._hedges.earn()
         lanes = [self.lane.name_for(part.sent[0].replica) for part in parts if part.sent]
         self.step.wait_seconds += time.monotonic() - started
-        return _Pending(x_TD, parts, started, lanes[0] if lanes else "local", staging)
+        return Pending(x_TD, parts, started, lanes[0] if lanes else "local", staging)
 
-    def combine(self, pending: _Pending) -> Tensor:
+    def _look_after_the_lost(self) -> None:
+        """Learn from answers that come late, and take replicas back that answer a probe."""
+        if self._late:
+            self._late.hear()
+        if self._breaker:
+            self._probes.look(self._breaker, self._late.owing, self._by_id)
+
+    def combine(self, pending: Pending) -> Tensor:
         started = time.monotonic()
         try:
             return self._combine(pending)
@@ -117,7 +121,7 @@ class RemoteDispatcher(Dispatcher):
                     self._late.expect(sent, part.num_tokens)
             self.step.wait_seconds += time.monotonic() - started
 
-    def _combine(self, pending: _Pending) -> Tensor:
+    def _combine(self, pending: Pending) -> Tensor:
         sum_TD: Tensor | None = None
         for part in pending.parts:
             partial_PD = self._receive(part)
@@ -185,12 +189,14 @@ class RemoteDispatcher(Dispatcher):
 
     def _patience(self, part: Part, may_hedge: bool) -> float:
         """Seconds to wait for the newest message; longer if it is not to be sent to another replica."""
-        group = self._routes.of_group(part.group)
-        live = [r.replica_id for r in group if not self._breaker.is_open(r.replica_id)]
-        deadline = self._latency.deadline(live or [r.replica_id for r in group], part.num_tokens)
-        if not may_hedge:
-            deadline = max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
-        return max(0.0, part.sent[-1].at + deadline - time.monotonic())
+        return max(0.0, part.sent[-1].at + self._deadline(part.group, part.num_tokens, may_hedge) - time.monotonic())
+
+    def _deadline(self, group: int, num_tokens: int, may_hedge: bool) -> float:
+        """Seconds after which a message counts as late."""
+        replicas = self._routes.of_group(group)
+        live = [r.replica_id for r in replicas if not self._breaker.is_open(r.replica_id)]
+        deadline = self._latency.deadline(live or [r.replica_id for r in replicas], num_tokens)
+        return deadline if may_hedge else max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
 
     def _give_up_late(self, part: Part) -> None:
         """All replicas that the part was sent to: what is known is that they take at least as long as this."""

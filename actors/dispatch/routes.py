@@ -58,6 +58,11 @@ class Routes:
                 raise DispatchError("no expert map has been published yet")
             return self._map.version, self._homes[layer]
 
+    @property
+    def homes(self) -> list[HomeTable]:
+        """Of all layers."""
+        return self._homes
+
     def of_group(self, group: int) -> list[ReplicaAddress]:
         return self._by_group.get(group, [])
 

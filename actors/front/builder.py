@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from actors.compute import Compute, told_if_out_of_memory
 from actors.dispatch.dispatcher import Dispatcher
+from actors.dispatch.express import ExpressDispatcher
 from actors.dispatch.local import LocalDispatcher
 from actors.dispatch.remote import RemoteDispatcher
 from actors.engine.engine import Engine
@@ -14,6 +15,7 @@ from actors.engine.memory import num_kv_blocks
 from actors.engine.scheduler import Scheduler
 from actors.experts.fallback import CheckpointExperts
 from actors.experts.loading import load_experts
+from actors.kernels.native import instruction_sets
 from actors.lanes.auto import AutoLane
 from actors.lanes.lane import Lane
 from actors.lanes.object_ref import ObjectRefLane
@@ -68,7 +70,9 @@ def load_parts(spec: FrontSpec, namespace: str, metrics: Metrics, report: Callab
             local = LocalDispatcher(load_experts(Weights(checkpoint, of_experts, loading), checkpoint.all_experts))
             return FrontParts(model, local, None, loading.total)
     fallback = CheckpointExperts(Weights(checkpoint, of_experts))
-    remote = RemoteDispatcher(make_lane(spec, namespace), metrics, fallback.run, model.staging)
+    has_native = options.kernels != "torch" and bool(instruction_sets())
+    make = ExpressDispatcher if has_native else RemoteDispatcher
+    remote = make(make_lane(spec, namespace), metrics, fallback.run, model.staging)
     return FrontParts(model, remote, remote, loading.total)
 
 

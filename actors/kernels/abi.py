@@ -5,6 +5,8 @@ of itself (abi.cpp) differs from this.
 import ctypes
 from typing import Any
 
+from actors.kernels import heads
+
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
 
@@ -22,6 +24,43 @@ class Layer(ctypes.Structure):
         *((name, _POINTER) for name in ("attention_norm", "moe_norm", "qkv", "out", "router", "qkv_bias", "out_bias")),
     )
 
+
+def _structure(name: str, numbers: str, pointers: str = "", more: str = "") -> type[ctypes.Structure]:
+    """Of int64 numbers, then pointers, then more numbers."""
+    kinds = ((numbers, ctypes.c_int64), (pointers, _POINTER), (more, ctypes.c_int64))
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+# See exchange.h.
+Homes = _structure("Homes", "E most", "home numbers")
+Replica = _structure("Replica", "fd num_sent")
+Part = _structure("Part", "state replica tokens number sent_at answered_at compute_ns sent length received", "answer")
+Exchange = _structure("Exchange", "G dtype front step", "first replicas patience", "next_number")
+Arrival = _structure("Arrival", "peer number length", "message")
+NO_TOKENS, ANSWERED, WAITING, ODD, LOST = range(5)  # PartState
+NOTHING, KNOCKED, CAME = range(3)  # ServingEvent
+PATIENCE = 21
+MAX_BOUNDS = 24
+
+
+class Steps(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("isa", "threads", "L")),
+        *((name, _POINTER) for name in ("layers", "batch", "k", "v")),
+        ("cache", ctypes.c_int64),
+        *((name, _POINTER) for name in ("x", "h", "combined", "ids", "gates", "exchange", "homes", "parts", "seconds")),
+    )
+
+
+class ServingCounts(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("began_at", "tokens", "messages", "dropped", "nanoseconds")),
+        ("at_most", ctypes.c_int64 * MAX_BOUNDS),
+    )
+
+
+STRUCTURES = ("Batch", "Layer", "Homes", "Replica", "Part", "Exchange", "Steps", "ServingCounts", "Arrival")
 
 # Result and arguments.
 FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -41,6 +80,18 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "outcrop_front_layer": (None, (_INT, _LONG, *[_POINTER] * 9)),
     "outcrop_use_huge_pages": (None, (_POINTER, _LONG)),
     "outcrop_read": (ctypes.c_uint64, (_LONG, _POINTER, _LONG)),
+    "outcrop_exchange": (_INT, (_POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, *[_POINTER] * 5)),
+    "outcrop_steps": (_LONG, (_POINTER, _LONG, _POINTER)),
+    "outcrop_serving_new": (_POINTER, (_INT, _INT, *[_LONG] * 5, _POINTER, _LONG)),
+    "outcrop_serving_listen": (None, (_POINTER, _INT)),
+    "outcrop_serving_close": (None, (_POINTER,)),
+    "outcrop_serving_counts": (_POINTER, (_POINTER,)),
+    "outcrop_serving_set_layer": (None, (_POINTER, _LONG, _POINTER, _LONG, _POINTER)),
+    "outcrop_serving_add": (None, (_POINTER, _INT)),
+    "outcrop_serving_run": (_INT, (_POINTER, _LONG, _LONG, _POINTER)),
+    "outcrop_serving_answer": (None, (_POINTER, _LONG, _LONG, _POINTER, _LONG)),
+    "outcrop_serving_stop": (None, (_POINTER,)),
+    "outcrop_serving_num_peers": (_LONG, (_POINTER,)),
 }
 
 
@@ -65,7 +116,13 @@ def declare(library: ctypes.CDLL) -> None:
 def _lines() -> list[str]:
     """As outcrop_abi() has them."""
     functions = [f"{name}: {' '.join(map(_kind, (result, *args)))}" for name, (result, args) in FUNCTIONS.items()]
-    return [_line_of(Batch), _line_of(Layer), *functions]
+    tables = (heads.FRAME, heads.DISPATCH, heads.PARTIAL)
+    return [
+        *(_line_of(globals()[name]) for name in STRUCTURES),
+        *(head.line() for head in tables),
+        heads.numbers_line(),
+        *functions,
+    ]
 
 
 def _line_of(structure: type[ctypes.Structure]) -> str:

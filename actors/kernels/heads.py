@@ -58,5 +58,6 @@ MAX_MESSAGE = 512 * 2**20
 
 def numbers_line() -> str:
     """As outcrop_abi() tells of these numbers."""
-    told = DISPATCH_MAGIC, PARTIAL_MAGIC, MAX_TOKENS, MAX_HIDDEN, MAX_TOP_K, OK, NOT_HELD, MAX_MESSAGE
-    return " ".join(("wire:", *map(str, told), DTYPES[0], DTYPES[1]))
+    types = DTYPES.index("float32"), DTYPES.index("bfloat16")
+    told = DISPATCH_MAGIC, PARTIAL_MAGIC, MAX_TOKENS, MAX_HIDDEN, MAX_TOP_K, OK, NOT_HELD, MAX_MESSAGE, *types
+    return " ".join(("wire:", *map(str, told)))

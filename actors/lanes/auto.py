@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from actors.lanes.lane import Lane, LaneError, LaneTimeout
+from actors.lanes.lane import Handed, Lane, LaneError, LaneTimeout
 from actors.lanes.links import LinkedLane
 from cluster.expert_map import ReplicaAddress
 
@@ -45,8 +45,7 @@ class AutoLane(Lane):
         greeted = self._greetings.get(replica.replica_id)
         if greeted and greeted[0].is_alive(greeted[1]):
             del self._greetings[replica.replica_id]
-        for each in self.fast:
-            each.close_retired()
+        self.close_retired()
         lane = self._lane(replica)
         return lane, lane.send(replica, message)
 
@@ -72,6 +71,17 @@ class AutoLane(Lane):
         except LaneError as error:
             raise LaneError(str(error), (lane, error.ticket)) from None
         return (lane, inner), answer
+
+    def stream_to(self, replica: ReplicaAddress) -> int | None:
+        return self._lane(replica).stream_to(replica)
+
+    def adopt(self, replica: ReplicaAddress, handed: Handed) -> Ticket:
+        lane = next(lane for lane in self.fast if lane.has_streams)
+        return lane, lane.adopt(replica, handed)
+
+    def close_retired(self) -> None:
+        for lane in self.fast:
+            lane.close_retired()
 
     def forget(self, ticket: Ticket) -> None:
         lane, inner = ticket

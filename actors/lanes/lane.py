@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.expert_map import ReplicaAddress
@@ -17,6 +18,18 @@ class LaneError(RuntimeError):
 
 class LaneTimeout(LaneError):  # noqa: N818 - an answer may still come
     """No answer within the given time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A message that was sent on a stream without its lane: its number, the bytes that have come back since, and those
+    of its own that have not been taken yet.
+    """
+
+    number: int
+    received: bytes
+    unsent: bytes
+    is_lost: bool
 
 
 class Lane(ABC):
@@ -55,6 +68,20 @@ class Lane(ABC):
     @abstractmethod
     def is_alive(self, ticket: Any) -> bool:
         """Whether a probe has been answered. Does not wait."""
+
+    def stream_to(self, replica: ReplicaAddress) -> int | None:
+        """The stream socket that a message to this replica takes, if nothing is under way on it and it may be used
+        without the lane (wire.h has its frames). Until the lane is used again.
+        """
+        return None
+
+    def adopt(self, replica: ReplicaAddress, handed: "Handed") -> Any:
+        """Go on with what was done on a stream without the lane; returns the message's ticket."""
+        raise NotImplementedError(f"the lane {self.name} has no streams")
+
+    def close_retired(self) -> None:
+        """Give back connections to replicas that have left, as far as nothing is expected of them."""
+        return
 
     def close(self) -> None:
         """Give back sockets and handles; nothing may be sent afterwards."""

@@ -75,6 +75,8 @@ AnyLink = TypeVar("AnyLink", bound=Link)
 
 
 class LinkedLane(Lane, Generic[AnyLink]):
+    has_streams = False
+
     def __init__(self) -> None:
         raise_file_limit()
         self._links: dict[str, AnyLink] = {}

@@ -36,7 +36,7 @@ class LaneServer(ABC):
     kind: str
 
     def __init__(self, replica_id: str, compute: ComputeBatch, directory: str) -> None:
-        self.num_dropped = 0
+        self._num_dropped = 0
         self._replica_id = replica_id
         self._compute = compute
         sweep(DIRECTORY, directory)
@@ -56,6 +56,15 @@ class LaneServer(ABC):
     def _close(self) -> None:
         """Give back the sockets; the thread has ended."""
 
+    @property
+    def num_dropped(self) -> int:
+        """Messages that were none of ours."""
+        return self._num_dropped
+
+    def _wake(self) -> None:
+        """The thread is to look whether it is to end."""
+        return
+
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
@@ -74,7 +83,7 @@ class LaneServer(ABC):
             return None
 
     def _drop(self) -> None:
-        self.num_dropped += 1
+        self._num_dropped += 1
 
     def _serve(self, waiting: list[Waiting]) -> None:
         by_layer: dict[int, list[Waiting]] = defaultdict(list)
@@ -88,6 +97,7 @@ class LaneServer(ABC):
     def stop(self) -> None:
         """End the thread, close the sockets, remove the directory."""
         self._stop.set()
+        self._wake()
         self._thread.join(5)
         self._close()
         self._directory.remove()

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from actors.lanes.lane import LaneError
+from actors.lanes.lane import Handed, LaneError
 from actors.lanes.links import Link, LinkedLane, Ticket
 from actors.lanes.stream import Stream, StreamError
 from cluster.expert_map import ReplicaAddress
@@ -45,6 +45,13 @@ class UnixLink(Link):
         try:
             self.socket.flush()
             self.socket.read()
+        except StreamError:
+            self.is_connected = False
+        self.take_frames()
+
+    def take_frames(self) -> None:
+        """Keep the answers among what has been read."""
+        try:
             for number, body in self.socket.frames():
                 self.keep(number, body)
         except StreamError:
@@ -59,6 +66,7 @@ class UnixLane(LinkedLane[UnixLink]):
     """Endpoint `unix`: the path of a socket, usable where it exists, that is, on the same host."""
 
     name = "unix"
+    has_streams = True
 
     def has_endpoint(self, replica: ReplicaAddress) -> bool:
         return os.path.exists(dict(replica.endpoints).get(self.name, ""))
@@ -72,6 +80,26 @@ class UnixLane(LinkedLane[UnixLink]):
         except OSError as error:
             logger.error("no connection to replica %s at %s: %s", replica.replica_id, path, error)
             return None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lent: dict[str, UnixLink] = {}  # connections that are used without the lane
+
+    def stream_to(self, replica: ReplicaAddress) -> int | None:
+        link = self._links.get(replica.replica_id)
+        if link is None or not link.is_idle:
+            return None
+        self._lent[replica.replica_id] = link
+        return link.socket.fileno()
+
+    def adopt(self, replica: ReplicaAddress, handed: Handed) -> Ticket:
+        ticket, link = Ticket(replica.replica_id, handed.number), self._lent[replica.replica_id]
+        link.waiting.add(handed.number)
+        link.socket.unread += handed.received
+        link.socket.unsent += handed.unsent
+        link.take_frames()
+        link.is_connected = link.is_connected and not handed.is_lost
+        return ticket
 
     def _ready(self, links: Iterable[UnixLink], timeout_s: float) -> list[UnixLink]:
         """Also sends on to all others what they have not taken yet."""

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from actors.kernels import abi
+from actors.kernels.serving import NativeServing
 from actors.lanes.stream import Stream, StreamError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class Peers:
         self._streams: dict[int, Stream] = {}
 
     def wait(self, timeout_s: float) -> Iterator[Message]:
-        """Messages that have come, one of a front at most; waits for the first."""
+        """Messages that have come, one of a front at most. Waits for the first, but not longer."""
         poller = select.poll()
         poller.register(self._listener, select.POLLIN)
         for number, stream in self._streams.items():
@@ -50,16 +52,8 @@ class Peers:
                 yield from self._hear(number, stream)
 
     def _accept(self) -> None:
-        try:
-            stream = Stream(self._listener.accept()[0])
-        except OSError as error:  # it has gone again, or no file is left
-            logger.warning("a front was not let in: %s", error)
-            return
-        if stream.peer_uid() not in (0, os.geteuid()):
-            logger.warning("a process of user %d was not let in", stream.peer_uid())
-            stream.close()
-            return
-        self._streams[stream.fileno()] = stream
+        if stream := accepted(self._listener):
+            self._streams[stream.fileno()] = stream
 
     def _hear(self, number: int, stream: Stream) -> Iterator[Message]:
         try:
@@ -85,7 +79,54 @@ class Peers:
         if stream := self._streams.pop(number, None):
             stream.close()
 
+    @property
+    def num_connected(self) -> int:
+        return len(self._streams)
+
     def close(self) -> None:
         for stream in self._streams.values():
             stream.close()
         self._listener.close()
+
+
+class NativePeers:
+    """The same, but that dispatches are answered on the way: only what is out of the ordinary becomes a message."""
+
+    def __init__(self, listener: socket.socket, serving: NativeServing) -> None:
+        listener.setblocking(False)
+        self._listener = listener
+        self._serving = serving
+        serving.listen(listener.fileno())
+
+    def wait(self, timeout_s: float) -> Iterator[Message]:
+        event, came = self._serving.run(timeout_s)
+        if event == abi.KNOCKED and (stream := accepted(self._listener)):
+            self._serving.add(stream.socket.detach())
+        if came:
+            peer, number, body = came
+            yield Message(peer, number, memoryview(body))
+
+    def answer(self, message: Message, body: bytes) -> None:
+        self._serving.answer(message.peer, message.number, body)
+
+    @property
+    def num_connected(self) -> int:
+        return self._serving.num_peers
+
+    def close(self) -> None:
+        self._serving.close_peers()
+        self._listener.close()
+
+
+def accepted(listener: socket.socket) -> Stream | None:
+    """A front that knocks, unless it is somebody else."""
+    try:
+        stream = Stream(listener.accept()[0])
+    except OSError as error:  # it has gone again, or no file is left
+        logger.warning("a front was not let in: %s", error)
+        return None
+    if (user := stream.peer_uid()) in (0, os.geteuid()):
+        return stream
+    logger.warning("a process of user %d was not let in", user)
+    stream.close()
+    return None

@@ -51,13 +51,11 @@ class FrontHalf:
 
         Returns the final hidden states of `batch.rows_R` [R, D], for `logits`, and every token's experts [T, L, K].
         """
-        steps, routed = self._steps(batch, kv), []
+        steps, number = self._steps(batch, kv), 0
         combined_TD: Tensor | None = None
-        for number in range(len(self.weights.layers)):
-            h_TD, ids_TK, gates_TK = steps.attend_and_route(number, combined_TD)
-            combined_TD = dispatcher.combine(dispatcher.dispatch(number, h_TD, ids_TK, gates_TK))
-            routed.append(ids_TK)
-        ids_TLK = torch.stack(routed, dim=1).to(routed_dtype(self.spec.num_experts))
+        while number < steps.num_layers:
+            combined_TD, number = dispatcher.go_through(steps, number, combined_TD)
+        ids_TLK = steps.all_chosen().to(routed_dtype(self.spec.num_experts))
         kv.write_routed(batch.slots_T, ids_TLK)
         assert combined_TD is not None, "a model has layers"
         rows_R = batch.rows_R

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.kernels.exchange import NativeSteps
 from actors.kernels.front_layer import NativeFrontLayer
 from actors.kernels.native import NativeLinear
 from actors.model.attention import AttentionPlan, native_batch
@@ -37,6 +38,19 @@ class LayerSteps(ABC):
     """One step in the front's half of all layers; `x_TD` is the residual stream."""
 
     x_TD: Tensor
+    num_layers: int
+
+    @abstractmethod
+    def chosen(self, number: int) -> Tensor:
+        """The experts that layer `number` has chosen, int64."""
+
+    def all_chosen(self) -> Tensor:
+        """The experts that all layers have chosen."""
+        return torch.stack([self.chosen(number) for number in range(self.num_layers)], dim=1)
+
+    def native_steps(self) -> NativeSteps | None:
+        """The same for a native walk through the layers, or None where they are not native."""
+        return None
 
     @abstractmethod
     def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,6 +80,11 @@ class TorchLayers(LayerSteps):
         self.slots_T = batch.slots_T
         self.kv = kv
         self.plan = plan
+        self.num_layers = len(layers)
+        self._ids_TK: dict[int, Tensor] = {}
+
+    def chosen(self, number: int) -> Tensor:
+        return self._ids_TK[number]
 
     def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         layer, spec = self.layers[number], self.spec
@@ -73,7 +92,8 @@ class TorchLayers(LayerSteps):
             self._add(combined_TD)
         self._add(self._attention(number, layer, rms_norm(self.x_TD, layer.attention_norm_D, spec.norm_eps)))
         h_TD = rms_norm(self.x_TD, layer.moe_norm_D, spec.norm_eps)
-        return h_TD, *route(h_TD, layer.router, spec.top_k)
+        self._ids_TK[number], gates_TK = route(h_TD, layer.router, spec.top_k)
+        return h_TD, self._ids_TK[number], gates_TK
 
     def _add(self, y_TD: Tensor) -> None:
         self.x_TD = torch.add(self.x_TD, y_TD, alpha=self.spec.residual_multiplier)
@@ -104,10 +124,24 @@ class NativeLayers(LayerSteps):
         self.x_TD = x_TD
         self.kv = kv
         self.batch = native_batch(batch, kv.block_size, angles)
+        self.num_layers = len(layers)
+        self._ids_LTK = torch.empty(len(layers), len(x_TD), layers[0].fields.K, dtype=torch.int64)
+        self._steps: NativeSteps | None = None
+
+    def chosen(self, number: int) -> Tensor:
+        return self._ids_LTK[number]
+
+    def native_steps(self) -> NativeSteps | None:
+        if self._steps is None:
+            k_LX, v_LX = self.kv.k_LBSGC, self.kv.v_LBSGC
+            self._steps = NativeSteps(self.layers, self.batch, k_LX, v_LX, self.x_TD, self._ids_LTK)
+        return self._steps
 
     def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         k_BSGC, v_BSGC = self.kv.k_LBSGC[number], self.kv.v_LBSGC[number]
-        return self.layers[number].run(self.batch, k_BSGC, v_BSGC, self.x_TD, combined_TD)
+        h_TD, ids_TK, gates_TK = self.layers[number].run(self.batch, k_BSGC, v_BSGC, self.x_TD, combined_TD)
+        self._ids_LTK[number] = ids_TK
+        return h_TD, ids_TK, gates_TK
 
 
 def native_layers(spec: ModelSpec, layers: tuple[LayerWeights, ...]) -> tuple[NativeFrontLayer, ...] | None:

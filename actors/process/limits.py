@@ -25,6 +25,11 @@ def limit_threads(num_threads: int) -> None:
     """
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(num_threads)
     os.environ["OMP_WAIT_POLICY"] = "passive"
+    use_threads(num_threads)
+
+
+def use_threads(num_threads: int) -> None:
+    """Of torch, and of the native kernels, which have as many."""
     import torch
 
     torch.set_num_threads(num_threads)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from actors.process.limits import gently, limit_threads, release_free_memory
+from actors.process.limits import gently, limit_threads, release_free_memory, use_threads
 from actors.process.orphan import watch_for_orphanhood
 from actors.process.place import where_am_i
 from actors.process.readiness import show_ready
@@ -66,6 +66,8 @@ class ExpertActor:
         self._total = checkpoint.bytes_per_expert * sum(len(layer) for layer in spec.experts)
         with told_if_out_of_memory("a replica's share of the experts", "raise groups or gpus_per_replica"):
             store = load_experts(Weights(checkpoint, compute, self._advance), spec.experts)
+        if compute.experts == "native" and spec.native_threads:
+            use_threads(spec.native_threads)
         release_free_memory()
         read = partial(read_layer_experts, Weights(checkpoint, compute))
         replica = Replica(spec, store, read, self.metrics)
@@ -83,7 +85,7 @@ class ExpertActor:
         directory = next(path for path in (session, tempfile.gettempdir(), "/tmp") if len(path) <= MAX_DIRECTORY)
         name, compute, spec = self.spec.actor_id, replica.answer_batch, self.spec
         if spec.lane in ("auto", "unix"):
-            self.servers.append(UnixServer(name, compute, directory))
+            self.servers.append(UnixServer(name, compute, directory, replica.serving))
         if spec.lane_keys is not None:
             host = ray.util.get_node_ip_address()
             self.servers.append(ZmqServer(name, compute, spec.lane_keys, host, directory))
@@ -119,6 +121,8 @@ class ExpertActor:
     def report(self) -> ActorReport:
         self.supervision.hear()
         tokens, stuck = (self.replica.num_tokens, self.replica.stuck_seconds) if self.replica else (0, 0.0)
+        if self.replica:
+            self.replica.publish_counters()
         self.metrics.raise_to("lane_dropped_messages_total", sum(server.num_dropped for server in self.servers))
         return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.samples(), stuck_seconds=stuck)
 

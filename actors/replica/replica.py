@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import torch
 
-from actors.experts.layer_experts import LayerExperts
+from actors.experts.layer_experts import FusedExperts, LayerExperts
 from actors.experts.store import ExpertStore, NotHeld
+from actors.kernels.serving import NativeServing, Shape
 from actors.lanes import wire
 from actors.lanes.step_id import StepId
 from cluster.actor_id import slot_of
 from cluster.messages.actors import ReplicaSpec
-from cluster.metrics import Metrics
+from cluster.metrics import BY_NAME, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +33,35 @@ class Replica:
         self.store = store
         self.read = read
         self.metrics = metrics
-        self.num_tokens = 0
+        # Restarted replicas count on under the name of their slot: labels stay few.
+        self._slot = slot_of(spec.actor_id)
+        self.serving = _serving(store)
+        self._num_tokens = 0
+        self._published = self.serving.computed() if self.serving else None
         self._last_steps: dict[int, StepId] = {}  # by front, those that the log has a line of
         self._computing = threading.Lock()
         self._began: float | None = None
 
     @property
+    def num_tokens(self) -> int:
+        return self._num_tokens + (self.serving.computed().tokens if self.serving else 0)
+
+    @property
     def stuck_seconds(self) -> float:
         """Since the computation that is running has begun; 0 while none is. For any thread."""
-        began = self._began
-        return 0.0 if began is None else time.monotonic() - began
+        began = [self._began, self.serving.began_at if self.serving else None]
+        return max((time.monotonic() - at for at in began if at is not None), default=0.0)
+
+    def publish_counters(self) -> None:
+        """Bring the metrics up to date with what was computed without Python."""
+        if self.serving is None or self._published is None:
+            return
+        before, now = self._published, self.serving.computed()
+        self._published = now
+        counts = [b - a for a, b in zip(before.at_most, now.at_most, strict=True)]
+        group = str(self.spec.group)
+        self.metrics.observe_all("expert_compute_seconds", counts, now.seconds - before.seconds, group=group)
+        self.metrics.inc("expert_tokens_total", now.tokens - before.tokens, group=group, replica=self._slot)
 
     def set_experts(self, layer: int, ids: tuple[int, ...]) -> int:
         """Hold exactly these experts of a layer; returns how many had to be read. Computation goes on meanwhile:
@@ -52,6 +72,8 @@ class Replica:
         layer_experts = here.regrouped(ids, self.read(layer, missing))
         with self._computing:
             self.store.replace(layer, layer_experts)
+            if self.serving and isinstance(layer_experts, FusedExperts):
+                self.serving.set_layer(layer, ids, layer_experts.experts)
         return len(missing)
 
     @torch.inference_mode()
@@ -141,11 +163,24 @@ class Replica:
         return sum_TD
 
     def _count(self, num_tokens: int, seconds: float) -> None:
-        # Restarted replicas count on under the name of their slot: labels stay few.
-        group, slot = str(self.spec.group), slot_of(self.spec.actor_id)
-        self.num_tokens += num_tokens
-        self.metrics.inc("expert_tokens_total", num_tokens, group=group, replica=slot)
+        group = str(self.spec.group)
+        self._num_tokens += num_tokens
+        self.metrics.inc("expert_tokens_total", num_tokens, group=group, replica=self._slot)
         self.metrics.observe("expert_compute_seconds", seconds, group=group)
+
+
+def _serving(store: ExpertStore) -> NativeServing | None:
+    """The loop that computes these experts without Python, or None if there is none for their kind. With log level
+    debug each step has a line, which is Python's.
+    """
+    layers = [layer for layer in store.layers if isinstance(layer, FusedExperts)]
+    if len(layers) < len(store.layers) or logger.isEnabledFor(logging.DEBUG):
+        return None
+    shape = Shape(len(layers), store.spec.num_experts, store.spec.hidden_size, store.spec.top_k)
+    serving = NativeServing(shape, layers[0].experts, BY_NAME["expert_compute_seconds"].buckets)
+    for number, layer in enumerate(layers):
+        serving.set_layer(number, layer.ids, layer.experts)
+    return serving
 
 
 def _cat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -77,7 +77,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class ResourcePlan:
-    """What each actor gets of a machine. A device may stay "auto": then an actor takes its GPU if torch can use it."""
+    """What each actor gets of a machine. A device may stay "auto": then an actor takes its GPU if torch can use it.
+
+    `native_threads_per_replica`: of a replica whose experts the native kernels compute.
+    """
 
     machine: Machine = Machine()
     front_device: str = "auto"
@@ -88,6 +91,7 @@ class ResourcePlan:
     gpus_per_replica: float = 0.0
     threads_per_front: int = 1
     threads_per_replica: int = 1
+    native_threads_per_replica: int = 1
     front_resources: Mapping[str, float] = field(default_factory=dict)
     replica_resources: Mapping[str, float] = field(default_factory=dict)
 
@@ -132,6 +136,7 @@ class ReplicaSpec:
     expert_dtype: ExpertDtype = "auto"
     resources: ResourcePlan = ResourcePlan()
     lane: str = "auto"
+    native_threads: int = 0  # where the native kernels compute; 0: num_threads
 
     def fits(self, wanted: object) -> bool:
         """As FrontSpec.fits. Experts don't matter either: an actor can be told to hold others."""

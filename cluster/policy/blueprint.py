@@ -58,6 +58,7 @@ class Blueprint:
             expert_dtype=self.engine.expert_dtype,
             resources=self.resources,
             lane=self.lane,
+            native_threads=self.resources.native_threads_per_replica,
         )
 
 

@@ -8,6 +8,9 @@ from cluster.messages.actors import Machine, ResourcePlan
 
 # What an actor with a GPU computes on the host is small: to pack and unpack messages.
 GPU_ACTOR_THREADS = 4
+# Threads of the native kernels take work piece by piece, and one that gets no core is not waited for: a replica with
+# more of them than its share uses the cores that its siblings leave. Measured with two replicas on two cores.
+NATIVE_SHARES = 2
 
 
 def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
@@ -25,6 +28,8 @@ def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
     replica_device, gpus_per_replica = _place(config.device_of("expert"), config.gpus_per_replica, has_gpus)
     # Two decimals down, so that the sum never exceeds what the cluster has.
     share = max(0.01, min(1.0, math.floor(100 * machine.cluster_cpus / most_actors) / 100))
+    replica_threads = _threads(machine, max(1, num_replicas), replica_device)
+    native_threads = _threads(machine, max(1, num_replicas) / NATIVE_SHARES, replica_device)
     return ResourcePlan(
         machine=machine,
         front_device=front_device,
@@ -34,7 +39,8 @@ def plan_resources(config: ClusterConfig, machine: Machine) -> ResourcePlan:
         gpus_per_front=gpus_per_front,
         gpus_per_replica=gpus_per_replica,
         threads_per_front=config.threads_per_front or _threads(machine, config.fronts, front_device),
-        threads_per_replica=config.threads_per_replica or _threads(machine, max(1, num_replicas), replica_device),
+        threads_per_replica=config.threads_per_replica or replica_threads,
+        native_threads_per_replica=config.threads_per_replica or native_threads,
         front_resources=config.front_resources,
         replica_resources=config.replica_resources,
     )
@@ -77,7 +83,7 @@ def _check_gpus(config: ClusterConfig, machine: Machine, num_replicas: int) -> N
         )
 
 
-def _threads(machine: Machine, num_actors: int, device: str) -> int:
+def _threads(machine: Machine, num_actors: float, device: str) -> int:
     most = machine.largest_node_cpus if device == "cpu" else GPU_ACTOR_THREADS
     return max(1, int(min(most, machine.cluster_cpus / num_actors)))
 

@@ -194,6 +194,15 @@ def test_a_front_uses_all_cores_while_replicas_wait() -> None:
     assert (plan.threads_per_front, plan.threads_per_replica) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "threads"),
+    [({}, 2), ({"groups": 1}, 2), ({"threads_per_replica": 1}, 1), ({"groups": 4, "replicas": 2}, 1)],
+)
+def test_native_kernels_use_the_cores_that_other_replicas_leave(settings: dict[str, int], threads: int) -> None:
+    plan = plan_resources(ClusterConfig(model="m", groups=settings.pop("groups", 2), **settings), LAPTOP)
+    assert plan.native_threads_per_replica == threads
+
+
 def test_gpus_are_taken_when_there_are_enough() -> None:
     assert plan_resources(ClusterConfig(model="m"), GPU_BOX).gpus_per_replica == 1
     assert plan_resources(ClusterConfig(model="m", groups=8), GPU_BOX).replica_device == "cpu"

@@ -1,0 +1,195 @@
+"""RemoteDispatcher with a native way for dispatches on which nothing is out of the ordinary: over stream sockets of
+this host, a layer or a whole step in one call.
+
+That way decides nothing. Which replicas may be used and how long they are waited for is asked of RemoteDispatcher;
+what does not go as it should is handed to it as far as it has come: messages that are on their way, bytes that have
+been read.
+
+Shapes: T tokens, D hidden, K top-k, G groups, L layers; B bits of a number of tokens.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actors.dispatch.dispatcher import FrontLayers
+from actors.dispatch.parts import Part, Sent, split
+from actors.dispatch.remote import Pending, RemoteDispatcher
+from actors.dispatch.step import Step
+from actors.kernels import abi
+from actors.kernels.exchange import (
+    CODES,
+    COLUMN,
+    DONE,
+    FIRST_NUMBER,
+    NOT_BEGUN,
+    NativeExchange,
+    Records,
+    Table,
+    received_of,
+)
+from actors.kernels.heads import FRAME
+from actors.lanes import wire
+from actors.lanes.lane import Handed
+from actors.staging import DIRECT
+from cluster.expert_map import ReplicaAddress
+from cluster.metrics import BY_NAME
+
+BOUNDS = np.array(BY_NAME["dispatch_seconds"].buckets)
+
+
+class ExpressDispatcher(RemoteDispatcher):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._native: NativeExchange | None = None
+        self._has_changed = True  # who may be used, or their sockets
+        self._usable: list[ReplicaAddress] = []  # as the native exchange counts them
+        self._table: tuple[int, Table] | None = None  # by the map's version
+        self._next_number = FIRST_NUMBER
+        self._begun: Step | None = None
+
+    def exchange(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        started = time.monotonic()
+        if (native := self._ready(x_TD)) is None:
+            return super().exchange(layer, x_TD, ids_TK, gates_TK)
+        outcome, sum_TD, records_GX = native.run(layer, x_TD, ids_TK, gates_TK)
+        if outcome == NOT_BEGUN:
+            return super().exchange(layer, x_TD, ids_TK, gates_TK)
+        seconds = time.monotonic() - started
+        self.step.wait_seconds += seconds
+        if outcome != DONE:
+            return self._take_over(layer, (x_TD, ids_TK, gates_TK), records_GX, started)
+        self._account(records_GX, np.array([seconds]))
+        return sum_TD
+
+    def go_through(self, layers: FrontLayers, number: int, combined_TD: Tensor | None) -> tuple[Tensor, int]:
+        steps, native = layers.native_steps(), self._ready(layers.x_TD)
+        if steps is None or native is None:
+            return super().go_through(layers, number, combined_TD)
+        if combined_TD is not None:
+            steps.combined_TD.copy_(combined_TD)
+        reached, outcome, records_LGX, nanoseconds_L = native.walk(steps, number)
+        seconds_L = nanoseconds_L[number : reached + 1] / 1e9
+        self.step.wait_seconds += float(seconds_L.sum())
+        self._account(records_LGX[number:reached].reshape(-1, len(COLUMN)), seconds_L[: reached - number])
+        if reached == layers.num_layers:
+            return steps.combined_TD, reached
+        routed = steps.h_TD, layers.chosen(reached), steps.gates_TK
+        if outcome == NOT_BEGUN:
+            return super().exchange(reached, *routed), reached + 1
+        started = time.monotonic() - float(seconds_L[-1])
+        return self._take_over(reached, routed, records_LGX[reached], started), reached + 1
+
+    def _send(self, part: Part) -> bool:
+        self._has_changed = True
+        return super()._send(part)
+
+    def _ready(self, x_TD: Tensor) -> NativeExchange | None:
+        """For this step, if it may go the native way."""
+        version, _ = self._routes.of_layer(0)
+        if version != self._followed:
+            self._follow_map()
+            self._has_changed = True
+        self._look_after_the_lost()
+        if self._late or self._breaker or self._has_changed:
+            self._native = self._made(version)
+            self._has_changed = bool(self._late or self._breaker)
+        if self._native is None or x_TD.dtype not in CODES or x_TD.device.type != "cpu":
+            return None
+        if self._begun is not self.step:
+            self._native.begin(*self.step.id, x_TD.dtype, self._step_patience(len(x_TD)))
+            self._begun = self.step
+        return self._native
+
+    def _made(self, version: int) -> NativeExchange | None:
+        """By what may be used now; None unless all of it is reached by streams on which nothing is under way."""
+        if self._native:
+            self._next_number = self._native.next_number
+        self._begun = None
+        self.lane.close_retired()
+        homes = self._routes.homes
+        groups = [
+            [replica for replica in self._routes.of_group(group) if not self._breaker.is_open(replica.replica_id)]
+            for group in range(max(layer.num_groups for layer in homes))
+        ]
+        streams = [[self.lane.stream_to(replica) for replica in group] for group in groups]
+        if any(not group or None in group for group in streams):
+            return None
+        if self._table is None or self._table[0] != version:
+            self._table = version, Table.of([layer.arrays for layer in homes])
+        self._usable = [replica for group in groups for replica in group]
+        counted = [
+            [(stream or 0, self._num_sent[replica.replica_id]) for replica, stream in zip(*both, strict=True)]
+            for both in zip(groups, streams, strict=True)
+        ]
+        return NativeExchange(counted, self._table[1], self._next_number)
+
+    def _step_patience(self, num_tokens: int) -> NDArray[np.float64]:
+        """Seconds after which a message to a group counts as late, as RemoteDispatcher sees it."""
+        bits, patience = num_tokens.bit_length() + 1, []
+        for group in range(max(layer.num_groups for layer in self._routes.homes)):
+            may_hedge = bool(self._hedges) and self._num_live(group) > 1
+            patience.append([self._deadline(group, 1 << bit >> 1, may_hedge) for bit in range(bits)])
+        return np.array(patience)
+
+    def _num_live(self, group: int) -> int:
+        return sum(not self._breaker.is_open(replica.replica_id) for replica in self._routes.of_group(group))
+
+    def _account(self, records_NX: Records, seconds_L: NDArray[np.float64]) -> None:
+        """For exchanges that are done."""
+        records_NX = records_NX[records_NX[:, COLUMN["state"]] != abi.NO_TOKENS]
+        if not len(records_NX):
+            return
+        self._account_sent(records_NX)
+        column = {name: records_NX[:, place] for name, place in COLUMN.items()}
+        lane = self.lane.name_for(self._usable[column["replica"][0]])
+        self._num_bytes[lane, "received"] += int(column["received"].sum()) - FRAME.layout.size * len(records_NX)
+        self.step.compute_seconds += float(column["compute_ns"].sum()) / 1e9
+        counts = np.bincount(np.searchsorted(BOUNDS, seconds_L), minlength=len(BOUNDS) + 1)
+        self.metrics.observe_all("dispatch_seconds", counts.tolist(), float(seconds_L.sum()), lane=lane)
+        ages = (column["answered_at"] - column["sent_at"]) / 1e9
+        bits = np.frexp(column["tokens"].astype(np.float64))[1]
+        keys, places, numbers = np.unique(column["replica"] * 64 + bits, return_inverse=True, return_counts=True)
+        for key, mean, number in zip(keys, np.bincount(places, ages) / numbers, numbers, strict=True):
+            replica, bit = divmod(int(key), 64)
+            self._latency.observe(self._usable[replica].replica_id, 1 << bit >> 1, float(mean), int(number))
+
+    def _account_sent(self, records_NX: Records) -> None:
+        self._hedges.earn(len(records_NX))
+        for replica in records_NX[:, COLUMN["replica"]].tolist():
+            self._num_sent[self._usable[replica].replica_id] += 1
+        lane = self.lane.name_for(self._usable[records_NX[0, COLUMN["replica"]]])
+        self._num_bytes[lane, "sent"] += int(records_NX[:, COLUMN["length"]].sum()) - FRAME.layout.size * len(
+            records_NX
+        )
+
+    def _take_over(
+        self, layer: int, routed: tuple[Tensor, Tensor, Tensor], records_GX: Records, started: float
+    ) -> Tensor:
+        """Go on with an exchange that is not done, as if its messages had been sent from here."""
+        x_TD, ids_TK, gates_TK = routed
+        version, homes = self._routes.of_layer(layer)
+        assert self._table is not None
+        parts = split(layer, x_TD, ids_TK, gates_TK, homes, version)
+        sent_GX = records_GX[records_GX[:, COLUMN["state"]] != abi.NO_TOKENS]
+        self._account_sent(sent_GX)
+        for part, record in zip(parts, sent_GX, strict=True):
+            self._adopt(part, record)
+        self._has_changed = True
+        lane = self.lane.name_for(self._usable[sent_GX[0, COLUMN["replica"]]])
+        return self.combine(Pending(x_TD, parts, started, lane, DIRECT))
+
+    def _adopt(self, part: Part, record_X: NDArray[np.int64]) -> None:
+        record = {name: int(record_X[place]) for name, place in COLUMN.items()}
+        replica, number = self._usable[record["replica"]], record["number"]
+        unsent = b""
+        if record["sent"] < record["length"]:
+            message = wire.pack_dispatch(part.layer, part.x_PD, part.gates_PK, part.ids_PK, self.step.id)
+            unsent = (FRAME.layout.pack(number, len(message)) + message)[record["sent"] :]
+        handed = Handed(number, received_of(record_X), unsent, record["state"] == abi.LOST)
+        part.sent.append(Sent(replica, self.lane.adopt(replica, handed), record["sent_at"] / 1e9))
+        part.tried.add(replica.replica_id)
+        self._outstanding[replica.replica_id] += 1
