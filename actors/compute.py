@@ -18,6 +18,7 @@ import torch
 from actors.kernels import native
 from cluster.errors import ConfigError, ModelError
 from cluster.messages.actors import ExpertDtype, KernelChoice
+from cluster.models.spec import ModelSpec
 
 # How matrices are multiplied: plain, packed for oneDNN, packed for our own kernels, or widened to float32 by pieces.
 Products = Literal["torch", "onednn", "native", "widened"]
@@ -140,6 +141,16 @@ def told_if_out_of_memory(what: str, way_out: str) -> Iterator[None]:
 def why_not_native() -> str:
     reason = native.why_not_loaded()
     return reason or "this CPU has none of the instruction sets of the native kernels (the least is AVX2)"
+
+
+def why_not_native_attention(spec: ModelSpec) -> str:
+    """What the native attention refuses of a model; empty if nothing."""
+    return f"head_dim={spec.head_dim} is no multiple of 8" if spec.head_dim % 8 else ""
+
+
+def why_not_native_mlp(spec: ModelSpec) -> str:
+    """What the native experts refuse of a model; empty if nothing."""
+    return f"hidden_act={spec.activation!r} is not silu" if spec.activation != "silu" else ""
 
 
 def describe(compute: Compute, kernels: KernelChoice) -> Iterator[str]:

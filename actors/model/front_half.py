@@ -18,7 +18,7 @@ from actors.model.front_layers import LayerSteps, LayerWeights, NativeLayers, To
 from actors.model.graphs import DecodeGraphs
 from actors.model.layers import AnyLinear, rms_norm
 from actors.model.paged_kv import PagedKV, routed_dtype
-from actors.model.rope import Rotary
+from actors.model.rope import Angles, rotaries
 from actors.staging import Staging, staging_for
 from cluster.models.spec import ModelSpec
 
@@ -41,21 +41,36 @@ class FrontHalf:
         self.compute = compute
         self.weights = weights
         self.staging = staging or staging_for(compute.device)
-        self.rotary = Rotary(spec, compute.device)
+        self.rotaries = rotaries(spec, compute.device)
         self._native = native_layers(spec, weights.layers)
         self.graphs: DecodeGraphs | None = None  # where decode steps are replayed
+
+    @property
+    def is_native(self) -> bool:
+        """Whether one native call does the half of a layer."""
+        return self._native is not None
 
     def forward(self, batch: StepBatch, kv: PagedKV, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
         """Compute one step and write its keys, values and routing to the cache: in each layer
         attention -> route -> dispatch -> combine.
 
-        Returns the final hidden states of `batch.rows_R` [R, D], for `logits`, and every token's experts [T, L, K].
+        Returns the final hidden states of `batch.rows_R` [R, D], for `logits`, and every token's experts [T, L, K], of
+        the layers that have experts.
         """
-        steps, routed = self._steps(batch, kv), []
+        steps = self._steps(batch, kv)
+        routed: list[Tensor] = []
         combined_TD: Tensor | None = None
-        for number in range(len(self.weights.layers)):
+        for number, layer in enumerate(self.weights.layers):
             h_TD, ids_TK, gates_TK = steps.attend_and_route(number, combined_TD)
-            combined_TD = dispatcher.combine(dispatcher.dispatch(number, h_TD, ids_TK, gates_TK))
+            if ids_TK is None or gates_TK is None:
+                assert layer.mlp is not None, "a layer has experts or an MLP"
+                combined_TD = layer.mlp(h_TD)
+                continue
+            pending = dispatcher.dispatch(len(routed), h_TD, ids_TK, gates_TK)
+            shared_TD = None if layer.mlp is None else layer.mlp(h_TD)  # while the tokens are on their way
+            combined_TD = dispatcher.combine(pending)
+            if shared_TD is not None:
+                combined_TD = combined_TD + shared_TD
             routed.append(ids_TK)
         ids_TLK = torch.stack(routed, dim=1).to(routed_dtype(self.spec.num_experts))
         kv.write_routed(batch.slots_T, ids_TLK)
@@ -66,7 +81,7 @@ class FrontHalf:
 
     def _steps(self, batch: StepBatch, kv: PagedKV) -> LayerSteps:
         if self._native:
-            return NativeLayers(self._native, *self._embedded(batch), batch, kv)
+            return NativeLayers(self.spec, self._native, *self._embedded(batch), batch, kv)
         if self.graphs and (replayed := self.graphs.steps(batch)):
             return replayed
         return self.torch_layers(batch, kv, plan_attention(batch, kv, self.compute, self.staging))
@@ -74,10 +89,12 @@ class FrontHalf:
     def torch_layers(self, batch: StepBatch, kv: PagedKV, plan: AttentionPlan) -> TorchLayers:
         return TorchLayers(self.spec, self.weights.layers, *self._embedded(batch), batch, kv, plan)
 
-    def _embedded(self, batch: StepBatch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _embedded(self, batch: StepBatch) -> tuple[Tensor, Angles]:
         """The residual stream before the first layer, and the angles of all positions."""
         x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD) * self.spec.embedding_multiplier
-        return x_TD, self.rotary.angles(batch.positions_T, self.compute.dtype)
+        angles: Angles = {None: None}
+        angles |= {base: r.angles(batch.positions_T, self.compute.dtype) for base, r in self.rotaries.items()}
+        return x_TD, angles
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """float32 [R, V]."""

@@ -69,7 +69,7 @@ def kernels_here(config: ClusterConfig) -> str:
 
 def map_line(config: ClusterConfig, check: Check) -> str:
     spec = check.checkpoint.spec
-    experts = f"experts: {spec.num_experts} x {spec.num_layers} layers"
+    experts = f"experts: {spec.num_experts} x {spec.num_expert_layers} layers"
     if config.lane == "local":
         return f"{experts} in the front process"
     size = check.checkpoint.expert_bytes / config.groups / 2**20
