@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from actors.compute import Compute
+from cluster.models.sizes import kv_bytes_per_token
 from cluster.models.spec import ModelSpec
 
 
@@ -58,6 +59,4 @@ class PagedKV:
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-        kv = spec.num_layers * spec.kv_numbers_per_layer * dtype.itemsize
-        routed = spec.num_expert_layers * spec.top_k * routed_dtype(spec.num_experts).itemsize
-        return block_size * (kv + routed)
+        return block_size * kv_bytes_per_token(spec, dtype.itemsize)

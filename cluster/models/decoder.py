@@ -62,7 +62,8 @@ class Decoder(BaseModel):
         if raw.get("quantization_config"):
             raise ValueError("quantization_config is set: quantised checkpoints are not served, use the original one")
         cls._refuse_unknown(raw)
-        known = {k: v for k, v in raw.items() if v is not None}
+        # null stands for the default, but of this key it is a value of its own: no window.
+        known = {k: v for k, v in raw.items() if v is not None or k == "sliding_window"}
         heads = known.get("num_attention_heads")
         if cls.HAS_KV_DEFAULT:
             known.setdefault("num_key_value_heads", heads)

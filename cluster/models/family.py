@@ -66,6 +66,16 @@ def read_spec(model_dir: Path) -> ModelSpec:
         raise ModelError(f"{model_dir}/config.json: {error}") from None
 
 
+def spec_at(path: Path) -> ModelSpec:
+    """Of a directory, or of a config.json by itself. Raises ModelError."""
+    if path.is_dir():
+        return read_spec(path)
+    try:
+        return parse_config(read_json(path))
+    except ModelError as error:
+        raise ModelError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
 def parse_config(raw: dict[str, Any]) -> ModelSpec:
     """The content of a config.json as a spec. Raises ModelError that names the field."""
     family = _family_of(raw.get("model_type"))

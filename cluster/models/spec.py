@@ -94,11 +94,6 @@ class ModelSpec:
         return len(self.expert_layers)
 
     @property
-    def kv_numbers_per_layer(self) -> int:
-        """Of a token: its keys and values."""
-        return 2 * self.num_kv_heads * self.head_dim
-
-    @property
     def rope_original_context(self) -> int:
         """Context length before rope scaling."""
         return self.rope.original_max_position_embeddings or self.max_positions

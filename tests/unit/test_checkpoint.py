@@ -357,3 +357,19 @@ def test_made_checkpoint_is_a_checkpoint(tmp_path: Path, monkeypatch):
     logits = load_reference(tmp_path)(torch.tensor([[1, 2, 3, 1]])).logits[0]
     assert len(set(logits.argmax(-1).tolist())) > 1
     assert torch.equal(load_file(tmp_path / "model.safetensors")["model.norm.weight"], torch.ones(32).bfloat16())
+
+
+@pytest.mark.parametrize("shape", ["qwen3-30b-a3b", "granite-swash-3b-a600m", "mixtral-8x7b", "olmoe-1b-7b"])
+def test_made_checkpoints_of_other_families_in_shards(shape: str, tmp_path: Path, monkeypatch):
+    small = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+    small |= {"intermediate_size": 8, "bos_token_id": None, "pad_token_id": None}
+    small |= {"moe_intermediate_size": 8} if "moe_intermediate_size" in maker.SHAPES[shape] else {}
+    small |= {"shared_intermediate_size": 8} if "shared_intermediate_size" in maker.SHAPES[shape] else {}
+    monkeypatch.setitem(maker.SHAPES, shape, maker.SHAPES[shape] | small)
+    monkeypatch.setattr(maker, "SHARD_BYTES", 40_000)
+    maker.make_checkpoint(shape, tmp_path, layers=3)
+    assert len({info.file for info in read_headers(tmp_path).values()}) > 1
+    found = check(tmp_path)
+    assert found.spec.num_layers == 3
+    logits = load_reference(tmp_path)(torch.tensor([[1, 2, 3, 1]])).logits[0]
+    assert len(set(logits.argmax(-1).tolist())) > 1

@@ -43,12 +43,18 @@ class Config(granite_moe_shared.Config):
         return super().spec(family, layers=layers, has_sinks=True, **own)
 
 
+# Published with the names of transformers 5, unlike its elders.
+LAYER_NAMES = granite_moe_shared.LAYER_NAMES | {
+    "router": granite_moe.LAYER_NAMES["router"][::-1],
+    "sinks": ("self_attn.sinks",),
+}
+
 FAMILY = Family(
     model_type="granitemoe_swa",
     architecture="GraniteMoeSWAForCausalLM",
     examples=("ibm-granite/granite-swash-3b-a600m",),
     parse=lambda raw: Config.model_validate(raw).spec("granitemoe_swa"),
     model_tensors=MODEL_NAMES,
-    layer_tensors=granite_moe_shared.LAYER_NAMES | {"sinks": ("self_attn.sinks",)},
-    expert_forms=(granite_moe.STACKED_EXPERTS,),
+    layer_tensors=LAYER_NAMES,
+    expert_forms=({key: names[::-1] for key, names in granite_moe.STACKED_EXPERTS.items()},),
 )
