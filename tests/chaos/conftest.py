@@ -1,7 +1,8 @@
 """The model that chaos tests serve, and the tokens that it must give whatever happens.
 
-A small one whose tokens transformers tells, with a layer without experts and a shared expert in the others; CHAOS_MODEL names another checkpoint, whose tokens are those of an
-undisturbed run. CHAOS_TOKENS: how many of them a request asks for.
+A small one whose tokens transformers tells, with a layer without experts and a shared expert in the others; CHAOS_MODEL
+names another checkpoint, whose tokens are those of an undisturbed run. CHAOS_TOKENS: how many of them a request asks
+for.
 """
 
 import os
