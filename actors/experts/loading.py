@@ -4,10 +4,11 @@ Shapes: D hidden, F expert hidden, E experts.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from actors.activations import ACTIVATIONS
-from actors.experts.layer_experts import LayerExperts
+from actors.experts.layer_experts import AnyExperts, LayerExperts
 from actors.experts.store import ExpertStore
 from actors.weights import Part, Weights
 from cluster.models.checkpoint import expert_shapes
@@ -17,18 +18,26 @@ def load_experts(weights: Weights, experts: Sequence[Sequence[int]]) -> ExpertSt
     """The experts with the given global ids (ascending), layer by layer, of those layers that have experts."""
     assert len(experts) == weights.spec.num_expert_layers
     activation = ACTIVATIONS[weights.spec.activation]
-    # Packed one by one, so that only one layer is ever there twice.
-    layers = tuple(
-        read_layer_experts(weights, layer, tuple(ids)).packed(weights.compute, activation)
-        for layer, ids in enumerate(experts)
-    )
-    return ExpertStore(weights.spec, layers, weights.compute)
+    layers: list[AnyExperts] = []
+    spare: LayerExperts | None = None
+    # Packed one by one, so that only one layer is ever there twice, and in the same place.
+    for layer, ids in enumerate(experts):
+        plain = read_layer_experts(weights, layer, tuple(ids), spare)
+        layers.append(plain.packed(weights.compute, activation))
+        spare = None if layers[-1] is plain else plain
+    return ExpertStore(weights.spec, tuple(layers), weights.compute)
 
 
-def read_layer_experts(weights: Weights, layer: int, ids: tuple[int, ...]) -> LayerExperts:
-    """Experts of a layer, of those that have some, as they are stored."""
+def read_layer_experts(
+    weights: Weights, layer: int, ids: tuple[int, ...], spare: LayerExperts | None = None
+) -> LayerExperts:
+    """Experts of a layer, of those that have some, as they are stored; in the memory of as many `spare` ones."""
     shapes = expert_shapes(weights.spec)
-    experts = LayerExperts(ids, weights.empty(len(ids), *shapes["gate_up"]), weights.empty(len(ids), *shapes["down"]))
+    if spare is not None and len(spare.ids) == len(ids):
+        experts = replace(spare, ids=ids)
+    else:
+        gate_up_EFD, down_EDF = (weights.empty(len(ids), *shapes[name]) for name in ("gate_up", "down"))
+        experts = LayerExperts(ids, gate_up_EFD, down_EDF)
     key = f"layers.{weights.spec.expert_layers[layer]}.experts."
     is_stacked = f"{key}gate_up" in weights.checkpoint.tensors
     weights.read_parts(list(_stacked(experts, key) if is_stacked else _one_by_one(experts, key)))
