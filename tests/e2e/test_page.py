@@ -256,7 +256,7 @@ class TestMap:
             sheet.hover(position={"x": 24 + 2, "y": 24 + 6 * 70 + 2})
             expect(page.locator("#readout")).to_contain_text("layer 70, expert 0:")
             page.mouse.move(0, 0)
-            page.get_by_label("2×").check()
+            page.locator("[name=zoom][value='12']").check()
             assert sheet.evaluate("node => node.clientWidth") == 24 + 12 * 128
             sheet.focus()
             page.keyboard.press("ArrowDown")
