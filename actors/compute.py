@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -18,6 +19,8 @@ import torch
 from actors.kernels import native
 from cluster.errors import ConfigError, ModelError
 from cluster.messages.actors import ExpertDtype, KernelChoice
+from cluster.models.family import spec_at
+from cluster.models.spec import ModelSpec
 
 # How matrices are multiplied: plain, packed for oneDNN, packed for our own kernels, or widened to float32 by pieces.
 Products = Literal["torch", "onednn", "native", "widened"]
@@ -142,8 +145,18 @@ def why_not_native() -> str:
     return reason or "this CPU has none of the instruction sets of the native kernels (the least is AVX2)"
 
 
-def describe(compute: Compute, kernels: KernelChoice) -> Iterator[str]:
-    """Lines for people: what computes bfloat16 on this CPU, and why."""
+def why_not_native_attention(spec: ModelSpec) -> str:
+    """What the native attention refuses of a model; empty if nothing."""
+    return f"head_dim={spec.head_dim} is no multiple of 8" if spec.head_dim % 8 else ""
+
+
+def why_not_native_mlp(spec: ModelSpec) -> str:
+    """What the native experts refuse of a model; empty if nothing."""
+    return f"hidden_act={spec.activation!r} is not silu" if spec.activation != "silu" else ""
+
+
+def describe(compute: Compute, kernels: KernelChoice, spec: ModelSpec | None = None) -> Iterator[str]:
+    """Lines for people: what computes bfloat16 on this CPU, and why; with a `spec`, what computes that model."""
     names = {number: name for name, number in native.instruction_sets().items()}
     name = names.get(compute.isa, "")
     of_kernels = f"native, {name} ({native.TESTED[name]})" if name else ""
@@ -155,22 +168,29 @@ def describe(compute: Compute, kernels: KernelChoice) -> Iterator[str]:
         "torch": f"torch: {without}",
         "flash": "flash attention, over block tables",
     }
-    yield f"attention: {said[compute.attention]}"
+    no_attention, no_mlp = (why_not_native_attention(spec), why_not_native_mlp(spec)) if spec else ("", "")
+    is_gathered = compute.attention == "native" and no_attention
+    yield f"attention: {f'torch, slow: {no_attention}' if is_gathered else said[compute.attention]}"
     yield f"linear layers: {said[compute.linears]}"
-    if compute.int8_experts:
+    if spec and compute.attention == compute.linears == "native":
+        yield f"front half of a layer: {'step by step, for its attention' if no_attention else 'one native call'}"
+    if compute.experts == "native" and no_mlp:
+        yield f"experts: matrix by matrix, {said['native']}: {no_mlp}"
+    elif compute.int8_experts:
         yield f"int8 experts: {of_kernels if compute.experts == 'native' else said['torch']}"
     else:
         yield f"experts: {said[compute.experts]}"
 
 
-def main(kernels: str = "auto", expert_dtype: str = "auto") -> None:
-    """What `outcrop check` shows of this machine."""
+def main(kernels: str = "auto", expert_dtype: str = "auto", model: str = "") -> None:
+    """What `outcrop check` shows of this machine, and of the model at this path."""
     choice = cast("KernelChoice", kernels)
     try:
         compute = Compute.choose("cpu", "bfloat16", choice, cast("ExpertDtype", expert_dtype))
     except ConfigError as error:
         raise SystemExit(str(error)) from None
-    print("bfloat16 on this CPU:", *describe(compute, choice), sep="\n  ")
+    spec = spec_at(Path(model)) if model else None
+    print("bfloat16 on this CPU:", *describe(compute, choice, spec), sep="\n  ")
 
 
 if __name__ == "__main__":

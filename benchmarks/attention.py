@@ -18,7 +18,7 @@ import typer
 from actors.compute import Compute
 from actors.kernels.front_layer import NativeBatch, attend
 from actors.kernels.native import fastest
-from actors.model.attention import GatherPlan
+from actors.model.attention import AttentionRule, GatherPlan
 from actors.model.batch import Span, StepBatch
 from actors.model.paged_kv import PagedKV
 from benchmarks.make_checkpoint import SHAPES
@@ -50,12 +50,12 @@ def _measure(lengths: list[tuple[int, int]], rounds: int) -> tuple[str, ...]:
     nothing = torch.empty(int(starts[-1]), dtype=torch.int64)
     spans = tuple(Span(i * new, new, context) for i in range(len(lengths)))
     plan = GatherPlan(StepBatch(nothing, nothing, nothing, blocks, nothing, spans), kv)
-    contexts, angles = torch.tensor([context for _, context in lengths]), (nothing, nothing)
+    contexts, angles = torch.tensor([context for _, context in lengths]), None
     batch = NativeBatch(nothing, starts, contexts, blocks, angles, BLOCK_SIZE)
     q = torch.randn(len(nothing), SPEC.num_heads, SPEC.head_dim).bfloat16()
     scale, isa, wide_q = SPEC.attention_scale, fastest(), q.float()
     choices = {
-        "torch": lambda: plan.attend(q, k_BSGC, v_BSGC, scale),
+        "torch": lambda: plan.attend(q, k_BSGC, v_BSGC, AttentionRule(scale)),
         "native": lambda: attend(batch, wide_q, k_BSGC, v_BSGC, scale, isa),
     }
     seconds: dict[str, list[float]] = {choice: [] for choice in choices}

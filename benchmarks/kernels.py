@@ -19,8 +19,9 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import torch
 import typer
 
+from actors.activations import ACTIVATIONS
 from actors.compute import Compute
-from actors.experts.layer_experts import ACTIVATIONS, LayerExperts
+from actors.experts.layer_experts import LayerExperts
 from actors.experts.store import ExpertStore
 from actors.kernels import native
 from benchmarks.limits import Gauge, experts_cost

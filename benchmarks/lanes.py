@@ -75,7 +75,7 @@ def expert_cluster(
         raise SystemExit(f"int8 experts want the rest in bfloat16, not {dtype}: leave out lanes with {INT8}")
     spec = read_spec(model_dir)
     keys = LaneKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
-    expert_map = ExpertMap(0, groups, contiguous_homes(spec.num_layers, spec.num_experts, groups))
+    expert_map = ExpertMap(0, groups, contiguous_homes(spec.num_expert_layers, spec.num_experts, groups))
 
     def started(expert_dtype: ExpertDtype) -> ExpertMap:
         return expert_map.with_replicas(_start(model_dir, expert_map, replicas, dtype, keys, expert_dtype, threads))

@@ -1,4 +1,4 @@
-"""Tiny random GraniteMoE checkpoints, written by transformers, and transformers as the oracle that reads them back."""
+"""Tiny random checkpoints, written by transformers, and transformers as the oracle that reads them back."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +11,15 @@ from benchmarks.byte_tokenizer import END_ID, write_tokenizer
 
 @dataclass(frozen=True)
 class TinyModel:
-    """What to write. `own_names` uses the names of transformers 5 instead of the published ones."""
+    """What to write: a GraniteMoE model of 8 experts unless it says otherwise. `own_names` uses the names of
+    transformers 5 instead of the published ones. Other families start from nothing (tests/families.py).
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     own_names: bool = False
     max_shard_size: str = "1GB"
+    family: str = "granitemoe"
 
 
 BASE: dict[str, Any] = {
@@ -92,11 +95,12 @@ MODELS = {
 
 def write_checkpoint(model: TinyModel, out: Path, seed: int = 0) -> Path:
     """Write the model and a byte-level tokenizer to the directory `out` and return it."""
-    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = GraniteMoeConfig(**BASE | model.config)
-    reference = GraniteMoeForCausalLM(config)
+    base = BASE if model.family == "granitemoe" else {}
+    config = AutoConfig.for_model(model.family, **base | model.config)
+    reference = AutoModelForCausalLM.from_config(config)
     for name, weight in reference.named_parameters():
         weight.data = _random_weight(name, weight, config)
     reference.to(model.dtype).save_pretrained(
@@ -111,7 +115,9 @@ def _random_weight(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor
     enough to matter, and even with a tied head the next token is not simply the last one."""
     noise = torch.randn_like(weight)
     if "embed_tokens" in name:
-        return noise * (0.3 if config.tie_word_embeddings else 1.0) / config.embedding_multiplier
+        return noise * (0.3 if config.tie_word_embeddings else 1.0) / getattr(config, "embedding_multiplier", 1.0)
+    if name.endswith("sinks"):
+        return noise
     if "norm" in name:
         return 1 + 0.3 * noise
     if name.endswith("bias"):
@@ -121,9 +127,9 @@ def _random_weight(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor
 
 def load_reference(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
     """transformers' model in its plainest form: eager attention, one expert after the other."""
-    from transformers import GraniteMoeForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return GraniteMoeForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     ).eval()
 

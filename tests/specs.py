@@ -22,4 +22,4 @@ def spec_of(raw: dict[str, Any]) -> ModelSpec:
 
 def described(spec: ModelSpec, dtype: str = "bfloat16") -> Checkpoint:
     """A checkpoint in which nothing is stored."""
-    return Checkpoint(Path("/m"), spec, {}, dtype, 1, spec.num_layers * spec.num_experts)
+    return Checkpoint(Path("/m"), spec, {}, dtype, 1, spec.num_expert_layers * spec.num_experts)

@@ -40,10 +40,13 @@ class Dispatcher(ABC):
         return self.combine(self.dispatch(layer, x_TD, ids_TK, gates_TK))
 
     def go_through(self, layers: "FrontLayers", number: int, combined_TD: Tensor | None) -> tuple[Tensor, int]:
-        """Take a step through layer `number`, and maybe further: what the experts of the last of them have combined to,
-        and the layer behind it. `combined_TD` is of the layer before.
+        """Take a step of a model whose layers are all alike through layer `number`, and maybe further: what the experts
+        of the last of them have combined to, and the layer behind it. `combined_TD` is of the layer before.
         """
-        return self.exchange(number, *layers.attend_and_route(number, combined_TD)), number + 1
+        h_TD, ids_TK, gates_TK = layers.attend_and_route(number, combined_TD)
+        assert ids_TK is not None
+        assert gates_TK is not None
+        return self.exchange(number, h_TD, ids_TK, gates_TK), number + 1
 
 
 class FrontLayers(Protocol):
@@ -54,10 +57,12 @@ class FrontLayers(Protocol):
     @property
     def num_layers(self) -> int: ...
 
-    def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]: ...
+    def attend_and_route(
+        self, number: int, combined_TD: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
-    def chosen(self, number: int) -> Tensor:
-        """The experts that layer `number` has chosen, int64."""
+    def chosen(self, place: int) -> Tensor:
+        """The experts that layer number `place` of those with experts has chosen, int64."""
         ...
 
     def native_steps(self) -> NativeSteps | None:

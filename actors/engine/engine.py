@@ -47,7 +47,7 @@ class Engine:
         self._self_test = SelfTest(model, kv, scheduler)
         self._step_id = StepId.first_of(actor_id)
         spec = model.spec
-        self.expert_counts = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.int64)
+        self.expert_counts = torch.zeros(spec.num_expert_layers, spec.num_experts, dtype=torch.int64)
 
     @property
     def has_work(self) -> bool:

@@ -5,7 +5,7 @@ Nothing is kept: each call reads the experts that its tokens need out of the map
 
 from torch import Tensor
 
-from actors.experts.layer_experts import ACTIVATIONS
+from actors.activations import ACTIVATIONS
 from actors.experts.loading import read_layer_experts
 from actors.experts.store import ExpertStore
 from actors.staging import staging_for

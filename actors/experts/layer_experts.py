@@ -4,7 +4,7 @@ packed for one native call. LayerExperts is the oracle of the other two.
 Shapes: T tokens, D hidden, F expert hidden, K top-k, E experts held of a layer, P (token, choice) pairs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -13,20 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.activations import Activation
 from actors.compute import Compute
 from actors.kernels.native import NativeExperts
 from actors.packed import FastLinear, pack_expert
 from actors.staging import DIRECT, Staging
-from cluster.models import spec
-
-Activation = Callable[[Tensor], Tensor]
-
-ACTIVATIONS: dict[spec.Activation, Activation] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ Shapes: T tokens, D hidden, K top-k, E experts held of a layer.
 import torch
 from torch import Tensor
 
+from actors.activations import ACTIVATIONS
 from actors.compute import Compute
-from actors.experts.layer_experts import ACTIVATIONS, AnyExperts, Choices
+from actors.experts.layer_experts import AnyExperts, Choices
 from actors.staging import Staging, staging_for
 from cluster.models.spec import ModelSpec
 

@@ -31,8 +31,10 @@ std::string batch() {
 
 std::string layer() {
   return "Layer:" + FIELD(Layer, D) + FIELD(Layer, H) + FIELD(Layer, G) + FIELD(Layer, C) + FIELD(Layer, E) +
-         FIELD(Layer, K) + FIELD(Layer, eps) + FIELD(Layer, residual) + FIELD(Layer, scale) +
-         FIELD(Layer, attention_norm) + FIELD(Layer, moe_norm) + FIELD(Layer, qkv) + FIELD(Layer, out) +
+         FIELD(Layer, K) + FIELD(Layer, window) + FIELD(Layer, q_norm_width) + FIELD(Layer, k_norm_width) +
+         FIELD(Layer, gates_over_all) + FIELD(Layer, is_normalised) + FIELD(Layer, eps) + FIELD(Layer, residual) +
+         FIELD(Layer, scale) + FIELD(Layer, clip) + FIELD(Layer, attention_norm) + FIELD(Layer, moe_norm) +
+         FIELD(Layer, q_norm) + FIELD(Layer, k_norm) + FIELD(Layer, sinks) + FIELD(Layer, qkv) + FIELD(Layer, out) +
          FIELD(Layer, router) + FIELD(Layer, qkv_bias) + FIELD(Layer, out_bias) + " " +
          std::to_string(sizeof(Layer)) + "\n";
 }
@@ -69,7 +71,7 @@ std::string exchange() {
 
 std::string steps() {
   return "Steps:" + FIELD(Steps, isa) + FIELD(Steps, threads) + FIELD(Steps, L) + FIELD(Steps, layers) +
-         FIELD(Steps, batch) + FIELD(Steps, k) + FIELD(Steps, v) + FIELD(Steps, cache) + FIELD(Steps, x) +
+         FIELD(Steps, batches) + FIELD(Steps, k) + FIELD(Steps, v) + FIELD(Steps, cache) + FIELD(Steps, x) +
          FIELD(Steps, h) + FIELD(Steps, combined) + FIELD(Steps, ids) + FIELD(Steps, gates) + FIELD(Steps, exchange) +
          FIELD(Steps, homes) + FIELD(Steps, parts) + FIELD(Steps, seconds) + " " + std::to_string(sizeof(Steps)) + "\n";
 }

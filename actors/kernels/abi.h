@@ -23,14 +23,20 @@ struct Batch {
   const int64_t* starts;    // [S + 1]
   const int64_t* contexts;  // [S] tokens that are in the cache, the new ones among them
   const int32_t* blocks;    // [S, B]
-  const bf16 *cos, *sin;    // [T, C] of the token's position; the sign of rotate-half is in the sine
+  const bf16 *cos, *sin;    // [T, C] of the token's position; the sign of rotate-half is in the sine. Null: no positions
 };
 
-// The weights of the front's half of a layer.
+// The weights of the front's half of a layer. Without experts E is 0, and there is no router.
 struct Layer {
   int64_t D, H, G, C, E, K;
+  int64_t window;                         // tokens that a query sees, itself included; 0: all
+  int64_t q_norm_width, k_norm_width;     // numbers normed together: C, or those of all heads; 0: none are
+  int64_t gates_over_all, is_normalised;  // whether gates are a softmax over all logits, normalised after the choice
   float eps, residual, scale;             // of the norms; what is added to the stream is multiplied by; of the scores
+  float clip;                             // bound of queries, keys and values; 0: none
   const bf16 *attention_norm, *moe_norm;  // [D]
+  const bf16 *q_norm, *k_norm;            // [width], or null
+  const bf16* sinks;                      // [H], or null
   const char *qkv, *out, *router;         // packed [(H + 2 G) C, D], [D, H C], [E, D]
   const bf16 *qkv_bias, *out_bias;        // or null
 };
@@ -61,13 +67,14 @@ EXPORT void outcrop_linear(int isa, long threads, const bf16* x, long T, long D,
 EXPORT void outcrop_experts(int is_int8, int isa, long threads, const bf16* x, long T, long D, long F,
                             const int64_t* rows, const bf16* gates, long K, long E, const char* packed, bf16* out);
 
-// Attention by itself: k, v [slots, G, C], q and out [T, H, C] float32. See attention.h.
+// Attention by itself: k, v [slots, G, C], q and out [T, H, C] float32; window and sinks as in Layer. See attention.h.
 EXPORT void outcrop_attention(int isa, long threads, const Batch* batch, const bf16* k, const bf16* v, long G, long C,
-                              long H, float scale, const float* q, float* out);
+                              long H, float scale, long window, const bf16* sinks, const float* q, float* out);
 
 // The front's half of a layer: attention and router, with all that lies between. x [T, D], the residual stream, in
 // place: the experts' part of the layer before (`combined`, or null in the first layer) and this layer's attention are
-// added. k and v are the layer's cache. What the experts of this layer want: h [T, D], ids [T, K], gates [T, K].
+// added. k and v are the layer's cache. What the experts of this layer want: h [T, D], ids [T, K], gates [T, K]; of a
+// layer without experts, h alone.
 EXPORT void outcrop_front_layer(int isa, long threads, const Layer* layer, const Batch* batch, bf16* k, bf16* v,
                                 const bf16* combined, bf16* x, bf16* h, int64_t* ids, bf16* gates);
 

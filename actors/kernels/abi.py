@@ -19,9 +19,11 @@ class Batch(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("D", "H", "G", "C", "E", "K")),
-        *((name, _FLOAT) for name in ("eps", "residual", "scale")),
-        *((name, _POINTER) for name in ("attention_norm", "moe_norm", "qkv", "out", "router", "qkv_bias", "out_bias")),
+        *((name, ctypes.c_int64) for name in ("D", "H", "G", "C", "E", "K", "window", "q_norm_width", "k_norm_width")),
+        *((name, ctypes.c_int64) for name in ("gates_over_all", "is_normalised")),
+        *((name, _FLOAT) for name in ("eps", "residual", "scale", "clip")),
+        *((name, _POINTER) for name in ("attention_norm", "moe_norm", "q_norm", "k_norm", "sinks")),
+        *((name, _POINTER) for name in ("qkv", "out", "router", "qkv_bias", "out_bias")),
     )
 
 
@@ -47,7 +49,7 @@ MAX_BOUNDS = 24
 class Steps(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("isa", "threads", "L")),
-        *((name, _POINTER) for name in ("layers", "batch", "k", "v")),
+        *((name, _POINTER) for name in ("layers", "batches", "k", "v")),
         ("cache", ctypes.c_int64),
         *((name, _POINTER) for name in ("x", "h", "combined", "ids", "gates", "exchange", "homes", "parts", "seconds")),
     )
@@ -75,7 +77,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "outcrop_attention": (
         None,
-        (_INT, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _FLOAT, _POINTER, _POINTER),
+        (_INT, _LONG, *[_POINTER] * 3, *[_LONG] * 3, _FLOAT, _LONG, *[_POINTER] * 3),
     ),
     "outcrop_front_layer": (None, (_INT, _LONG, *[_POINTER] * 9)),
     "outcrop_use_huge_pages": (None, (_POINTER, _LONG)),

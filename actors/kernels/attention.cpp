@@ -35,12 +35,15 @@ std::vector<Item> cut(const Batch& batch, long G, long threads) {
 
 }  // namespace
 
-void attention(const Call& call, const Batch& batch, const Cache& cache, long H, float scale, const float* q,
+void attention(const Call& call, const Batch& batch, const Cache& cache, const Rule& rule, const float* q,
                long q_stride, float* out) {
-  const long C = cache.C, R = H / cache.G;
+  const long C = cache.C, H = rule.H, R = H / cache.G;
   const std::vector<Item> items = cut(batch, cache.G, call.threads);
   long work = 0;
-  for (const Item& item : items) work += item.count * item.heads * batch.contexts[item.s] * R * C;
+  for (const Item& item : items) {
+    const long context = batch.contexts[item.s];
+    work += item.count * item.heads * (context - rule.first_of(context)) * R * C;
+  }
   call.run(long(items.size()), work >= WORTH_IT, [&](long number) {
     const Item& item = items[number];
     const long last = batch.starts[item.s + 1] - 1, context = batch.contexts[item.s] - (last - item.first);
@@ -50,13 +53,14 @@ void attention(const Call& call, const Batch& batch, const Cache& cache, long H,
                        .head = item.head};
     const float* here = q + item.first * q_stride + item.head * R * C;
     float* to = out + (item.first * H + item.head * R) * C;
-    if (batch.starts[item.s] == last) attend_single(keys, item.heads, context, R, scale, here, to);
-    else attend_prompt(call.kernel, keys, context, item.count, R, scale, here, q_stride, to, H * C);
+    if (batch.starts[item.s] == last) attend_single(keys, item.heads, context, R, rule, here, to);
+    else attend_prompt(call.kernel, keys, context, item.count, R, rule, here, q_stride, to, H * C);
   });
 }
 
 EXPORT void outcrop_attention(int isa, long threads, const Batch* batch, const bf16* k, const bf16* v, long G, long C,
-                              long H, float scale, const float* q, float* out) {
+                              long H, float scale, long window, const bf16* sinks, const float* q, float* out) {
   const Call call(BFLOAT16, isa, threads);
-  attention(call, *batch, {.k = k, .v = v, .G = G, .C = C}, H, scale, q, H * C, out);
+  attention(call, *batch, {.k = k, .v = v, .G = G, .C = C},
+            {.H = H, .scale = scale, .window = window, .sinks = sinks}, q, H * C, out);
 }

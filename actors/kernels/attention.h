@@ -13,8 +13,20 @@ struct Cache {
   long G, C;
 };
 
+// How queries attend. `window` tokens are seen, the query's own included; 0 is all. `sinks` [H], or null, are scores of
+// nothing: they take their share of a head's weights.
+struct Rule {
+  long H;
+  float scale;
+  long window;
+  const bf16* sinks;
+
+  // The first token that the query of a token with `context` tokens up to itself sees.
+  long first_of(long context) const { return window ? std::max(0L, context - window) : 0; }
+};
+
 // out [T, H, C] = softmax(scale * q k) v of each token over its sequence up to itself. Rows of q are q_stride apart.
 // Scores and sums are float32; queries and weights of a prompt are rounded to bfloat16 where the kernel takes such
 // activations. Only slots of tokens that were written are read.
-void attention(const Call& call, const Batch& batch, const Cache& cache, long H, float scale, const float* q,
+void attention(const Call& call, const Batch& batch, const Cache& cache, const Rule& rule, const float* q,
                long q_stride, float* out);

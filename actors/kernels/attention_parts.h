@@ -57,16 +57,19 @@ struct Softmax {
     max = higher, sum = sum * shrink + sum_of(scores, n);
     for (long c = 0; c < C; ++c) out[c] *= shrink;
   }
+
+  // The same as sum times sigmoid(log(sum) + max - sink), the reference's way.
+  float sum_with(const bf16* sink) const { return sink ? sum + exp_(widen(*sink) - max) : sum; }
 };
 
 AVX2 inline void divide(float* row, long n, float by) {
   for (long i = 0; i < n; ++i) row[i] /= by;
 }
 
-// The queries of one token with `heads` key heads, R with each.
-void attend_single(const Keys& keys, long heads, long context, long R, float scale, const float* q, float* out);
+// The queries of one token with `heads` key heads from keys.head on, R with each.
+void attend_single(const Keys& keys, long heads, long context, long R, const Rule& rule, const float* q, float* out);
 
-// The queries of successive tokens with one key head, R of each. The first token sees `context` keys, each of the
-// others one more. q and out begin at the first query; tokens are `q_stride` and `out_stride` apart.
-void attend_prompt(const Kernel& kernel, const Keys& keys, long context, long tokens, long R, float scale,
+// The queries of successive tokens with one key head, R of each. The first token's sequence has `context` keys, each of
+// the others one more. q and out begin at the first query; tokens are `q_stride` and `out_stride` apart.
+void attend_prompt(const Kernel& kernel, const Keys& keys, long context, long tokens, long R, const Rule& rule,
                    const float* q, long q_stride, float* out, long out_stride);

@@ -23,8 +23,8 @@ AVX2 void pack_values(const Keys& keys, long first, long n, char* packed) {
 // A prompt's queries that share a key head: row i is query i % R of token i / R. Keys pass by in pieces.
 class Chunk {
  public:
-  Chunk(const Kernel& kernel, const Keys& keys, long context, long tokens, long R)
-      : kernel_(kernel), keys_(keys), context_(context), R_(R), C_(keys.cache.C), rows_(tokens * R),
+  Chunk(const Kernel& kernel, const Keys& keys, long context, long tokens, long R, const Rule& rule)
+      : kernel_(kernel), keys_(keys), rule_(rule), context_(context), R_(R), C_(keys.cache.C), rows_(tokens * R),
         stride_(BFLOAT16.row_bytes(C_, kernel)), channels_(round_up(C_, TILE)) {
     thread_local Scratch softmax, queries, keys_memory, values, scores, weights, sums;
     softmax_ = softmax.at_least<Softmax>(rows_);
@@ -38,13 +38,14 @@ class Chunk {
     std::fill_n(sums_, rows_ * channels_, 0.0f);
   }
 
-  void attend(const float* q, long q_stride, float scale, float* out, long out_stride) {
+  void attend(const float* q, long q_stride, float* out, long out_stride) {
     for (long i = 0; i < rows_; ++i)
       activation(BFLOAT16, kernel_, C_, act_ + i * stride_, [&](float* row) {
-        for (long c = 0; c < C_; ++c) row[c] = q[i / R_ * q_stride + i % R_ * C_ + c] * scale;
+        for (long c = 0; c < C_; ++c) row[c] = q[i / R_ * q_stride + i % R_ * C_ + c] * rule_.scale;
       });
     const long last = context_ + rows_ / R_ - 1;
-    for (long first = 0; first < last; first += PIECE) {
+    // Pieces begin at the same keys wherever a prompt is cut.
+    for (long first = rule_.first_of(context_) / PIECE * PIECE; first < last; first += PIECE) {
       const long n = std::min(PIECE, last - first);
       score(first, n);
       weigh(first, n);
@@ -53,7 +54,7 @@ class Chunk {
     for (long i = 0; i < rows_; ++i) {
       float* row = out + i / R_ * out_stride + i % R_ * C_;
       std::copy_n(sums_ + i * channels_, C_, row);
-      divide(row, C_, softmax_[i].sum);
+      divide(row, C_, softmax_[i].sum_with(rule_.sinks ? rule_.sinks + keys_.head * R_ + i % R_ : nullptr));
     }
   }
 
@@ -67,10 +68,12 @@ class Chunk {
   // Scores become weights; zero for what a query does not see.
   void weigh(long first, long n) {
     for (long i = 0; i < rows_; ++i) {
-      const long seen = std::max(0L, std::min(n, context_ + i / R_ - first));
+      const long context = context_ + i / R_, end = std::max(0L, std::min(n, context - first));
+      const long begin = std::max(0L, std::min(end, rule_.first_of(context) - first));
       float* row = scores_ + i * PIECE;
-      if (seen) softmax_[i].add(row, seen, sums_ + i * channels_, C_);
-      std::fill(row + seen, row + PIECE, 0.0f);
+      if (begin < end) softmax_[i].add(row + begin, end - begin, sums_ + i * channels_, C_);
+      std::fill(row, row + begin, 0.0f);
+      std::fill(row + end, row + PIECE, 0.0f);
       if (kernel_.activate) kernel_.activate(row, PIECE, weights_ + i * weight_bytes());
     }
   }
@@ -85,6 +88,7 @@ class Chunk {
 
   const Kernel& kernel_;
   const Keys& keys_;
+  const Rule& rule_;
   const long context_, R_, C_, rows_, stride_, channels_;
   Softmax* softmax_;
   char *act_, *key_tiles_, *value_tiles_, *weights_;
@@ -93,7 +97,7 @@ class Chunk {
 
 }  // namespace
 
-void attend_prompt(const Kernel& kernel, const Keys& keys, long context, long tokens, long R, float scale,
+void attend_prompt(const Kernel& kernel, const Keys& keys, long context, long tokens, long R, const Rule& rule,
                    const float* q, long q_stride, float* out, long out_stride) {
-  Chunk(kernel, keys, context, tokens, R).attend(q, q_stride, scale, out, out_stride);
+  Chunk(kernel, keys, context, tokens, R, rule).attend(q, q_stride, out, out_stride);
 }

@@ -46,15 +46,16 @@ inline void prefetch(const bf16* p, long n) {
 
 }  // namespace
 
-AVX2 void attend_single(const Keys& keys, long heads, long context, long R, float scale, const float* q, float* out) {
+AVX2 void attend_single(const Keys& keys, long heads, long context, long R, const Rule& rule, const float* q,
+                        float* out) {
   const long C = keys.cache.C, H = heads * R;
   thread_local Scratch softmax_memory;
   Softmax* softmax = softmax_memory.at_least<Softmax>(H);
   float* scaled = row_of(H * C);
   std::fill_n(softmax, H, Softmax());
-  for (long i = 0; i < H * C; ++i) scaled[i] = q[i] * scale;
+  for (long i = 0; i < H * C; ++i) scaled[i] = q[i] * rule.scale;
   std::fill_n(out, H * C, 0.0f);
-  for (long first = 0; first < context; first += PIECE) {
+  for (long first = rule.first_of(context); first < context; first += PIECE) {
     const long n = std::min(PIECE, context - first);
     const bf16 *key[PIECE], *value[PIECE];
     for (long i = 0; i < n; ++i) key[i] = keys.key(first + i), value[i] = keys.value(first + i);
@@ -77,5 +78,6 @@ AVX2 void attend_single(const Keys& keys, long heads, long context, long R, floa
       for (; c < C; c += 8) add_values<1>(value, weights, n, at + c, sums + c);
     }
   }
-  for (long h = 0; h < H; ++h) divide(out + h * C, C, softmax[h].sum);
+  const bf16* sinks = rule.sinks ? rule.sinks + keys.head * R : nullptr;
+  for (long h = 0; h < H; ++h) divide(out + h * C, C, softmax[h].sum_with(sinks ? sinks + h : nullptr));
 }

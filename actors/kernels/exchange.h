@@ -50,7 +50,7 @@ EXPORT int outcrop_exchange(Exchange* exchange, const Homes* homes, int64_t laye
 struct Steps {
   int64_t isa, threads, L;
   const Layer* const* layers;  // [L]
-  const Batch* batch;
+  const Batch* const* batches;  // [L], which differ in the angles of positions
   bf16 *k, *v;               // of layer 0; those of the next one are `cache` numbers further
   int64_t cache;
   bf16 *x, *h, *combined;    // [T, D] residual stream; what the experts get; what they yield

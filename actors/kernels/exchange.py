@@ -104,7 +104,7 @@ class NativeSteps:
     def __init__(
         self,
         layers: Sequence[NativeFrontLayer],
-        batch: NativeBatch,
+        batches_L: Sequence[NativeBatch],
         k_LX: Tensor,
         v_LX: Tensor,
         x_TD: Tensor,
@@ -112,11 +112,12 @@ class NativeSteps:
     ) -> None:
         self.h_TD, self.combined_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
         self.gates_TK = x_TD.new_empty(ids_LTK.shape[1:])
-        self._kept = layers, batch, k_LX, v_LX, x_TD, ids_LTK
+        self._kept = layers, batches_L, k_LX, v_LX, x_TD, ids_LTK
+        self._batches = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(batch.fields) for batch in batches_L))
         self._layers = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(layer.fields) for layer in layers))
         self.fields = abi.Steps(
             isa=layers[0].linears[0].isa, threads=torch.get_num_threads(), L=len(layers),
-            layers=ctypes.addressof(self._layers), batch=ctypes.addressof(batch.fields),
+            layers=ctypes.addressof(self._layers), batches=ctypes.addressof(self._batches),
             k=k_LX.data_ptr(), v=v_LX.data_ptr(), cache=k_LX.stride(0),
             x=x_TD.data_ptr(), h=self.h_TD.data_ptr(), combined=self.combined_TD.data_ptr(),
             ids=ids_LTK.data_ptr(), gates=self.gates_TK.data_ptr(),

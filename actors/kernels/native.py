@@ -9,6 +9,7 @@ Shapes: T tokens, D input width, O output width, F expert hidden, E experts, K t
 import ctypes
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -138,10 +139,14 @@ class NativeExperts:
         num_experts, hidden, width = down_EDF.shape
         up_at = packed_bytes(width, hidden, is_int8)
         packed_EX = memory(num_experts, 2 * up_at + packed_bytes(hidden, width, is_int8))
-        for packed_X, gate_up_FD, down_DF in zip(packed_EX, gate_up_EFD, down_EDF, strict=True):
+
+        def pack_one(packed_X: Tensor, gate_up_FD: Tensor, down_DF: Tensor) -> None:
             pack(gate_up_FD[:width], packed_X, is_int8)
             pack(gate_up_FD[width:], packed_X[up_at:], is_int8)
             pack(down_DF, packed_X[2 * up_at :], is_int8)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(pack_one, packed_EX, gate_up_EFD, down_EDF))
         return cls(packed_EX, width, isa, is_int8)
 
     def select(self, rows: Sequence[int], more: "NativeExperts") -> "NativeExperts":

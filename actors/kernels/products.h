@@ -6,6 +6,7 @@
 #include "tiles.h"
 
 constexpr long FEW = 32;    // rows that are not worth waking a thread for
+constexpr long PACKED_TOGETHER = 512;  // numbers of a row, a multiple of every padding
 constexpr long TILES = 4;   // tiles that a thread takes at a time, ...
 constexpr long CHUNK = 24;  // ... and rows that it takes all of them past, so that both stay in its cache
 
@@ -74,12 +75,17 @@ struct Share {
   static long number(long tiles) { return (tiles + TILES - 1) / TILES; }
 };
 
-// Packs rows row_of(0) to row_of(O - 1) [D] as a matrix, with zeros behind them.
+// Packs rows row_of(0) to row_of(O - 1) [D] as a matrix, with zeros behind them. Where rows have no scales, they are
+// packed piece by piece: what the 16 rows of a tile write to stays in the cache until all of them have.
 template <typename RowOf>
 void pack_rows(const Format& format, long O, long D, char* packed, RowOf row_of) {
-  for (long o = 0; o < round_up(O, TILE); ++o)
-    format.pack_row(o < O ? row_of(o) : nullptr, o < O ? D : 0, format.padded(D), o % TILE,
-                    packed + o / TILE * format.tile_bytes(D));
+  const long padded = format.padded(D), step = format.scales ? padded : PACKED_TOGETHER;
+  for (long first = 0; first < round_up(O, TILE); first += TILE)
+    for (long d = 0; d < padded; d += step)
+      for (long o = first; o < first + TILE; ++o)
+        format.pack_row(o < O ? row_of(o) + d : nullptr, o < O ? std::clamp(D - d, 0L, step) : 0,
+                        std::min(step, padded - d), o % TILE,
+                        packed + o / TILE * format.tile_bytes(D) + d * TILE * format.item);
 }
 
 // Tiles [first, last) of a packed matrix with D inputs, times rows [from, to) of activations: calls

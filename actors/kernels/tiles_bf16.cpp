@@ -95,8 +95,10 @@ AVX2 void activate(const float* row, long padded, char* out) {
 
 void pack_row(const bf16* row, long D, long padded, long place, char* tile) {
   char* pair = tile + place * 4;
-  for (long d = 0; d < padded; d += 2, pair += TILE * 4) {
-    const bf16 both[] = {d < D ? row[d] : bf16(0), d + 1 < D ? row[d + 1] : bf16(0)};
+  long d = 0;
+  for (; d + 2 <= D; d += 2, pair += TILE * 4) std::memcpy(pair, row + d, 4);
+  for (; d < padded; d += 2, pair += TILE * 4) {
+    const bf16 both[] = {d < D ? row[d] : bf16(0), 0};
     std::memcpy(pair, both, 4);
   }
 }

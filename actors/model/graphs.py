@@ -21,7 +21,7 @@ from torch.nn.attention import current_flash_attention_impl
 from actors.compute import Compute
 from actors.model.attention import AttentionPlan, VarlenPlan
 from actors.model.batch import Span, StepBatch
-from actors.model.front_layers import LayerSteps
+from actors.model.front_layers import LayerSteps, Routed
 from actors.model.paged_kv import PagedKV
 from cluster.errors import ModelError
 from cluster.models.spec import ModelSpec
@@ -118,7 +118,8 @@ class _Captured:
         self.h_ND = torch.zeros_like(self.combined_ND)
         self.gates_NK = torch.zeros(size, spec.top_k, dtype=dtype, device=device)
         self.x_ND = torch.zeros_like(self.combined_ND)
-        self.ids_NK: list[Tensor] = []  # by layer: a step reads them in the end
+        self.layers = spec.layers
+        self.ids_NK: list[Tensor] = []  # by layer: a step reads them in the end; anything where it has no experts
         self.replays: list[Replay] = []
         self._capture(captures)
 
@@ -134,8 +135,10 @@ class _Captured:
                 steps = captures.make_steps(batch, captures.kv, DecodePlan(batch, captures.max_model_len))
             h_ND, ids_NK, gates_NK = steps.attend_and_route(number, self.combined_ND if number else None)
             self.h_ND.copy_(h_ND)
-            self.gates_NK.copy_(gates_NK)
             self.x_ND.copy_(steps.x_TD)
+            if ids_NK is None or gates_NK is None:
+                return self.h_ND
+            self.gates_NK.copy_(gates_NK)
             return ids_NK
 
         for number in range(captures.spec.num_layers):  # kernels are loaded at their first use, which can't be captured
@@ -145,6 +148,7 @@ class _Captured:
             ids_NK, replay = captures.capture(partial(layer, number))
             self.ids_NK.append(ids_NK)
             self.replays.append(replay)
+        self.chosen = [self.ids_NK[number] for number in captures.spec.expert_layers]
 
     def load(self, batch: StepBatch) -> None:
         num, width = batch.blocks_SB.shape
@@ -162,13 +166,22 @@ class GraphSteps(LayerSteps):
     def __init__(self, captured: _Captured, num_sequences: int) -> None:
         self._captured = captured
         self._num = num_sequences
+        self.num_layers = len(captured.layers)
         self.x_TD = captured.x_ND[:num_sequences]
 
-    def attend_and_route(self, number: int, combined_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def chosen(self, place: int) -> Tensor:
+        return self._captured.chosen[place][: self._num]
+
+    def all_chosen(self) -> Tensor:
+        return torch.stack(self._captured.chosen, dim=1)[: self._num]
+
+    def attend_and_route(self, number: int, combined_TD: Tensor | None) -> Routed:
         captured, num = self._captured, self._num
         if combined_TD is not None:
             captured.combined_ND[:num] = combined_TD
         captured.replays[number]()
+        if not captured.layers[number].has_experts:
+            return captured.h_ND[:num], None, None
         return captured.h_ND[:num], captured.ids_NK[number][:num], captured.gates_NK[:num]
 
 
@@ -186,5 +199,4 @@ class DecodePlan(VarlenPlan):
             self.cu_seq_k = torch.zeros_like(self.cu_seq_q)
             torch.cumsum(self.seqused_k, 0, dtype=torch.int32, out=self.cu_seq_k[1:])
         self.max_q, self.max_k = 1, max_k
-        self.window = (-1, -1)
         self.block_table = batch.blocks_SB

@@ -3,9 +3,12 @@
 Shapes: V vocabulary, D hidden.
 """
 
+from torch import Tensor
+
 from actors.model.front_half import FrontHalf, FrontWeights
 from actors.model.front_layers import LayerWeights
 from actors.model.layers import AnyLinear, Linear, in_place, packed
+from actors.model.mlp import load_mlp
 from actors.staging import Staging
 from actors.weights import Weights
 
@@ -27,10 +30,20 @@ def _layer(weights: Weights, number: int) -> LayerWeights:
         bias = weights.read_stacked(*(f"{key}_bias" for key in keys)) if has_bias else None
         return packed(Linear(weights.read_stacked(*keys), bias), weights.compute)
 
+    def optional(name: str) -> Tensor | None:
+        key = f"layers.{number}.{name}"
+        return weights.read(key) if key in weights.checkpoint.tensors else None
+
+    has_experts = weights.spec.layers[number].has_experts
+    mlp = ("shared" if weights.spec.shared_size else "") if has_experts else "dense"
     return LayerWeights(
         attention_norm_D=weights.read(f"layers.{number}.attention_norm"),
         qkv=linear("q", "k", "v"),
         out=linear("o"),
         moe_norm_D=weights.read(f"layers.{number}.moe_norm"),
-        router=in_place(Linear(weights.read(f"layers.{number}.router")), weights.compute),
+        router=in_place(Linear(weights.read(f"layers.{number}.router")), weights.compute) if has_experts else None,
+        mlp=load_mlp(weights, f"layers.{number}.{mlp}_") if mlp else None,
+        q_norm=optional("q_norm"),
+        k_norm=optional("k_norm"),
+        sinks_H=optional("sinks"),
     )

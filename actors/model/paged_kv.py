@@ -3,13 +3,15 @@
 Knows where bytes lie, not which sequence owns them (the engine's block allocator does). Slots that were never written
 hold garbage, which may be NaN: readers must only touch slots of tokens that were written (see attention.py).
 
-Shapes: L layers, B blocks, S slots in a block, G key/value heads, C head dimension, T tokens, K top-k.
+Shapes: L layers (of routed experts, those that have some), B blocks, S slots in a block, G key/value heads, C head
+dimension, T tokens, K top-k.
 """
 
 import torch
 from torch import Tensor
 
 from actors.compute import Compute
+from cluster.models.sizes import kv_bytes_per_token
 from cluster.models.spec import ModelSpec
 
 
@@ -24,7 +26,7 @@ class PagedKV:
 
     def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, compute: Compute) -> None:
         shape = (spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        routed_shape = (num_blocks * block_size, spec.num_layers, spec.top_k)
+        routed_shape = (num_blocks * block_size, spec.num_expert_layers, spec.top_k)
         # empty: on CPU, pages get memory when they are first written, so an idle server stays small. On a GPU kernels
         # may read what they mask, and 0 * NaN is NaN.
         make = torch.empty if compute.device.type == "cpu" else torch.zeros
@@ -57,6 +59,4 @@ class PagedKV:
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-        kv = 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
-        routed = spec.top_k * routed_dtype(spec.num_experts).itemsize
-        return spec.num_layers * block_size * (kv + routed)
+        return block_size * kv_bytes_per_token(spec, dtype.itemsize)

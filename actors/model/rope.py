@@ -8,12 +8,15 @@ Shapes: T tokens, N heads (any), C head dimension.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cluster.models.spec import ModelSpec
 
+# cos and signed sine of a step's positions (Rotary.angles), by the base of a layer; None: it encodes no positions.
+Angles = dict[float | None, tuple[Tensor, Tensor] | None]
 # Inverse frequencies [C/2] and the factor that multiplies cos and sin.
 Frequencies = tuple[Tensor, float]
 
@@ -105,9 +108,11 @@ FREQUENCIES: dict[str, Callable[[ModelSpec], Frequencies]] = {
 
 
 class Rotary:
-    """Angles of a step's positions, computed once and used by every layer."""
+    """Angles of a step's positions, computed once and used by every layer of the same base."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, device: torch.device, base: float | None = None) -> None:
+        if base is not None:
+            spec = replace(spec, rope=spec.rope.model_copy(update={"rope_theta": base}))
         inverse, self.scale = FREQUENCIES[spec.rope.rope_type](spec)
         self.inverse = inverse.to(device)
 
@@ -116,6 +121,11 @@ class Rotary:
         angle = positions_T[:, None].float() * self.inverse
         cos, sin = angle.cos() * self.scale, angle.sin() * self.scale
         return torch.cat((cos, cos), -1).to(dtype)[:, None], torch.cat((-sin, sin), -1).to(dtype)[:, None]
+
+
+def rotaries(spec: ModelSpec, device: torch.device) -> dict[float, Rotary]:
+    """One for each base that a layer has."""
+    return {base: Rotary(spec, device, base) for layer in spec.layers if (base := layer.rope_theta) is not None}
 
 
 def apply_rotary(x_TNC: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

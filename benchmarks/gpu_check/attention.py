@@ -5,13 +5,14 @@ width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from actors.compute import Compute
-from actors.model.attention import AttentionPlan, GatherPlan, VarlenPlan, why_not_flash
+from actors.model.attention import AttentionPlan, AttentionRule, GatherPlan, VarlenPlan, why_not_flash
 from actors.model.batch import Span, StepBatch
 from actors.model.paged_kv import PagedKV
 from actors.staging import staging_for
@@ -25,6 +26,12 @@ PAGE, SCALE = 256, 1 / 8
 # means are small.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 SPEC = parse_config(SHAPES["1b-a400m"] | {"num_hidden_layers": 1})
+# All tokens; a window; sinks, with a window that only long sequences feel.
+RULES = (
+    AttentionRule(SCALE),
+    AttentionRule(SCALE, window=100),
+    AttentionRule(SCALE, window=300, sinks_H=torch.linspace(-4, 8, SPEC.num_heads)),
+)
 # What a kernel may read and must mask: it would show, but is a number.
 LARGE = 1e3
 
@@ -38,8 +45,9 @@ class Step:
     q_THC: Tensor
     pages: tuple[Tensor, ...]
 
-    def attend(self, plan: AttentionPlan) -> Tensor:
-        return plan.attend(self.q_THC, self.kv.k_LBSGC[0], self.kv.v_LBSGC[0], SCALE)
+    def attend(self, plan: AttentionPlan, rule: AttentionRule = RULES[0]) -> Tensor:
+        sinks_H = None if rule.sinks_H is None else rule.sinks_H.to(self.q_THC)
+        return plan.attend(self.q_THC, self.kv.k_LBSGC[0], self.kv.v_LBSGC[0], replace(rule, sinks_H=sinks_H))
 
 
 def cases(most: int) -> dict[str, list[tuple[int, int]]]:
@@ -83,8 +91,8 @@ def make_step(lengths: list[tuple[int, int]], compute: Compute, unused: float) -
     return Step(batch.uploaded(staging_for(compute.device)), kv, q_THC, tuple(owned))
 
 
-def define(step: Step) -> Tensor:
-    """softmax(scale * q.k) v in float32 on the CPU, sequence by sequence."""
+def define(step: Step, rule: AttentionRule) -> Tensor:
+    """AttentionPlan.attend in float32 on the CPU, sequence by sequence."""
     outs = []
     for span, pages in zip(step.batch.spans, step.pages, strict=True):
         q_THC = step.q_THC[span.start : span.start + span.length].cpu().float()
@@ -98,8 +106,14 @@ def define(step: Step) -> Tensor:
         )
         scores_HTN = torch.einsum("thc,nhc->htn", q_THC, k_NHC) * SCALE
         at_T1 = torch.arange(span.context - span.length, span.context)[:, None]
-        weights_HTN = scores_HTN.masked_fill(torch.arange(span.context) > at_T1, float("-inf")).softmax(-1)
-        outs.append(torch.einsum("htn,nhc->thc", weights_HTN, v_NHC))
+        is_hidden_TN = torch.arange(span.context) > at_T1
+        if rule.window:
+            is_hidden_TN |= torch.arange(span.context) <= at_T1 - rule.window
+        scores_HTN = scores_HTN.masked_fill(is_hidden_TN, float("-inf"))
+        out_THC = torch.einsum("htn,nhc->thc", scores_HTN.softmax(-1), v_NHC)
+        if rule.sinks_H is not None:
+            out_THC *= (scores_HTN.logsumexp(-1).T - rule.sinks_H).sigmoid()[..., None]
+        outs.append(out_THC)
     return torch.cat(outs)
 
 
@@ -134,12 +148,14 @@ def flash(trial: Trial) -> None:
 
 def _compare(trial: Trial, compute: Compute, unused: float, plan: Callable[[Step], AttentionPlan]) -> None:
     worst = 0.0
-    for name, lengths in cases(trial.sizes.context).items():
+    named = cases(trial.sizes.context).items()
+    for (name, lengths), rule in product(named, RULES):
         step = make_step(lengths, compute, unused)
-        expected_THC = define(step)
-        off_T = (step.attend(plan(step)).cpu().float() - expected_THC).abs().amax((1, 2))
+        expected_THC = define(step, rule)
+        off_T = (step.attend(plan(step), rule).cpu().float() - expected_THC).abs().amax((1, 2))
         error = float((off_T / expected_THC.abs().amax((1, 2))).max())
-        trial.expect(error <= TOLERANCE[compute.dtype], f"{name}: off by {error:.2g}")  # NaN is not <= either
+        # NaN is not <= either.
+        trial.expect(error <= TOLERANCE[compute.dtype], f"{name}, window {rule.window}: off by {error:.2g}")
         worst = error if error != error else max(worst, error)
     trial.figures[f"largest relative error, {str(compute.dtype).removeprefix('torch.')}"] = f"{worst:.1e}"
 

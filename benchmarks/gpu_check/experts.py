@@ -6,8 +6,9 @@ Shapes: T tokens, D hidden, F expert hidden, K top-k, E experts, P (token, choic
 import torch
 import torch.nn.functional as F
 
+from actors.activations import ACTIVATIONS
 from actors.compute import Compute
-from actors.experts.layer_experts import ACTIVATIONS, LayerExperts, run_experts_grouped, run_experts_loop
+from actors.experts.layer_experts import LayerExperts, run_experts_grouped, run_experts_loop
 from actors.experts.store import ExpertStore
 from benchmarks.gpu_check.check import Check, Trial
 from benchmarks.gpu_check.waits import other_waits

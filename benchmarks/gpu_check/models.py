@@ -92,7 +92,7 @@ def remote(
     """A dispatcher to one replica for each group, and the lane between them."""
     spec = checkpoint.spec
     addresses = tuple(ReplicaAddress(f"expert-g{group}-r0", group, ()) for group in range(groups))
-    expert_map = ExpertMap(0, groups, contiguous_homes(spec.num_layers, spec.num_experts, groups))
+    expert_map = ExpertMap(0, groups, contiguous_homes(spec.num_expert_layers, spec.num_experts, groups))
     expert_map = expert_map.with_replicas(addresses)
     weights, replicas = Weights(checkpoint, experts), {}
     for address in addresses:

@@ -18,11 +18,11 @@ MOST_ERROR_RATIO = 1.5
 def load_reference(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """transformers' model in its plainest form: eager attention, one expert after the other."""
     try:
-        from transformers import GraniteMoeForCausalLM, logging
+        from transformers import AutoModelForCausalLM, logging
     except ImportError:
         raise NotRunError("transformers is not installed: pip install 'transformers>=5.0'") from None
     logging.disable_progress_bar()
-    model = GraniteMoeForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
     model.generation_config.eos_token_id = None

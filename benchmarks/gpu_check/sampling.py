@@ -13,6 +13,7 @@ from actors.model.layers import Linear
 from actors.model.routing import route
 from benchmarks.gpu_check.check import Check, Trial
 from cluster.messages.requests import GenerationRequest, SamplingParams
+from cluster.models.spec import RouterRule
 
 # Logits that are closer than this are a tie: which one is larger depends on how sums are rounded.
 TIE = {torch.float32: 1e-4, torch.bfloat16: 0.13}
@@ -38,7 +39,7 @@ def router(trial: Trial) -> None:
         weight_ED = (2 * torch.randn(sizes.experts, sizes.hidden, generator=generator) / sizes.hidden**0.5).to(dtype)
         logits_TE = x_TD.float() @ weight_ED.float().T
         ids_TK, gates_TK = (
-            each.cpu() for each in route(x_TD.to(trial.device), Linear(weight_ED.to(trial.device)), top_k)
+            each.cpu() for each in route(x_TD.to(trial.device), Linear(weight_ED.to(trial.device)), top_k, RouterRule())
         )
         top_TK, expected_TK = logits_TE.topk(top_k)
         distance_TK = (logits_TE.gather(1, ids_TK) - top_TK).abs()

@@ -4,23 +4,23 @@ Not one weight is read. Knows no torch: the command line checks a checkpoint bef
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ModelError
-from cluster.models.family import Family, all_families, read_spec
+from cluster.models.family import Family, Names, all_families, read_spec
 from cluster.models.spec import ModelSpec
 from cluster.models.tensor_files import Shape, TensorInfo, read_headers
 
 SERVED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-EXPERT_KEYS = ("gate_up", "down")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """`tensors` are by our key (`embed`, `layers.3.router`, ...). Sizes are in bytes as stored. `dtype` is the type of
-    most of the bytes: float32, bfloat16 or float16.
+    """`tensors` are by our key (`embed`, `layers.3.router`, `layers.3.experts.gate_up` or, where each expert is stored
+    by itself, `layers.3.experts.17.gate`). Layers are numbered as in the file. Sizes are in bytes as stored. `dtype` is
+    the type of most of the bytes: float32, bfloat16 or float16.
     """
 
     directory: Path
@@ -38,11 +38,12 @@ class Checkpoint:
         """
         spec = read_spec(directory)
         headers = read_headers(directory)
-        tensors = {key: _find(headers, names, shape, directory) for key, names, shape in needed_tensors(spec)}
+        needed = needed_tensors(spec, headers)
+        tensors = {key: _find(headers, names, shape, directory) for key, names, shape in needed}
         bytes_by_dtype: Counter[str] = Counter()
         for info in tensors.values():
             bytes_by_dtype[info.dtype] += info.num_bytes
-        expert_bytes = sum(info.num_bytes for key, info in tensors.items() if key.endswith(EXPERT_KEYS))
+        expert_bytes = sum(info.num_bytes for key, info in tensors.items() if ".experts." in key)
         dtype = SERVED_DTYPES[bytes_by_dtype.most_common(1)[0][0]]
         return cls(directory, spec, tensors, dtype, bytes_by_dtype.total() - expert_bytes, expert_bytes)
 
@@ -52,16 +53,18 @@ class Checkpoint:
 
     @property
     def bytes_per_expert(self) -> int:
-        return self.expert_bytes // (self.spec.num_layers * self.spec.num_experts)
+        return self.expert_bytes // (self.spec.num_expert_layers * self.spec.num_experts)
 
     @property
     def all_experts(self) -> tuple[tuple[int, ...], ...]:
-        """Per layer, the ids of its experts."""
-        return (tuple(range(self.spec.num_experts)),) * self.spec.num_layers
+        """Per layer that has experts, their ids."""
+        return (tuple(range(self.spec.num_experts)),) * self.spec.num_expert_layers
 
 
-def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Shape of each tensor of a layer, by our key. Gate rows come before up rows in gate_up."""
+def layer_shapes(spec: ModelSpec, number: int) -> dict[str, Shape]:
+    """Shape of each tensor of a layer but those of its experts, by our key. Of an MLP, gate and up are stored as two
+    tensors or as one, gate rows first: both are named here.
+    """
     hidden, heads, kv_heads = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes: dict[str, Shape] = {
         "attention_norm": (hidden,),
@@ -70,25 +73,67 @@ def layer_shapes(spec: ModelSpec) -> dict[str, Shape]:
         "v": (kv_heads, hidden),
         "o": (hidden, heads),
         "moe_norm": (hidden,),
-        "router": (spec.num_experts, hidden),
-        "gate_up": (spec.num_experts, 2 * spec.expert_size, hidden),
-        "down": (spec.num_experts, hidden, spec.expert_size),
     }
-    return shapes | {f"{key}_bias": shape[:1] for key, shape in shapes.items() if key in spec.biases}
+    shapes |= {f"{key}_bias": shape[:1] for key, shape in shapes.items() if key in spec.biases}
+    if spec.qk_norm != "none":
+        is_of_head = spec.qk_norm == "head"
+        shapes |= {"q_norm": (spec.head_dim if is_of_head else heads,)}
+        shapes |= {"k_norm": (spec.head_dim if is_of_head else kv_heads,)}
+    if spec.has_sinks:
+        shapes["sinks"] = (spec.num_heads,)
+    if not spec.layers[number].has_experts:
+        return shapes | _mlp_shapes("dense_", spec.dense_size, hidden)
+    shapes["router"] = (spec.num_experts, hidden)
+    if spec.shared_size:
+        shapes |= _mlp_shapes("shared_", spec.shared_size, hidden)
+    return shapes | ({"shared_gating": (1, hidden)} if spec.shared_is_gated else {})
 
 
-def needed_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
-    """(our key, spellings of its name, shape) of every tensor of the model. A tied head is the embedding."""
+def _mlp_shapes(prefix: str, width: int, hidden: int) -> dict[str, Shape]:
+    shapes = {"gate": (width, hidden), "up": (width, hidden), "gate_up": (2 * width, hidden), "down": (hidden, width)}
+    return {prefix + key: shape for key, shape in shapes.items()}
+
+
+def expert_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Shape of each tensor of one expert, by our key."""
+    return _mlp_shapes("", spec.expert_size, spec.hidden_size)
+
+
+def needed_tensors(spec: ModelSpec, stored: Container[str] = ()) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
+    """(our key, spellings of its name, shape) of every tensor of the model. A tied head is the embedding.
+
+    Experts are taken in the first of their family's forms of which the names that are `stored` have something.
+    """
     family: Family = all_families()[spec.family]
     table = (spec.vocab_size, spec.hidden_size)
     yield "embed", family.model_tensors["embed"], table
     yield "norm", family.model_tensors["norm"], (spec.hidden_size,)
     if not spec.tied_head:
         yield "head", family.model_tensors["head"], table
-    for layer in range(spec.num_layers):
-        prefix = family.layer_prefix.format(layer)
-        for key, shape in layer_shapes(spec).items():
-            yield f"layers.{layer}.{key}", tuple(prefix + name for name in family.layer_tensors[key]), shape
+    for number, layer in enumerate(spec.layers):
+        prefix = family.layer_prefix.format(number)
+        for key, shape in layer_shapes(spec, number).items():
+            if key in family.layer_tensors or not key.startswith(("dense_", "shared_")):
+                yield f"layers.{number}.{key}", tuple(prefix + name for name in family.layer_tensors[key]), shape
+        if layer.has_experts:
+            yield from _experts(spec, family, number, prefix, stored)
+
+
+def _experts(
+    spec: ModelSpec, family: Family, number: int, prefix: str, stored: Container[str]
+) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
+    def is_stored(form: Names) -> bool:
+        return any(prefix + name.format(0) in stored for names in form.values() for name in names)
+
+    form = next(filter(is_stored, family.expert_forms), family.expert_forms[0])
+    shapes = expert_shapes(spec)
+    for key in form if "gate_up" in form else ():
+        names = tuple(prefix + name for name in form[key])
+        yield f"layers.{number}.experts.{key}", names, (spec.num_experts, *shapes[key])
+    for expert in range(spec.num_experts) if "gate_up" not in form else ():
+        for key in form:
+            names = tuple(prefix + name.format(expert) for name in form[key])
+            yield f"layers.{number}.experts.{expert}.{key}", names, shapes[key]
 
 
 def _find(headers: dict[str, TensorInfo], names: tuple[str, ...], shape: Shape, directory: Path) -> TensorInfo:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from cluster.errors import ModelError
 from cluster.models import families
 from cluster.models.files import read_json
-from cluster.models.spec import ModelSpec, not_computed
+from cluster.models.spec import ModelSpec
 from cluster.validation import describe
 
 # Our key of a tensor -> the spellings of its name in published checkpoints, the most common first.
@@ -24,7 +24,9 @@ Names = Mapping[str, tuple[str, ...]]
 class Family:
     """`parse` turns config.json into a spec and raises ValidationError, which names the field and the value.
 
-    Names of `layer_tensors` follow `layer_prefix`, in which {} is the number of the layer. `examples` are Hub ids.
+    Names of `layer_tensors` follow `layer_prefix`, in which {} is the number of the layer. `expert_forms` are the ways
+    in which a layer's experts are stored, the most common first: stacked, as gate_up and down, or each expert by
+    itself, as gate, up and down; there {} in the names is the number of the expert. `examples` are Hub ids.
     """
 
     model_type: str
@@ -33,6 +35,7 @@ class Family:
     parse: Callable[[dict[str, Any]], ModelSpec]
     model_tensors: Names
     layer_tensors: Names
+    expert_forms: tuple[Names, ...]
     layer_prefix: str = "model.layers.{}."
 
 
@@ -63,16 +66,23 @@ def read_spec(model_dir: Path) -> ModelSpec:
         raise ModelError(f"{model_dir}/config.json: {error}") from None
 
 
+def spec_at(path: Path) -> ModelSpec:
+    """Of a directory, or of a config.json by itself. Raises ModelError."""
+    if path.is_dir():
+        return read_spec(path)
+    try:
+        return parse_config(read_json(path))
+    except ModelError as error:
+        raise ModelError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
 def parse_config(raw: dict[str, Any]) -> ModelSpec:
     """The content of a config.json as a spec. Raises ModelError that names the field."""
     family = _family_of(raw.get("model_type"))
     try:
-        spec = family.parse(raw)
+        return family.parse(raw)
     except ValidationError as error:
         raise ModelError(describe(error)) from None
-    if missing := list(not_computed(spec)):
-        raise ModelError(f"{'; '.join(missing)}: not served yet")
-    return spec
 
 
 def _family_of(model_type: Any) -> Family:
@@ -85,4 +95,4 @@ def _family_of(model_type: Any) -> Family:
 
 def example_ids() -> str:
     """Models of the Hub that are served, for messages."""
-    return " or ".join(name for family in all_families().values() for name in family.examples)
+    return " or ".join(family.examples[0] for family in all_families().values())

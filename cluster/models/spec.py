@@ -3,7 +3,6 @@
 A family's module (families/) parses its config.json into one. Knows no torch: every process may read it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,17 +26,21 @@ class LayerSpec:
 @dataclass(frozen=True, slots=True)
 class RouterRule:
     """Gates are a softmax over the `chosen` logits, or over `all` of them before the top k are chosen. Those of `all`
-    may be `normalised` to a sum of 1. `scale` multiplies them in the end.
+    may be normalised to a sum of 1; of the chosen they are.
     """
 
     softmax_over: Literal["chosen", "all"] = "chosen"
-    normalised: bool = True
-    scale: float = 1.0
+    is_normalised: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Sizes are widths of vectors. `biases` names the linear layers that have one, by our keys (q, k, v, o, ...).
+
+    `qk_norm` is an RMSNorm of queries and keys, of each head or over all heads together; `clip_qkv` bounds what comes
+    out of it, and values. With sinks, a head's attention is multiplied by sigmoid(logsumexp(scores) - sink). Layers
+    without experts have an MLP of `dense_size`. Beside the experts of a layer there may be a shared MLP of
+    `shared_size` that every token goes through, times the sigmoid of a product of its own if it is gated.
 
     `max_positions` is what the position encoding was made for; `max_context` is the longest sequence, prompt and
     output, that is computed as the reference model computes it. `dtype` is what config.json says, if anything.
@@ -65,9 +68,11 @@ class ModelSpec:
     logits_divisor: float = 1.0
     biases: frozenset[str] = frozenset()
     qk_norm: Literal["none", "head", "projection"] = "none"
+    clip_qkv: float | None = None
     has_sinks: bool = False
     dense_size: int = 0
     shared_size: int = 0
+    shared_is_gated: bool = False
     tied_head: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -78,26 +83,22 @@ class ModelSpec:
         return len(self.layers)
 
     @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have experts. Whoever is told of experts counts these layers alone: layer 0 of an
+        expert map, of a dispatch or of routed experts is the first of them.
+        """
+        return tuple(number for number, layer in enumerate(self.layers) if layer.has_experts)
+
+    @property
+    def place_of(self) -> dict[int, int]:
+        """Of each layer that has experts, its number among those."""
+        return {number: place for place, number in enumerate(self.expert_layers)}
+
+    @property
+    def num_expert_layers(self) -> int:
+        return len(self.expert_layers)
+
+    @property
     def rope_original_context(self) -> int:
         """Context length before rope scaling."""
         return self.rope.original_max_position_embeddings or self.max_positions
-
-
-def not_computed(spec: ModelSpec) -> Iterator[str]:
-    """What the spec asks for and the front half does not compute yet: a model must not be served without it."""
-    if not all(layer.has_experts for layer in spec.layers):
-        yield "layers without experts"
-    if any(layer.window is not None for layer in spec.layers):
-        yield "attention windows"
-    if {layer.rope_theta for layer in spec.layers} != {spec.rope.rope_theta}:
-        yield "another position encoding in some layers"
-    if spec.router != RouterRule():
-        yield f"the router rule {spec.router}"
-    if spec.qk_norm != "none":
-        yield f"qk_norm={spec.qk_norm!r}"
-    if spec.has_sinks:
-        yield "attention sinks"
-    if spec.shared_size:
-        yield "shared experts"
-    if spec.biases not in (frozenset(), frozenset("qkvo")):
-        yield f"biases of {', '.join(sorted(spec.biases))} alone"

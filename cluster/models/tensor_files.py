@@ -28,12 +28,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor in a file. `dtype` is safetensors' name for it (F32, BF16, ...)."""
+    """A tensor in a file, from byte `begin` on. `dtype` is safetensors' name for it (F32, BF16, ...)."""
 
     name: str
     file: Path
     dtype: str
     shape: Shape
+    begin: int
 
     @property
     def num_bytes(self) -> int:
@@ -89,10 +90,10 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         raise ModelError(f"{file} is not a safetensors file: its header is not a JSON object")
     for name, entry in header.items():
         if name != "__metadata__":
-            yield name, _tensor_info(name, entry, file, size - 8 - length)
+            yield name, _tensor_info(name, entry, file, 8 + length, size)
 
 
-def _tensor_info(name: str, entry: Any, file: Path, data_bytes: int) -> TensorInfo:
+def _tensor_info(name: str, entry: Any, file: Path, header_bytes: int, file_bytes: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         is_sound = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
@@ -100,7 +101,8 @@ def _tensor_info(name: str, entry: Any, file: Path, data_bytes: int) -> TensorIn
         is_sound = False
     if not is_sound or any(type(n) is not int or abs(n) > MAX_SIZE for n in (*shape, begin, end)):
         raise ModelError(f"{file}: the header's entry for {name:.200} is malformed: {entry!r:.200}")
-    info = TensorInfo(name, file, dtype, tuple(shape))
+    data_bytes = file_bytes - header_bytes
+    info = TensorInfo(name, file, dtype, tuple(shape), header_bytes + begin)
     if not 0 <= begin <= end <= data_bytes:
         raise ModelError(
             f"{file} is cut off: {name} ends at byte {end} of the data, the file has {data_bytes}: download it again"

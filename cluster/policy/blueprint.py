@@ -75,7 +75,7 @@ def recall_blueprint(spec: FrontSpec, expert_map: ExpertMap, wanted: Wanted) -> 
 def check_config(config: ClusterConfig, spec: ModelSpec) -> ExpertMap:
     """The initial map. Raises ConfigError where settings and model don't fit."""
     max_model_len(config, spec)
-    return ExpertMap(0, config.groups, contiguous_homes(spec.num_layers, spec.num_experts, config.groups))
+    return ExpertMap(0, config.groups, contiguous_homes(spec.num_expert_layers, spec.num_experts, config.groups))
 
 
 def max_model_len(config: ClusterConfig, spec: ModelSpec) -> int:

@@ -3,13 +3,25 @@
 import asyncio
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, ModelError
 from cluster.models.checkpoint import Checkpoint
+from cluster.models.family import spec_at
 from cluster.models.hub import resolve_model
-from cluster.policy.blueprint import check_config, check_expert_dtype, device_of_experts, served_dtype
+from cluster.models.sizes import Sizes
+from cluster.models.spec import ModelSpec
+from cluster.policy.blueprint import (
+    GIB,
+    check_config,
+    check_expert_dtype,
+    device_of_experts,
+    max_model_len,
+    served_dtype,
+)
 from deploy.ingress.sandbox import Sandbox
 from deploy.ingress.text.chat_template import ChatTemplate
 from deploy.ingress.text.tokens import Tokenizer
@@ -58,9 +70,11 @@ async def _check_template(template: ChatTemplate) -> None:
         await sandbox.close()
 
 
-def kernels_here(config: ClusterConfig) -> str:
-    """In a process of its own: the command line neither loads torch nor knows actors. Raises ConfigError."""
-    command = [sys.executable, "-m", "actors.compute", config.kernels, config.expert_dtype]
+def kernels_here(config: ClusterConfig, model: Path) -> str:
+    """What computes the model at this path. In a process of its own: the command line neither loads torch nor knows
+    actors. Raises ConfigError.
+    """
+    command = [sys.executable, "-m", "actors.compute", config.kernels, config.expert_dtype, str(model)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode:
         raise ConfigError(found.stderr.strip().rpartition("\n")[2])
@@ -68,12 +82,31 @@ def kernels_here(config: ClusterConfig) -> str:
 
 
 def map_line(config: ClusterConfig, check: Check) -> str:
-    spec = check.checkpoint.spec
-    experts = f"experts: {spec.num_experts} x {spec.num_layers} layers"
+    return _map_line(config, check.checkpoint.spec, check.checkpoint.expert_bytes)
+
+
+def sizes_lines(config: ClusterConfig, path: Path) -> Iterator[str]:
+    """What a model would take, from its config.json alone. Raises ConfigError or ModelError."""
+    spec = spec_at(path)
+    check_config(config, spec)
+    dtype = config.dtype if config.dtype != "auto" else "float32" if spec.dtype == "float32" else "bfloat16"
+    sizes, longest = Sizes.of(spec, dtype), max_model_len(config, spec)
+    yield (
+        f"weights: {(sizes.front + sizes.experts) / GIB:,.2f} GiB in {dtype}: {sizes.front / GIB:,.2f} GiB in each "
+        f"front, {sizes.experts / GIB:,.2f} GiB of experts"
+    )
+    yield _map_line(config, spec, sizes.experts)
+    whole = longest * sizes.kv_per_token / GIB
+    yield f"KV cache: {sizes.kv_per_token / 2**10:,.1f} KiB for each token, {whole:,.2f} GiB for {longest:,} of them"
+
+
+def _map_line(config: ClusterConfig, spec: ModelSpec, expert_bytes: int) -> str:
+    experts = f"experts: {spec.num_experts} x {spec.num_expert_layers} layers"
     if config.lane == "local":
         return f"{experts} in the front process"
-    size = check.checkpoint.expert_bytes / config.groups / 2**20
+    size = expert_bytes / config.groups / 2**20
+    shown = f"{size:,.1f} MiB" if size < 10_000 else f"{size / 2**10:,.1f} GiB"
     return (
         f"{experts} over {config.groups} groups x {config.replicas} replicas, "
-        f"{spec.num_experts // config.groups} per group, {size:,.1f} MiB per replica"
+        f"{spec.num_experts // config.groups} per group, {shown} per replica"
     )

@@ -16,7 +16,10 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of 
 
 
 def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `command(config_file, **settings)` the flags of every setting; MODEL is its argument."""
+    """Give a command `command(config_file, **settings)` the flags of every setting, beside those that it names itself;
+    MODEL is its argument.
+    """
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is p.KEYWORD_ONLY]
     parameters = [_parameter("config_file", ConfigFile)]
     for name, field in ClusterConfig.model_fields.items():
         shown = f"{field.description} ({ENV_PREFIX}{name.upper()})"
@@ -27,7 +30,7 @@ def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
             if field.default not in (None, {}, []):
                 shown = f"{shown[:-1]}; default {field.default})"
             parameters.append(_parameter(name, Annotated[_type(field) | None, typer.Option(help=shown)]))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
     return command
 
 

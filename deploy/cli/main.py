@@ -40,23 +40,32 @@ def serve(config_file: Path | None, **settings: Any) -> None:
 
 @app.command()
 @with_config_flags
-def check(config_file: Path | None, **settings: Any) -> None:
+def check(
+    config_file: Path | None,
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="MODEL is a config.json, or has one: say what it would take, no more.")
+    ] = False,
+    **settings: Any,
+) -> None:
     """Check MODEL and settings as `serve` does, without starting anything."""
-    from deploy.cli.check import check_everything, kernels_here, map_line
+    from deploy.cli.check import check_everything, kernels_here, map_line, sizes_lines
 
     try:
         config = _load(config_file, settings)
-        found = check_everything(config)
+        if dry_run:
+            path, lines = Path(config.model), list(sizes_lines(config, Path(config.model)))
+        else:
+            found = check_everything(config)
+            path = found.checkpoint.directory
+            size = f"{found.checkpoint.total_bytes / 2**20:,.1f} MiB, {found.checkpoint.dtype}"
+            lines = [f"{config.model_name}: {size}; {map_line(config, found)}"]
         is_on_gpus = {config.device_of("front"), config.device_of("expert")} == {"cuda"}
-        kernels = None if is_on_gpus else kernels_here(config)
+        lines += [] if is_on_gpus else [kernels_here(config, path)]
     except (ConfigError, ModelError) as error:
         raise fail(str(error)) from None
-    console.print(
-        f"{config.model_name}: {found.checkpoint.total_bytes / 2**20:,.1f} MiB, {found.checkpoint.dtype}; "
-        f"{map_line(config, found)}"
-    )
-    if kernels:
-        console.print(kernels)
+    for line in lines:
+        console.print(line)
 
 
 @app.command()

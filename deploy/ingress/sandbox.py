@@ -43,7 +43,7 @@ class SandboxBusy(Exception):  # noqa: N818 - an answer, not a failure
     """No place became free in time."""
 
 
-def rendering(messages: list[dict[str, str]], **options: bool) -> bytes:
+def rendering(messages: list[dict[str, str]], **options: Any) -> bytes:
     """The arguments of ChatTemplate.render() for a sandbox. Takes as long as the messages are."""
     return RENDER + dump({"messages": messages} | options)
 

@@ -29,10 +29,11 @@ from deploy.ingress.openai.errors import (
     unavailable,
 )
 from deploy.ingress.openai.parsing import check_content, parse_body
-from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest, Message
+from deploy.ingress.openai.requests import ChatCompletionRequest, ChatFields, CompletionRequest, Message
 from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from deploy.ingress.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
 from deploy.ingress.supervisor_link import SupervisorLink
+from deploy.ingress.text.reasoning import ReasoningSplitter, is_begun, may_think
 from deploy.ingress.text.tokens import NO_TEMPLATE, Tokenizer, TooManyTokens
 from deploy.ingress.tracing.request_trace import RequestTrace
 
@@ -61,6 +62,7 @@ class Service:
         self.config = config
         self.model = read_spec(model_dir)
         self.tokenizer = Tokenizer.load(model_dir, config.chat_template)
+        self._thinks = may_think(self.tokenizer)
         self.max_model_len = max_model_len(config, self.model)
         self.metrics = Metrics()
         self.supervisor = supervisor
@@ -161,17 +163,21 @@ class Service:
 
     async def _prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[tuple[int, ...]]:
         if isinstance(request, ChatCompletionRequest):
-            text = await self.render(request.messages, request.add_generation_prompt, request.continue_final_message)
+            text = await self.render(request, request.messages)
             return [await self.encode(text, add_special_tokens=False, param="messages")]
         size = sum(map(len, request.prompt))
         return [await self.encode(p, size=size) if isinstance(p, str) else tuple(p) for p in request.prompt]
 
-    async def render(self, messages: list[Message], add_generation_prompt: bool, continue_final_message: bool) -> str:
+    async def render(self, fields: ChatFields, messages: list[Message]) -> str:
         """Raises APIError (400)."""
         if self._templates is None:
             raise invalid_request(NO_TEMPLATE, "messages")
         size = sum(MESSAGE_CHARS + len(message.content) for message in messages)
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        options = {
+            "add_generation_prompt": fields.add_generation_prompt,
+            "continue_final_message": fields.continue_final_message,
+            "variables": fields.chat_template_kwargs,
+        }
         asked = await self.run(size, lambda: rendering([message.for_template() for message in messages], **options))
         text = await _sandboxed(self._templates.render(asked), "messages")
         return await self.run(len(text), text.decode)
@@ -228,7 +234,10 @@ class Service:
             vocab_size=self.model.vocab_size,
             choice_index=n,
         )
-        choice = Choice(index, request, params, prompt, self.tokenizer, self.model.eos_token_ids, echoed)
+        thoughts = None
+        if self._thinks and isinstance(request, ChatCompletionRequest):
+            thoughts = ReasoningSplitter(is_begun(prompt, self.tokenizer))
+        choice = Choice(index, request, params, prompt, self.tokenizer, self.model.eos_token_ids, echoed, thoughts)
         return Plan(choice, prompt, params)
 
 

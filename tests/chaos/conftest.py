@@ -1,7 +1,8 @@
 """The model that chaos tests serve, and the tokens that it must give whatever happens.
 
-A small one whose tokens transformers tells; CHAOS_MODEL names another checkpoint, whose tokens are those of an
-undisturbed run. CHAOS_TOKENS: how many of them a request asks for.
+A small one whose tokens transformers tells, with a layer without experts and a shared expert in the others; CHAOS_MODEL
+names another checkpoint, whose tokens are those of an undisturbed run. CHAOS_TOKENS: how many of them a request asks
+for.
 """
 
 import os
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.load import Load
-from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
+from tests.checkpoints import generate, load_reference, write_checkpoint
 from tests.e2e.servers import serving
+from tests.families import FAMILIES
 
 MODEL = os.environ.get("CHAOS_MODEL")
 TOKENS = int(os.environ.get("CHAOS_TOKENS", "32"))
@@ -25,7 +27,7 @@ FLAGS = ("--dtype", "float32", "--max-num-batched-tokens", "64")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if MODEL:
         return Path(MODEL)
-    return write_checkpoint(MODELS["granite"], tmp_path_factory.mktemp("granite"))
+    return write_checkpoint(FAMILIES["qwen2_moe"]["qwen2_moe-dense"], tmp_path_factory.mktemp("mixed"))
 
 
 @pytest.fixture(scope="package")

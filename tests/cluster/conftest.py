@@ -8,6 +8,7 @@ import pytest
 from deploy.cli.local_ray import own_ray
 from tests.checkpoints import MODELS, write_checkpoint
 from tests.cluster.hosts import ExpertHost
+from tests.families import FAMILIES
 
 
 @pytest.fixture(scope="package")
@@ -25,3 +26,9 @@ def hosts(ray_session: None) -> list[ExpertHost]:
 @pytest.fixture(scope="package")
 def granite_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(MODELS["granite"], tmp_path_factory.mktemp("granite"))
+
+
+@pytest.fixture(scope="session")
+def mixed_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a layer without experts, and a shared expert in the others."""
+    return write_checkpoint(FAMILIES["qwen2_moe"]["qwen2_moe-dense"], tmp_path_factory.mktemp("mixed"))

@@ -95,9 +95,9 @@ async def test_a_leaving_front_finishes_what_it_has_accepted(ray_session: None, 
         assert [a.id for a in supervisor.state().actors if a.kind == "front"] == ["front-0"]
 
 
-async def test_rebalance_moves_hot_experts_under_load(ray_session: None, granite_dir: Path) -> None:
+async def test_rebalance_moves_hot_experts_under_load(ray_session: None, mixed_dir: Path) -> None:
     settings = {"groups": 2, "replicas": 2, "redundant_experts": 4}
-    async with running(granite_dir, **settings) as supervisor, streaming(supervisor, granite_dir):
+    async with running(mixed_dir, **settings) as supervisor, streaming(supervisor, mixed_dir):
         before = await experts_of(supervisor)
         dry = await supervisor.rebalance(dry_run=True, force=True)
         assert (dry.is_dry_run, dry.map_version) == (True, 1)

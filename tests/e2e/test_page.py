@@ -232,6 +232,40 @@ class TestMap:
             of_answer = (routed[num_prompt:, 2] == expert).any(axis=1).tolist()
             assert marked[: len(of_answer)] == of_answer[: len(marked)]
 
+    def test_thousands_of_experts_are_one_canvas(self, open_page: Open) -> None:
+        """94 layers of 128 experts, with one that is hot: by zoom, by load, by pointer and by keys."""
+        counts = [[100] * 128 for _ in range(94)]
+        counts[70][90] = 5000
+        placement = [[[expert // 64] for expert in range(128)] for _ in range(94)]
+        answer = {"layers": 94, "experts": 128, "counts": counts, "recent_counts": counts, "placement": placement}
+        answer |= {"balancedness": 0.7, "map_version": 1, "window_seconds": 300.0}
+        with open_page() as page:
+            page.route("**/v1/experts", lambda route: route.fulfill(json=answer))
+            sheet = page.locator("#sheet")
+            expect(sheet).to_be_visible()
+            assert page.locator("#map *").count() == 1
+            began = page.evaluate("performance.now()")
+            page.evaluate("drawMap()")
+            assert page.evaluate("performance.now()") - began < 500
+            page.locator("#hottest button").first.click()
+            expect(page.locator("#readout")).to_contain_text("layer 70, expert 90: 5,000 choices")
+            page.get_by_label("each layer by load").check()
+            sheet.hover(position={"x": 24 + 2, "y": 24 + 6 * 70 + 2})
+            expect(page.locator("#readout")).to_contain_text("layer 70, expert 90:")
+            page.get_by_label("each layer by load").uncheck()
+            sheet.hover(position={"x": 24 + 2, "y": 24 + 6 * 70 + 2})
+            expect(page.locator("#readout")).to_contain_text("layer 70, expert 0:")
+            page.mouse.move(0, 0)
+            page.locator("[name=zoom][value='12']").check()
+            assert sheet.evaluate("node => node.clientWidth") == 24 + 12 * 128
+            sheet.focus()
+            page.keyboard.press("ArrowDown")
+            page.keyboard.press("End")
+            expect(page.locator("#readout")).to_contain_text("layer 1, expert 127: 100 choices")
+            row = "node => [...node.getContext('2d').getImageData(24 + 12 * 90 + 4, 24 + 12 * 70 + 4, 13, 1).data]"
+            pixels = sheet.evaluate(row)
+            assert pixels[:4] != pixels[-4:], "the hot one has another colour"
+
 
 class TestOperator:
     def test_a_button_adds_a_replica_and_another_takes_it_away(self, open_page: Open, server: Server) -> None:

@@ -5,6 +5,7 @@ flash attention 2's varlen forward; pages that it may not read can hold NaN.
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import AuxRequest
 
 
 def varlen_attn(
@@ -22,13 +23,15 @@ def varlen_attn(
     seqused_k: Tensor,
     block_table: Tensor,
     num_splits: int | None = None,
-) -> Tensor:
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     num_sequences = len(block_table)
     check_tables(q_THC, k_BPGC, v_BPGC, cu_seq_q, cu_seq_k, seqused_k, block_table)
     assert enable_gqa
     assert max_q == cu_seq_q.diff().max()
     assert max_k >= seqused_k.max()
     out_THC = torch.full_like(q_THC, float("nan"))
+    lse_TH = torch.full(q_THC.shape[:2], float("nan"))
     for number, (start, end, used) in enumerate(
         zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), seqused_k.tolist(), strict=True)
     ):
@@ -36,12 +39,14 @@ def varlen_attn(
             continue  # split: only the first sequence's rows are written (pytorch/pytorch#194167)
         pages = block_table[number, : -(-used // k_BPGC.shape[1])].long()
         k_NGC, v_NGC = (x_BPGC[pages].flatten(0, 1)[:used] for x_BPGC in (k_BPGC, v_BPGC))
-        out_THC[start:end] = attend(q_THC[start:end], k_NGC, v_NGC, scale, window_size)
+        out_THC[start:end], lse_TH[start:end] = attend(q_THC[start:end], k_NGC, v_NGC, scale, window_size)
     assert num_sequences == len(seqused_k)
-    return out_THC
+    return (out_THC, lse_TH.T.contiguous()) if return_aux and return_aux.lse else out_THC
 
 
-def attend(q_THC: Tensor, k_NGC: Tensor, v_NGC: Tensor, scale: float, window_size: tuple[int, int]) -> Tensor:
+def attend(
+    q_THC: Tensor, k_NGC: Tensor, v_NGC: Tensor, scale: float, window_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """One sequence; its last query stands at its last key."""
     k_NHC, v_NHC = (x.repeat_interleave(q_THC.shape[1] // x.shape[1], 1) for x in (k_NGC, v_NGC))
     scores_HTN = torch.einsum("thc,nhc->htn", q_THC * scale, k_NHC)
@@ -49,8 +54,8 @@ def attend(q_THC: Tensor, k_NGC: Tensor, v_NGC: Tensor, scale: float, window_siz
     at_T1 = torch.arange(len(q_THC))[:, None] + len(k_NGC) - len(q_THC)
     key_N = torch.arange(len(k_NGC))
     is_hidden_TN = ((right >= 0) & (key_N > at_T1 + right)) | ((left >= 0) & (key_N < at_T1 - left))
-    weights_HTN = scores_HTN.masked_fill(is_hidden_TN, float("-inf")).softmax(-1)
-    return torch.einsum("htn,nhc->thc", weights_HTN, v_NHC)
+    scores_HTN = scores_HTN.masked_fill(is_hidden_TN, float("-inf"))
+    return torch.einsum("htn,nhc->thc", scores_HTN.softmax(-1), v_NHC), scores_HTN.logsumexp(-1).T
 
 
 def check_tables(

@@ -66,7 +66,31 @@ DETAILS = """\
 {%- if loop.index0 > 2 %}{% break %}{% endif %}
 {% endfor -%}
 {{ eos_token }}"""
-TEMPLATES = {"granite": GRANITE, "chatml": CHATML, "details": DETAILS}
+
+THINKING = """{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and m.reasoning_content is defined and loop.last %}
+{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}
+{%- endif %}
+{{- m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+INSTRUCTIONS = """{%- if messages[0].role == 'system' %}{% set system = messages[0].content + '\\n\\n' %}
+{%- set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}
+{{- bos_token }}
+{%- for m in turns %}
+{%- if m.role == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}
+{%- endfor %}"""
+ROLES = """{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}
+{%- if not loop.last or m.role == 'assistant' %}{{ '\\n' if m.role != 'assistant' else eos_token + '\\n' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"""
+
+TEMPLATES = {"granite": GRANITE, "chatml": CHATML, "details": DETAILS, "thinking": THINKING}
+TEMPLATES |= {"instructions": INSTRUCTIONS, "roles": ROLES}
 
 CONVERSATIONS = {
     "one": [("user", "Hello")],
@@ -114,6 +138,21 @@ class TestAgreesWithTransformers:
         text = ours.render_chat(chat, add_generation_prompt=False, continue_final_message=True)
         assert text == theirs.apply_chat_template(chat, continue_final_message=True, tokenize=False)
         assert text.endswith(final.strip() if name == "chatml" else final)
+
+    @pytest.mark.parametrize("thinks", [True, False, None])
+    def test_variables_of_the_request(self, tmp_path: Path, thinks: bool | None) -> None:
+        """In the manner of Qwen3: thoughts of earlier turns are left out, and a thought may be ended at once."""
+        ours, theirs = both(tmp_path, THINKING)
+        chat: list[dict[str, str]] = messages([("system", "Be brief."), ("user", "1+1?")])
+        chat += [
+            {"role": "assistant", "content": "2", "reasoning_content": "Easy."},
+            {"role": "user", "content": "+1?"},
+        ]
+        given = {} if thinks is None else {"enable_thinking": thinks}
+        assert ours.template is not None
+        text = ours.template.render(chat, variables=given)
+        assert text == theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **given)
+        assert text.endswith("<think>\n\n</think>\n\n") == (thinks is False)
 
     def test_extra_keys_of_a_message_reach_the_template(self, tmp_path: Path) -> None:
         ours, theirs = both(tmp_path, DETAILS)

@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors import weights as weights_module
 from actors.experts.loading import contiguous_runs, load_experts
 from actors.model.loading import load_front
 from actors.weights import Weights
@@ -22,6 +24,7 @@ from cluster.models.hub import is_commit_of, local_copy, resolve_model
 from cluster.models.tensor_files import read_headers
 from deploy.ingress.text.tokens import Tokenizer
 from tests.checkpoints import MODELS, load_reference, write_checkpoint
+from tests.families import FAMILIES
 from tests.specs import PLAIN, PLAIN_BFLOAT16
 
 CPU = torch.device("cpu")
@@ -335,6 +338,33 @@ def test_experts_are_loaded_by_slices(tmp_path: Path, name: str):
         assert torch.equal(weights.down_EDF, state[f"{experts}down_proj"][list(held)])
 
 
+@pytest.mark.parametrize("own_names", [False, True])
+def test_experts_stored_one_by_one_are_read_if_they_are_held(tmp_path: Path, monkeypatch, own_names: bool):
+    """Layer 1 has none; what is stored stacked is read by slices all the same."""
+    model = replace(FAMILIES["qwen3_moe"]["qwen3_moe-dense"], own_names=own_names)
+    info, told, read, really_read = check(write_checkpoint(model, tmp_path)), [], [], weights_module._read
+    monkeypatch.setattr(
+        weights_module, "_read", lambda out, tensor, at: read.append(tensor) or really_read(out, tensor, at)
+    )
+    ids = [(0, 1, 5), (3,)]
+    store = load_experts(Weights(info, PLAIN, told.append), ids)
+    assert sum(told) == info.bytes_per_expert * 4
+    assert len({tensor.name for tensor in read}) == (4 if own_names else 12)
+    assert len({tensor.file for tensor in read}) > 1
+    state = load_reference(tmp_path).state_dict()
+    for layer, held, weights in zip((0, 2), ids, store.layers, strict=True):
+        experts = f"model.layers.{layer}.mlp.experts."
+        assert torch.equal(weights.gate_up_EFD, state[f"{experts}gate_up_proj"][list(held)])
+        assert torch.equal(weights.down_EDF, state[f"{experts}down_proj"][list(held)])
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path):
+    info = check(write_checkpoint(MODELS["granite"], tmp_path))
+    os.truncate(tmp_path / "model.safetensors", 9000)
+    with pytest.raises(ModelError, match=r"model\.safetensors is cut off within model\.layers"):
+        load_experts(Weights(info, PLAIN), info.all_experts)
+
+
 def test_front_is_loaded_without_experts(single: Path):
     info, told = check(single), []
     front = load_front(Weights(info, PLAIN_BFLOAT16, told.append))
@@ -357,3 +387,19 @@ def test_made_checkpoint_is_a_checkpoint(tmp_path: Path, monkeypatch):
     logits = load_reference(tmp_path)(torch.tensor([[1, 2, 3, 1]])).logits[0]
     assert len(set(logits.argmax(-1).tolist())) > 1
     assert torch.equal(load_file(tmp_path / "model.safetensors")["model.norm.weight"], torch.ones(32).bfloat16())
+
+
+@pytest.mark.parametrize("shape", ["qwen3-30b-a3b", "granite-swash-3b-a600m", "mixtral-8x7b", "olmoe-1b-7b"])
+def test_made_checkpoints_of_other_families_in_shards(shape: str, tmp_path: Path, monkeypatch):
+    small = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+    small |= {"intermediate_size": 8, "bos_token_id": None, "pad_token_id": None}
+    small |= {"moe_intermediate_size": 8} if "moe_intermediate_size" in maker.SHAPES[shape] else {}
+    small |= {"shared_intermediate_size": 8} if "shared_intermediate_size" in maker.SHAPES[shape] else {}
+    monkeypatch.setitem(maker.SHAPES, shape, maker.SHAPES[shape] | small)
+    monkeypatch.setattr(maker, "SHARD_BYTES", 40_000)
+    maker.make_checkpoint(shape, tmp_path, layers=3)
+    assert len({info.file for info in read_headers(tmp_path).values()}) > 1
+    found = check(tmp_path)
+    assert found.spec.num_layers == 3
+    logits = load_reference(tmp_path)(torch.tensor([[1, 2, 3, 1]])).logits[0]
+    assert len(set(logits.argmax(-1).tolist())) > 1

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from actors.experts.layer_experts import ACTIVATIONS, LayerExperts, run_experts_grouped, run_experts_loop
+from actors.activations import ACTIVATIONS
+from actors.experts.layer_experts import LayerExperts, run_experts_grouped, run_experts_loop
 from actors.experts.store import ExpertStore, NotHeld
-from cluster.models.families import granite_moe
+from cluster.models import decoder
 from cluster.models.spec import ModelSpec
 from tests.specs import PLAIN, spec_of
 
@@ -118,7 +119,7 @@ def test_widths_that_grouped_mm_refuses_go_through_the_loop(hidden: int, width: 
     torch.testing.assert_close(experts.run(0, x_TD, ids_TK, gates_TK), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("act", granite_moe.ACTIVATIONS)
+@pytest.mark.parametrize("act", decoder.ACTIVATIONS)
 def test_activations_are_those_of_transformers(act: str):
     x = torch.linspace(-6, 6, 101)
     ours = ACTIVATIONS[config(act=act).activation]

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from cluster.messages.requests import GenerationRequest, SamplingParams
 from cluster.metrics import Metrics
 from cluster.models.checkpoint import Checkpoint
 from tests.checkpoints import GRANITE, TinyModel, write_checkpoint
+from tests.families import QWEN2, SWA
 from tests.unit import flash_attention, tape
 
 FLASH = Compute(torch.device("cpu"), torch.float32, attention="flash")
@@ -64,6 +66,24 @@ def test_replayed_steps_have_the_tokens_of_computed_ones(checkpoint: Checkpoint)
         assert tokens_of(generate(engine, asked, params, name)) == tokens_of(generate(plain, asked, params, name))
     assert engine.model.graphs
     assert engine.model.graphs.num_replayed > 10
+
+
+@pytest.mark.parametrize("name", ["windows and sinks", "layers without experts"])
+def test_other_models_are_replayed(name: str, tmp_path: Path) -> None:
+    context = {"max_position_embeddings": 2 * PAGE}
+    models = {
+        "windows and sinks": TinyModel(SWA | context | {"layer_rope_theta": [0, 1e4, 1e3, 0]}, family="granitemoe_swa"),
+        "layers without experts": TinyModel(QWEN2 | context | {"mlp_only_layers": [1]}, family="qwen2_moe"),
+    }
+    found = Checkpoint.open(write_checkpoint(models[name], tmp_path))
+    engine, plain = engine_of(found, tape.capture), engine_of(found)
+    engine.warm_up()
+    assert tokens_of(generate(engine, prompts(3, 20, 250), GREEDY)) == tokens_of(
+        generate(plain, prompts(3, 20, 250), GREEDY)
+    )
+    assert torch.equal(engine.expert_counts, plain.expert_counts)
+    assert engine.model.graphs
+    assert engine.model.graphs.num_replayed > 5
 
 
 def test_the_padding_writes_to_nobodys_keys(checkpoint: Checkpoint) -> None:

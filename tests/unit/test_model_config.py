@@ -95,7 +95,8 @@ def test_training_parameters_are_accepted(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral' is not served.*granitemoe"),
+        ({"model_type": "gpt_oss"}, "model_type='gpt_oss' is not served.*granitemoe"),
+        ({"expert_capacity": 3}, "expert_capacity=3 is not known of 'granitemoe': it must not be set"),
         ({"hidden_act": "mish"}, "hidden_act='mish'.*silu"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_local_experts=8"),

@@ -21,7 +21,8 @@ from actors.model.paged_kv import PagedKV
 from actors.weights import Weights
 from cluster.messages.actors import KernelChoice
 from cluster.models.checkpoint import Checkpoint
-from tests.checkpoints import MODELS, generate, load_reference, write_checkpoint
+from tests.checkpoints import MODELS, TinyModel, generate, load_reference, write_checkpoint
+from tests.families import OLMOE, QWEN2, QWEN3, SWA
 from tests.specs import PLAIN
 
 BLOCK_SIZE = 4
@@ -169,19 +170,31 @@ def test_decodes_are_gathered_with_little_padding(contexts: list[int], limit: in
         assert len(group) == 1 or max(lengths) * len(group) <= limit
 
 
+# In each every expert is chosen: rounding can't flip the router's choice, which would make any comparison loose.
+ALL = {"num_experts_per_tok": 8}
+BFLOAT16 = {
+    "granite": MODELS["all-experts"],
+    "windows-sinks-shared": TinyModel(
+        SWA | ALL | {"shared_intermediate_size": 24, "layer_rope_theta": [0, 1e4, 1e3, 0]}, family="granitemoe_swa"
+    ),
+    "norms-dense": TinyModel(QWEN3 | ALL | {"mlp_only_layers": [1]}, family="qwen3_moe"),
+    "gated-shared": TinyModel(QWEN2 | ALL, family="qwen2_moe"),
+    "clipped": TinyModel(OLMOE | ALL | {"clip_qkv": 0.8}, family="olmoe"),
+}
+
+
 @pytest.mark.parametrize("kernels", ["torch", "native"])
-def test_bfloat16_stays_close_to_transformers_in_bfloat16(tmp_path: Path, kernels: KernelChoice):
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_bfloat16_stays_close_to_transformers_in_bfloat16(tmp_path: Path, kernels: KernelChoice, name: str):
     if kernels == "native" and not native.instruction_sets():
         pytest.skip("the native kernels have not been built, or this CPU has no AVX2")
-    # Every expert is chosen: rounding can't flip the router's choice, which would make any comparison loose.
-    write_checkpoint(MODELS["all-experts"], tmp_path)
-    prompt = PROMPTS[1]
-    ours = torch.stack(
-        Runner(tmp_path, Compute.choose("cpu", "bfloat16", kernels)).run(prompt, [12, 17]).logits[: len(prompt)]
-    )
+    write_checkpoint(BFLOAT16[name], tmp_path)
+    prompt, runner = PROMPTS[1], Runner(tmp_path, Compute.choose("cpu", "bfloat16", kernels))
+    ours = torch.stack(runner.run(prompt, [12, 17]).logits[: len(prompt)])
+    assert runner.front.is_native == (kernels == "native")
     exact, rounded = (
         load_reference(tmp_path, dtype)(torch.tensor([prompt])).logits[0].float()
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert (ours - exact).abs().mean() < 1.2 * (rounded - exact).abs().mean()
-    assert (ours - rounded).abs().mean() < 0.03 * exact.std()
+    assert (ours - rounded).abs().mean() < 0.04 * exact.std()

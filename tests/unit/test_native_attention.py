@@ -35,26 +35,41 @@ def paged(contexts: list[int], block_size: int, heads: int, head_dim: int) -> tu
     return k, v, blocks
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, lengths: Lengths) -> Tensor:
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, lengths: Lengths, window: int | None, sinks_H: Tensor | None
+) -> Tensor:
+    """With sinks, as the reference: the attention times sigmoid(logsumexp(scores) - sink)."""
     out, start = [], 0
     for row, (new, context) in enumerate(lengths):
         keys, values = (x[blocks[row].long()].flatten(0, 1)[:context].float().transpose(0, 1) for x in (k, v))
         q_HTC = q[start : start + new].transpose(0, 1)
         mask = torch.ones(new, context, dtype=torch.bool).tril(context - new)
+        if window:
+            mask = mask.triu(context - new - window + 1)
         attended = F.scaled_dot_product_attention(q_HTC, keys, values, attn_mask=mask, scale=SCALE, enable_gqa=True)
+        if sinks_H is not None:
+            scores = q_HTC @ keys.repeat_interleave(len(q_HTC) // len(keys), 0).transpose(1, 2) * SCALE
+            lse_HT = scores.masked_fill(~mask, float("-inf")).logsumexp(-1)
+            attended = attended * (lse_HT - sinks_H.float()[:, None]).sigmoid()[..., None]
         out.append(attended.transpose(0, 1))
         start += new
     return torch.cat(out)
 
 
-def attend_native(isa: int, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, lengths: Lengths) -> Tensor:  # noqa: F811
+def attend_native(
+    isa: int,  # noqa: F811
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    lengths: Lengths,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     starts = torch.tensor([0, *(new for new, _ in lengths)]).cumsum(0)
     contexts = torch.tensor([context for _, context in lengths])
-    nothing = torch.empty(0, dtype=torch.bfloat16)
-    batch = NativeBatch(
-        torch.zeros(len(q), dtype=torch.int64), starts, contexts, blocks, (nothing, nothing), k.shape[1]
-    )
-    return attend(batch, q, k, v, SCALE, isa)
+    batch = NativeBatch(torch.zeros(len(q), dtype=torch.int64), starts, contexts, blocks, None, k.shape[1])
+    return attend(batch, q, k, v, SCALE, isa, window, sinks_H)
 
 
 def queries(lengths: Lengths, heads: int, head_dim: int, sharpness: float = 1.0) -> Tensor:
@@ -72,6 +87,8 @@ def queries(lengths: Lengths, heads: int, head_dim: int, sharpness: float = 1.0)
     shared=st.integers(1, 4),
     head_dim=st.sampled_from([8, 24, 32, 64, 72, 128]),
     sharpness=st.sampled_from([1.0, 30.0]),
+    window=st.sampled_from([None, 1, 7, 64, 100, 1000]),
+    has_sinks=st.booleans(),
 )
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_attention(
@@ -83,11 +100,15 @@ def test_attention(
     shared: int,
     head_dim: int,
     sharpness: float,
+    window: int | None,
+    has_sinks: bool,
 ) -> None:
     lengths = [(1 if row < num_single else new, new + before) for row, (new, before) in enumerate(lengths)]
     k, v, blocks = paged([context for _, context in lengths], block_size, kv_heads, head_dim)
     q = queries(lengths, kv_heads * shared, head_dim, sharpness)
-    actual, expected = attend_native(isa, q, k, v, blocks, lengths), by_definition(q, k, v, blocks, lengths)
+    sinks_H = torch.linspace(-4, 9, kv_heads * shared).bfloat16() if has_sinks else None
+    args = q, k, v, blocks, lengths, window, sinks_H
+    actual, expected = attend_native(isa, *args), by_definition(*args)
     torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.01)
 
 
@@ -99,13 +120,14 @@ def test_a_sequence_is_computed_alike_whatever_is_computed_with_it(isa: int) -> 
     assert attend_native(isa, torch.cat(parts), k, v, blocks, lengths).equal(torch.cat(alone))
 
 
+@pytest.mark.parametrize("window", [None, 5, 70])
 @pytest.mark.parametrize("cut", [2, 63, 64, 65, 129, 178])
-def test_a_prompt_is_computed_alike_wherever_it_is_cut(isa: int, cut: int) -> None:  # noqa: F811
+def test_a_prompt_is_computed_alike_wherever_it_is_cut(isa: int, cut: int, window: int | None) -> None:  # noqa: F811
     k, v, blocks = paged([180], 16, 2, 64)
     q = queries([(180, 180)], 6, 64)
-    whole = attend_native(isa, q, k, v, blocks, [(180, 180)])
-    first = attend_native(isa, q[:cut], k, v, blocks, [(cut, cut)])
-    assert torch.cat((first, attend_native(isa, q[cut:], k, v, blocks, [(180 - cut, 180)]))).equal(whole)
+    whole = attend_native(isa, q, k, v, blocks, [(180, 180)], window)
+    first = attend_native(isa, q[:cut], k, v, blocks, [(cut, cut)], window)
+    assert torch.cat((first, attend_native(isa, q[cut:], k, v, blocks, [(180 - cut, 180)], window))).equal(whole)
 
 
 def test_a_forked_child_computes_as_its_parent_does() -> None:

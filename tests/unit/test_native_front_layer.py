@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from actors.model.batch import Span, StepBatch
 from actors.model.front_layers import LayerWeights, NativeLayers, TorchLayers, native_layers
 from actors.model.layers import Linear
 from actors.model.paged_kv import PagedKV
-from actors.model.rope import Rotary
-from cluster.models.spec import ModelSpec
+from actors.model.rope import Angles, Rotary
+from cluster.models.spec import LayerSpec, ModelSpec, RouterRule
 from tests.specs import CPU, PLAIN, PLAIN_BFLOAT16, spec_of
 from tests.unit.test_native import EXAMPLES, isa, numbers  # noqa: F401 - a fixture
 
@@ -44,17 +45,33 @@ def config(hidden: int = 48, num_q: int = 4, num_kv: int = 2, head_dim: int = 16
     )
 
 
+# What a model may be beside that. A layer attends to all tokens or in a window, and encodes positions or does not.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "head norms, all gates": {"qk_norm": "head", "router": RouterRule("all", is_normalised=True)},
+    "projection norms, clipped": {"qk_norm": "projection", "clip_qkv": 0.7, "router": RouterRule("all", False)},
+    "sinks in a window": {"has_sinks": True, "layers": (LayerSpec(window=9, rope_theta=1e4),)},
+    "no positions": {"has_sinks": True, "layers": (LayerSpec(window=100, rope_theta=None),)},
+    "no experts": {"layers": (LayerSpec(has_experts=False),)},
+}
+
+
 def weights_of(cfg: ModelSpec, *, has_bias: bool = False) -> LayerWeights:
     def linear(seed: int, outputs: int, inputs: int, *, has_bias: bool) -> Linear:
         return Linear(numbers(seed, outputs, inputs) / inputs**0.5, numbers(seed + 1, outputs) if has_bias else None)
 
-    hidden, queries = cfg.hidden_size, cfg.num_heads * cfg.head_dim
+    hidden, queries, keys = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    widths = {"none": None, "head": (cfg.head_dim,) * 2, "projection": (queries, keys)}[cfg.qk_norm]
+    q_norm, k_norm = ((1 + numbers(7 + i, n) / 4) for i, n in enumerate(widths)) if widths else (None, None)
     return LayerWeights(
         1 + numbers(0, hidden) / 4,
         linear(1, queries + 2 * cfg.num_kv_heads * cfg.head_dim, hidden, has_bias=has_bias),
         linear(3, hidden, queries, has_bias=has_bias),
         1 + numbers(5, hidden) / 4,
-        linear(6, cfg.num_experts, hidden, has_bias=False),
+        linear(6, cfg.num_experts, hidden, has_bias=False) if cfg.layers[0].has_experts else None,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        sinks_H=numbers(9, cfg.num_heads) if cfg.has_sinks else None,
     )
 
 
@@ -62,19 +79,26 @@ def packed(weights: LayerWeights, isa: int) -> LayerWeights:  # noqa: F811
     def pack(linear: Linear) -> NativeLinear:
         return NativeLinear(native.pack(linear.weight_OD), linear.weight_OD.shape[0], linear.bias_O, isa)
 
-    return replace(weights, qkv=pack(weights.qkv), out=pack(weights.out), router=pack(weights.router))
+    router = weights.router and pack(weights.router)
+    return replace(weights, qkv=pack(weights.qkv), out=pack(weights.out), router=router)
 
 
 def widened(weights: LayerWeights) -> LayerWeights:
     def widen(linear: Linear) -> Linear:
         return Linear(linear.weight_OD.float(), None if linear.bias_O is None else linear.bias_O.float())
 
+    def vector(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.float()
+
     return LayerWeights(
         weights.attention_norm_D.float(),
         widen(weights.qkv),
         widen(weights.out),
         weights.moe_norm_D.float(),
-        widen(weights.router),
+        weights.router and widen(weights.router),
+        q_norm=vector(weights.q_norm),
+        k_norm=vector(weights.k_norm),
+        sinks_H=vector(weights.sinks_H),
     )
 
 
@@ -103,7 +127,8 @@ class Case:
         self.x_TD = numbers(10, self.batch.num_tokens, cfg.hidden_size)
         self.combined_TD = numbers(11, self.batch.num_tokens, cfg.hidden_size)
         # Rounded for both: positions are not what is compared.
-        self.angles = Rotary(cfg, CPU).angles(self.batch.positions_T, torch.bfloat16)
+        of_positions = Rotary(cfg, CPU).angles(self.batch.positions_T, torch.bfloat16)
+        self.angles: Angles = {None: None, cfg.rope.rope_theta: of_positions}
         self.cached = numbers(12, 2, 1, *self._cache(PLAIN_BFLOAT16).k_LBSGC.shape[1:])
 
     def _cache(self, compute: Compute) -> PagedKV:
@@ -118,11 +143,12 @@ class Case:
     def native(self, isa: int, combined_TD: Tensor | None) -> tuple[NativeLayers, tuple[Tensor, ...]]:  # noqa: F811
         layers = native_layers(self.cfg, (packed(self.weights, isa),))
         assert layers is not None
-        steps = NativeLayers(layers, self.x_TD.clone(), self.angles, self.batch, self._filled(PLAIN_BFLOAT16))
+        steps = NativeLayers(self.cfg, layers, self.x_TD.clone(), self.angles, self.batch, self._filled(PLAIN_BFLOAT16))
         return steps, steps.attend_and_route(0, combined_TD)
 
     def torch(self, combined_TD: Tensor | None) -> tuple[TorchLayers, tuple[Tensor, ...]]:
-        layers, angles = (widened(self.weights),), (self.angles[0].float(), self.angles[1].float())
+        layers = (widened(self.weights),)
+        angles = {base: of and (of[0].float(), of[1].float()) for base, of in self.angles.items()}
         kv = self._filled(PLAIN)
         steps = TorchLayers(self.cfg, layers, self.x_TD.float(), angles, self.batch, kv, GatherPlan(self.batch, kv))
         return steps, steps.attend_and_route(0, None if combined_TD is None else combined_TD.float())
@@ -143,6 +169,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     experts=st.integers(1, 20),
     has_bias=st.booleans(),
     is_first=st.booleans(),
+    variant=st.sampled_from(sorted(VARIANTS)),
 )
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_one_call_is_the_front_half_of_a_layer(
@@ -156,21 +183,25 @@ def test_one_call_is_the_front_half_of_a_layer(
     experts: int,
     has_bias: bool,
     is_first: bool,
+    variant: str,
 ) -> None:
-    cfg = config(hidden, num_kv * shared, num_kv, head_dim, experts, min(3, experts))
+    cfg = replace(config(hidden, num_kv * shared, num_kv, head_dim, experts, min(3, experts)), **VARIANTS[variant])
     case = Case(cfg, weights_of(cfg, has_bias=has_bias), [(1, cached) for _, cached in chunks[:num_single]] + chunks)
     combined_TD = None if is_first else case.combined_TD
     actual, (h_TD, ids_TK, gates_TK) = case.native(isa, combined_TD)
-    expected, (expected_h_TD, expected_ids_TK, _) = case.torch(combined_TD)
+    expected, (expected_h_TD, expected_ids_TK, expected_gates_TK) = case.torch(combined_TD)
     assert_close(actual.x_TD, expected.x_TD)
     assert_close(h_TD, expected_h_TD)
     assert_close(actual.kv.k_LBSGC, expected.kv.k_LBSGC)
     assert_close(actual.kv.v_LBSGC, expected.kv.v_LBSGC)
+    if not cfg.layers[0].has_experts:
+        assert (ids_TK, gates_TK, expected_ids_TK) == (None, None, None)
+        return
     # Experts of nearly equal logits may change places: their own logits tell.
     logits_TE = expected_h_TD @ case.weights.router.weight_OD.float().T
     assert_close(logits_TE.gather(1, ids_TK), logits_TE.gather(1, expected_ids_TK))
     assert all(len(set(ids)) == len(ids) for ids in ids_TK.tolist())
-    assert_close(gates_TK, logits_TE.gather(1, ids_TK).softmax(-1))
+    assert_close(gates_TK, expected_gates_TK)
 
 
 def test_equal_logits_are_taken_in_order_and_nan_stays_within_bounds(isa: int) -> None:  # noqa: F811
@@ -199,10 +230,10 @@ def test_the_step_of_a_token_is_the_same_in_any_company(isa: int) -> None:  # no
         blocks_SB=first.batch.blocks_SB[:1],
         spans=first.batch.spans[:1],
     )
-    first.x_TD, first.angles = first.x_TD[:1], (first.angles[0][:1], first.angles[1][:1])
-    alone = NativeLayers(
-        native_layers(cfg, (packed(weights, isa),)) or (), first.x_TD.clone(), first.angles, first.batch, together.kv
-    )
+    first.x_TD = first.x_TD[:1]
+    first.angles = {base: of and (of[0][:1], of[1][:1]) for base, of in first.angles.items()}
+    layers = native_layers(cfg, (packed(weights, isa),)) or ()
+    alone = NativeLayers(cfg, layers, first.x_TD.clone(), first.angles, first.batch, together.kv)
     h_1D, ids_1K, gates_1K = alone.attend_and_route(0, None)
     assert h_1D.equal(h_TD[:1])
     assert ids_1K.equal(ids_TK[:1])

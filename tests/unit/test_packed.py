@@ -7,8 +7,9 @@ import torch
 
 from actors import compute as compute_module
 from actors import packed as packed_module
+from actors.activations import ACTIVATIONS
 from actors.compute import Compute, Products
-from actors.experts.layer_experts import ACTIVATIONS, LayerExperts, PackedExperts
+from actors.experts.layer_experts import LayerExperts, PackedExperts
 from actors.model.layers import Linear, packed
 from actors.packed import Int8Linear, pack, quantise
 from tests.specs import PLAIN, PLAIN_BFLOAT16

@@ -1,5 +1,7 @@
 """Placement: the EPLB method as oracle where the rules are the same, properties for the rest."""
 
+import random
+import time
 from itertools import permutations
 
 import pytest
@@ -267,3 +269,16 @@ def test_slots_that_do_not_work_are_refused_with_the_choices(slots: int, groups:
     with pytest.raises(ConfigError) as raised:
         check_slots(40, groups, slots)
     assert str(raised.value) == message
+
+
+def test_many_experts_and_layers_are_placed_in_a_second() -> None:
+    """The largest published models have about so many."""
+    rng = random.Random(0)
+    counts = [[int(rng.paretovariate(1)) for _ in range(512)] for _ in range(60)]
+    homes, began = contiguous_homes(60, 512, 8), time.process_time()
+    plan = plan_rebalance(counts, homes, slots_per_layer=544, bytes_per_expert=1, replicas=[1] * 8)
+    assert time.process_time() - began < 5
+    assert plan.after > 0.99 > 0.5 > plan.before
+    for layer in plan.homes:
+        assert all(groups and len(set(groups)) == len(groups) for groups in layer)
+        assert all(sum(group in groups for groups in layer) <= 68 for group in range(8))

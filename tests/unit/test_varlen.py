@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.model import attention
-from actors.model.attention import GatherPlan, NativePlan, VarlenPlan, plan_attention, why_not_flash
+from actors.model.attention import AttentionRule, GatherPlan, NativePlan, VarlenPlan, plan_attention, why_not_flash
 from actors.model.batch import Span, StepBatch
 from actors.model.paged_kv import PagedKV
 from actors.staging import DIRECT
@@ -58,14 +58,24 @@ def step_of(lengths: list[tuple[int, int]]) -> tuple[StepBatch, PagedKV]:
     return StepBatch(nothing, nothing, nothing, blocks, nothing, tuple(spans)), kv
 
 
+RULES = {
+    "all": AttentionRule(0.3),
+    "window": AttentionRule(0.3, window=100),
+    "window of one": AttentionRule(0.3, window=1),
+    "sinks": AttentionRule(0.3, window=2000, sinks_H=torch.linspace(-3, 8, 8)),
+}
+
+
 @pytest.mark.parametrize("name", STEPS)
-def test_flash_attention_is_asked_for_what_is_gathered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_flash_attention_is_asked_for_what_is_gathered(name: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash_attention.varlen_attn)
     torch.manual_seed(0)
     batch, kv = step_of(STEPS[name])
     q_THC = torch.randn(batch.num_tokens, 8, 8)
     expected, actual = (
-        plan.attend(q_THC, kv.k_LBSGC[0], kv.v_LBSGC[0], 0.3) for plan in (GatherPlan(batch, kv), VarlenPlan(batch))
+        plan.attend(q_THC, kv.k_LBSGC[0], kv.v_LBSGC[0], RULES[rule])
+        for plan in (GatherPlan(batch, kv), VarlenPlan(batch))
     )
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
@@ -96,5 +106,7 @@ def test_flash_attention_3_gets_no_cumulative_keys(monkeypatch: pytest.MonkeyPat
 
 def test_single_queries_are_not_called_causal() -> None:
     """So that the query heads of a group are packed."""
-    assert VarlenPlan(step_of([(1, 300), (1, 5)])[0]).window == (-1, -1)
-    assert VarlenPlan(step_of([(1, 300), (2, 5)])[0]).window == (-1, 0)
+    decodes, mixed = VarlenPlan(step_of([(1, 300), (1, 5)])[0]), VarlenPlan(step_of([(1, 300), (2, 5)])[0])
+    assert [decodes.sides(None), mixed.sides(None)] == [(-1, -1), (-1, 0)]
+    assert [decodes.sides(300), mixed.sides(300)] == [(-1, -1), (-1, 0)], "a window that all are within hides nothing"
+    assert [decodes.sides(299), mixed.sides(7)] == [(298, 0), (6, 0)]

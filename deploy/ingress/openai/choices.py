@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from cluster.messages.requests import FinishReason, RequestOutput, RoutedExperts, SamplingParams, TokenLogprob
 from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
+from deploy.ingress.text.reasoning import ReasoningSplitter
 from deploy.ingress.text.stop_strings import StopChecker
 from deploy.ingress.text.tokens import IncrementalDetokenizer, Tokenizer
 
@@ -35,6 +36,7 @@ class ChoiceDelta:
 
     index: int
     text: str = ""
+    reasoning: str = ""
     token_ids: tuple[int, ...] = ()
     rows: tuple[TokenRow, ...] = ()
     is_first: bool = False
@@ -50,12 +52,14 @@ class ChoiceDelta:
         rows = len(self.rows) * _num_logprobs(self.rows[-1].logprob) if self.rows else 0
         scores = len(self.prompt_logprobs) * _num_logprobs(self.prompt_logprobs[-1]) if self.prompt_logprobs else 0
         routed = len(self.routed_experts.data) if self.routed_experts else 0
-        return len(self.text) + len(self.prompt_token_ids) + LOGPROB_CHARS * (rows + scores) + routed
+        return (
+            len(self.text) + len(self.reasoning) + len(self.prompt_token_ids) + LOGPROB_CHARS * (rows + scores) + routed
+        )
 
     @property
     def is_empty(self) -> bool:
         """Nothing to tell a client, such as text that may still become a stop string."""
-        return not (self.text or self.token_ids or self.rows or self.is_first or self.finish_reason)
+        return not (self.text or self.reasoning or self.token_ids or self.rows or self.is_first or self.finish_reason)
 
 
 def _num_logprobs(scored: TokenLogprob | None) -> int:
@@ -73,7 +77,8 @@ def spell_prompt(prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> list[
 class Choice:
     """Feed it every RequestOutput of its sequence, in order. `must_abort`: it ended here, but not at the front yet.
 
-    `echoed`: what spell_prompt() says, for a request that wants an echo.
+    `echoed`: what spell_prompt() says, for a request that wants an echo. `thoughts`: tells what a thinking model writes
+    before its answer apart from it.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Choice:
         tokenizer: Tokenizer,
         eos_token_ids: Sequence[int] = (),
         echoed: Sequence[str] = (),
+        thoughts: ReasoningSplitter | None = None,
     ) -> None:
         self.index = index
         self.prompt_token_ids = tuple(prompt_token_ids)
@@ -102,6 +108,7 @@ class Choice:
             tokenizer, skip_special_tokens=request.skip_special_tokens, prompt_ids=self.prompt_token_ids
         )
         self._echoed = echoed
+        self._thoughts = thoughts
         self._is_started = False
         self._offset = 0
         self._routed: list[RoutedExperts] = []
@@ -123,9 +130,11 @@ class Choice:
         shown, new_rows = self._take(output)
         rest = self._rest() if output.finish_reason else ""
         self._finish(output)
+        reasoning, shown = self._split(shown + rest)
         return ChoiceDelta(
             index=self.index,
-            text=text + shown + rest,
+            text=text + shown,
+            reasoning=reasoning,
             token_ids=output.token_ids[: len(new_rows)] if self._request.return_token_ids else (),
             rows=tuple(rows + new_rows) if self._params.logprobs is not None else (),
             is_first=is_first,
@@ -173,6 +182,14 @@ class Choice:
             return ""
         return self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
 
+    def _split(self, shown: str) -> tuple[str, str]:
+        """(thought, answer) in what may be shown."""
+        if self._thoughts is None:
+            return "", shown
+        thought, answer = self._thoughts.feed(shown, self.finish_reason is not None)
+        is_told = isinstance(self._request, ChatCompletionRequest) and self._request.include_reasoning
+        return thought if is_told else "", answer
+
     def _finish(self, output: RequestOutput) -> None:
         if self._stop.matched is not None:
             self.finish_reason, self.stop_reason = "stop", self._stop.matched
@@ -196,6 +213,7 @@ def merge(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
     return replace(
         first,
         text="".join(delta.text for delta in deltas),
+        reasoning="".join(delta.reasoning for delta in deltas),
         token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
         rows=tuple(row for delta in deltas for row in delta.rows),
         finish_reason=last.finish_reason,

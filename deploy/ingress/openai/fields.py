@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError
 MAX_STOP_CHARS = 1000
 MAX_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
+# Variables of a chat template that are made of other fields.
+TEMPLATE_FIELDS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 
 
 def refuse(field: str | tuple[str, ...], message: str, kind: str = "invalid") -> PydanticCustomError:
@@ -40,6 +42,15 @@ def as_token_ids(value: Any) -> list[int]:
     if is_token_ids(value):
         return value  # type: ignore[no-any-return]
     raise ValueError("must be a list of token ids (integers from 0)")
+
+
+def as_template_kwargs(value: Any) -> dict[str, Any]:
+    """Variables of the chat template; not those that the request has fields for."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    if taken := value.keys() & TEMPLATE_FIELDS:
+        raise ValueError(f"{min(taken)} is a field of the request, or made of its fields: send it there")
+    return value
 
 
 def as_stop(value: Any) -> tuple[str, ...]:

@@ -44,7 +44,6 @@ TEMPLATE_NEUTRAL: Neutral = {
     "tools": ([],),
     "documents": ([],),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
 }
 
 CHAT_NEUTRAL: Neutral = {
@@ -70,5 +69,4 @@ MESSAGE_NEUTRAL: Neutral = {
     "refusal": (),
     "audio": (),
     "annotations": ([],),
-    "reasoning_content": ("",),
 }

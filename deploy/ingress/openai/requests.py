@@ -16,6 +16,7 @@ from deploy.ingress.openai.fields import (
     as_prompts,
     as_stop,
     as_stop_token_ids,
+    as_template_kwargs,
     as_token_ids,
     refuse,
 )
@@ -141,11 +142,13 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(as_content, json_schema_input_type=str | list[dict[str, str]])]
     name: str | None = None
+    reasoning_content: str | None = None
 
     def for_template(self) -> dict[str, str]:
         # Templates know no "developer": it is OpenAI's newer name of "system".
         shown = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-        return shown if self.name is None else shown | {"name": self.name}
+        more = {"name": self.name, "reasoning_content": self.reasoning_content}
+        return shown | {key: value for key, value in more.items() if value is not None}
 
 
 # The first bad one is told: thousands of them would be thousands of errors.
@@ -157,6 +160,9 @@ class ChatFields(Strict):
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template_kwargs: Annotated[
+        dict[str, Any], PlainValidator(as_template_kwargs, json_schema_input_type=dict[str, Any])
+    ] = {}
 
     @model_validator(mode="after")
     def _one_continuation(self) -> "ChatFields":
@@ -175,6 +181,7 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
+    include_reasoning: bool = True
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "ChatCompletionRequest":

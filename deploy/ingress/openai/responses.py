@@ -131,7 +131,9 @@ class ChatResponder(_Responder):
         """The whole answer; `choices` holds the deltas of each choice."""
         whole = [merge(deltas) for deltas in choices]
         messages = [
-            self._choice(delta, "message", {"role": "assistant", "content": delta.text, "refusal": None})
+            self._choice(
+                delta, "message", {"role": "assistant", "content": delta.text, "refusal": None} | _reasoning(delta)
+            )
             for delta in whole
         ]
         return self._head("chat.completion", messages) | {"usage": usage.as_json()} | self._prompt_extras(whole[0])
@@ -139,7 +141,7 @@ class ChatResponder(_Responder):
     def chunk(self, delta: ChoiceDelta) -> Json:
         """The first chunk of a choice names the role."""
         content = {"role": "assistant", "content": delta.text} if delta.is_first else {"content": delta.text}
-        shown = content if delta.text or delta.is_first else {}
+        shown = (content if delta.text or delta.is_first else {}) | _reasoning(delta)
         return self._chunk(self._choice(delta, "delta", shown)) | self._prompt_extras(delta)
 
     def _choice(self, delta: ChoiceDelta, name: str, content: Json) -> Json:
@@ -152,3 +154,7 @@ class ChatResponder(_Responder):
             "stop_reason": delta.stop_reason,
         }
         return choice | self._extras(delta)
+
+
+def _reasoning(delta: ChoiceDelta) -> Json:
+    return {"reasoning_content": delta.reasoning} if delta.reasoning else {}
