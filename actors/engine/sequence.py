@@ -10,6 +10,7 @@ from cluster.messages.requests import FinishReason, GenerationRequest, Timing, T
 
 if TYPE_CHECKING:
     from actors.engine.adjustments import Adjustments
+    from actors.engine.constraint import Constraint
 
 
 @dataclass(slots=True, eq=False)
@@ -34,12 +35,13 @@ class Sequence:
     reported: float | None = None  # when the last Timing was taken
     steps: list[Step] = field(default_factory=list)  # those since then
     adjustments: "Adjustments | None" = None  # what the sampler keeps between steps
+    constraint: "Constraint | None" = None  # the grammar that the output keeps to
 
     @classmethod
-    def of(cls, request: GenerationRequest) -> "Sequence":
+    def of(cls, request: GenerationRequest, constraint: "Constraint | None" = None) -> "Sequence":
         scores: list[TokenLogprob | None] | None = None if request.params.prompt_logprobs is None else [None]
         tokens = [*request.prompt_token_ids, *request.output_token_ids]
-        return cls(request, tokens, prompt_logprobs=scores)
+        return cls(request, tokens, prompt_logprobs=scores, constraint=constraint)
 
     @property
     def num_prompt(self) -> int:
@@ -76,6 +78,11 @@ class Sequence:
             known = len(self.prompt_logprobs) - 1 - self.num_computed
             return max(0, length - max(0, known))
         return int(self.num_computed + length == len(self.token_ids))
+
+    def constrain(self) -> None:
+        """Bring the constraint, if there is one, up to the last token. Raises GrammarError."""
+        if self.constraint:
+            self.constraint.follow(self.token_ids[self.num_prompt :])
 
     def take_timing(self) -> Timing:
         """What has been spent since the last time, or since the first step."""

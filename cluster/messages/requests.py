@@ -17,7 +17,8 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and penalties 0 (repetition: 1) switch a rule off.
     `stop_token_ids` ends the sequence; it already holds the model's end-of-sequence ids unless the request
     said ignore_eos. They can't be sampled before `min_tokens` tokens. `logprobs` is the number of
-    alternatives reported per token (0: the token itself only); None reports nothing.
+    alternatives reported per token (0: the token itself only); None reports nothing. `grammar` is what the output keeps
+    to, in llguidance's form (cluster/models/grammars.py).
     """
 
     max_tokens: int = 16
@@ -35,6 +36,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     return_routed_experts: bool = False
+    grammar: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

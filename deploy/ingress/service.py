@@ -20,6 +20,7 @@ from cluster.policy.blueprint import max_model_len
 from deploy.ingress.fronts.client import FrontClient
 from deploy.ingress.generation import Generation, Plan
 from deploy.ingress.json_pieces import join_pieces
+from deploy.ingress.openai.answer_json import dump
 from deploy.ingress.openai.choices import Choice, spell_prompt
 from deploy.ingress.openai.errors import (
     context_length_exceeded,
@@ -31,6 +32,7 @@ from deploy.ingress.openai.errors import (
 from deploy.ingress.openai.parsing import check_content, parse_body
 from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest, Message
 from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
+from deploy.ingress.openai.structured import AskedFormat
 from deploy.ingress.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
 from deploy.ingress.supervisor_link import SupervisorLink
 from deploy.ingress.text.tokens import NO_TEMPLATE, Tokenizer, TooManyTokens
@@ -52,6 +54,8 @@ LARGE_BODY = 200_000
 # To tokenise a character, or to spell a token, takes as long as to write so many; so many stand around a message.
 ENCODED_CHARS, SPELT_CHARS, MESSAGE_CHARS = 10, 10, 50
 MAX_THREADS = 4
+# Of a processor, for a grammar: usual ones take a millisecond.
+GRAMMAR_CPU_S = 0.5
 
 
 class Service:
@@ -71,6 +75,7 @@ class Service:
         self._has_been_ready = False
         self._threads = ThreadPoolExecutor(MAX_THREADS, "requests")
         self._bodies = Sandbox("reading the body")
+        self._grammars = Sandbox("the format of the answer", cpu_s=GRAMMAR_CPU_S, model_dir=model_dir)
         template = self.tokenizer.template
         self._templates = Sandbox("messages: rendering the chat template", template.arguments()) if template else None
         self._follow = asyncio.create_task(self._follow_state())
@@ -119,10 +124,11 @@ class Service:
         await self.run(sum(num_ids), lambda: check_limits(request, self.config, self.model.vocab_size))
         started = time.monotonic()
         prompts = await self._prompts(request)
+        grammar = await self._grammar(request.asked_format)
         if trace:
             trace.tokenised(started)
         spelt = SPELT_CHARS * sum(map(len, prompts)) if request.is_echo else 0
-        plans = await self.run(spelt, lambda: self._plans(request, prompts))
+        plans = await self.run(spelt, lambda: self._plans(request, prompts, grammar))
         if trace:
             trace.begin(request.n, [plan.choice for plan in plans], plans[0].params)
         # Without a front for the moment, requests wait for the one that is being restarted.
@@ -145,6 +151,7 @@ class Service:
         """Stop what was started here."""
         self._follow.cancel()
         await self._bodies.close()
+        await self._grammars.close()
         if self._templates:
             await self._templates.close()
 
@@ -200,16 +207,28 @@ class Service:
         await self.run(len(tokens), lambda: check_token_ids(tokens, self.model.vocab_size, "tokens"))
         return await self.run(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
 
+    async def _grammar(self, asked: AskedFormat | None) -> str | None:
+        """Raises APIError (400) where it can't be compiled, or not in bounds."""
+        if asked is None:
+            return None
+        request = dump({"kind": asked.kind, "value": asked.value})
+        return await _sandboxed(self._grammars.grammar(request), asked.param)
+
     def _check_fits(self, least: int, param: str) -> None:
         """`least`: as many tokens as there must be."""
         if least > self.max_model_len:
             raise context_length_exceeded(self.max_model_len, least, 0, param)
 
-    def _plans(self, request: CompletionRequest | ChatCompletionRequest, prompts: list[tuple[int, ...]]) -> list[Plan]:
+    def _plans(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        prompts: list[tuple[int, ...]],
+        grammar: str | None,
+    ) -> list[Plan]:
         plans: list[Plan] = []
         for prompt in prompts:
             echoed = spell_prompt(prompt, self.tokenizer) if request.is_echo else []
-            plans += [self._plan(request, prompt, echoed, len(plans) + n, n) for n in range(request.n)]
+            plans += [self._plan(request, prompt, echoed, len(plans) + n, n, grammar) for n in range(request.n)]
         return plans
 
     def _plan(
@@ -219,6 +238,7 @@ class Service:
         echoed: list[str],
         index: int,
         n: int,
+        grammar: str | None,
     ) -> Plan:
         params = to_sampling_params(
             request,
@@ -228,6 +248,7 @@ class Service:
             vocab_size=self.model.vocab_size,
             choice_index=n,
         )
+        params = replace(params, grammar=grammar)
         choice = Choice(index, request, params, prompt, self.tokenizer, self.model.eos_token_ids, echoed)
         return Plan(choice, prompt, params)
 

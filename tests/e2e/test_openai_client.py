@@ -4,15 +4,17 @@ What each sampling field does is in test_openai_fields.py, log-probabilities are
 """
 
 import asyncio
+import re
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from pydantic import BaseModel, Field
 
 from tests.e2e.oracle import Oracle
 from tests.e2e.servers import MODEL
@@ -178,3 +180,41 @@ class TestModels:
             with pytest.raises(openai.NotFoundError, match=f"use '{MODEL}'") as caught:
                 ask()
             assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+
+
+class Step(BaseModel):
+    number: Literal[1, 2]
+    done: bool
+
+
+class Report(BaseModel):
+    state: Literal["ready", "starting"]
+    steps: Annotated[list[Step], Field(max_length=2)]
+    note: Annotated[str, Field(max_length=3)] | None
+
+
+class TestStructuredOutput:
+    """The model was never trained: what fits, fits because nothing else could be sampled."""
+
+    def test_pydantic_models(self, client: OpenAI) -> None:
+        answer = client.chat.completions.parse(
+            model=MODEL, messages=MESSAGES, response_format=Report, seed=2, max_tokens=900
+        )
+        [choice] = answer.choices
+        assert isinstance(choice.message.parsed, Report)
+        assert choice.finish_reason == "stop"
+
+    def test_streamed_text_is_the_whole_text(self, client: OpenAI) -> None:
+        extra: Any = {"structured_outputs": {"regex": "[a-d]{20}-[0-9]{20}"}}
+        options: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "seed": 3, "extra_body": extra}
+        whole = client.chat.completions.create(**options).choices[0].message.content
+        with client.chat.completions.create(stream=True, **options) as stream:
+            assert join_chat(stream) == {0: whole}
+        assert re.fullmatch("[a-d]{20}-[0-9]{20}", whole or "")
+
+    def test_what_cannot_be_promised_is_named(self, client: OpenAI) -> None:
+        schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+        asked: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+            client.chat.completions.create(model=MODEL, messages=MESSAGES, response_format=asked)
+        assert caught.value.param == "response_format"

@@ -10,7 +10,6 @@ Neutral = dict[str, tuple[Any, ...]]
 
 ENGINE_NEUTRAL: Neutral = {
     "service_tier": ("auto", "default"),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "metadata": ({},),
     "prompt_cache_key": (),
@@ -18,7 +17,6 @@ ENGINE_NEUTRAL: Neutral = {
     "prompt_cache_retention": (),
     "moderation": (),
     "safety_identifier": (),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),

@@ -27,6 +27,13 @@ from deploy.ingress.openai.neutral import (
     TEMPLATE_NEUTRAL,
     Neutral,
 )
+from deploy.ingress.openai.structured import (
+    AskedFormat,
+    ResponseFormat,
+    StructuredOutputs,
+    as_response_format,
+    as_structured_outputs,
+)
 
 INT64_MAX = 2**63 - 1
 
@@ -81,6 +88,12 @@ class GenerationFields(Strict):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     logit_bias: Annotated[dict[int, float], PlainValidator(as_logit_bias, json_schema_input_type=dict[str, float])] = {}
     prompt_logprobs: int | None = Field(None, ge=0)
+    response_format: Annotated[
+        AskedFormat | None, PlainValidator(as_response_format, json_schema_input_type=ResponseFormat)
+    ] = None
+    structured_outputs: Annotated[
+        AskedFormat | None, PlainValidator(as_structured_outputs, json_schema_input_type=StructuredOutputs)
+    ] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -95,9 +108,30 @@ class GenerationFields(Strict):
             raise refuse("prompt_logprobs", "prompt_logprobs is not available with stream=true: leave one out")
         return self
 
+    @model_validator(mode="after")
+    def _format_fits(self) -> "GenerationFields":
+        if self.response_format and self.structured_outputs:
+            raise refuse("structured_outputs", "structured_outputs can't be sent together with response_format")
+        if asked := self.asked_format:
+            _refuse_beside(self, asked.param)
+        return self
+
+    @property
+    def asked_format(self) -> AskedFormat | None:
+        """What the answer is to look like."""
+        return self.response_format or self.structured_outputs
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _refuse_beside(fields: GenerationFields, param: str) -> None:
+    """A grammar decides where the text ends."""
+    if fields.ignore_eos:
+        raise refuse("ignore_eos", f"ignore_eos=true can't be used with {param}: leave one out")
+    if fields.min_tokens:
+        raise refuse("min_tokens", f"min_tokens={fields.min_tokens} can't be used with {param}: leave one out")
 
 
 class CompletionRequest(GenerationFields):
