@@ -65,6 +65,11 @@ class ClusterConfig(BaseModel):
         None, description="Jinja file that replaces the checkpoint's chat template; `none` serves completions only."
     )
 
+    tool_call_parser: Literal["auto", "hermes", "granite", "none"] = Field(
+        "auto",
+        description="How the model writes tool calls: hermes (also Qwen3, Granite 4), granite (3); auto: see template.",
+    )
+
     fronts: int = Field(1, description="Front actors (attention, router, KV cache).", ge=1, le=256)
     groups: int = Field(2, description="Expert groups; must divide the number of experts.", ge=1)
     replicas: int = Field(1, description="Expert replicas per group.", ge=1, le=256)

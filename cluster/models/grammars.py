@@ -5,6 +5,7 @@ bounded here; the time that it takes, where it comes from (deploy/ingress/sandbo
 the same bounds, so that no front meets a grammar that was not checked. Knows no torch.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cluster.models.files import read_file
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_ERROR_CHARS = 300
+TOKEN = re.compile(r"<[^<>\s]+>")
 # Fuel is spent at 50,000 (initial) and 14,000 (step) per millisecond; a state takes up to 2 kB. A mask of a usual
 # grammar takes some microseconds, the most expensive one 4 ms: other sequences of its step wait for it.
 LIMITS = LLParserLimits(
@@ -34,13 +36,16 @@ class GrammarError(ValueError):
 
 
 class Grammars:
-    """Compiles grammars for one model. Raises ModelError if its tokenizer can't be loaded."""
+    """Compiles grammars for one model. `added`: tokens that a tokenizer finds before all others, and that a grammar can
+    name: <...>. Raises ModelError if its tokenizer can't be loaded."""
 
     def __init__(self, model_dir: Path) -> None:
         spec = read_spec(model_dir)
         path = model_dir / "tokenizer.json"
         try:
             source = read_file(path, MAX_TOKENIZER_BYTES)
+            added = (each["content"] for each in json.loads(source).get("added_tokens") or ())
+            self.added = frozenset(each for each in added if TOKEN.fullmatch(each))
             self._tokenizer = LLTokenizer(source, n_vocab=spec.vocab_size, eos_token=list(spec.eos_token_ids) or None)
         except Exception as error:  # llguidance raises bare exceptions
             raise ModelError(f"{path} can't be used for structured output: {error}") from None

@@ -192,7 +192,7 @@ async def tokenize(request: Request) -> Response:
     service, body = service_of(request), await read_request(request, TokenizeRequest)
     service.check_model(body.model)
     if body.messages is not None:
-        text = await service.render(body.messages, body.add_generation_prompt, body.continue_final_message)
+        text = await service.render(body, body.messages, [tool.shown for tool in body.tools])
         with_special = bool(body.add_special_tokens)
     else:
         text, with_special = body.prompt or "", body.add_special_tokens is not False

@@ -44,7 +44,7 @@ class SandboxBusy(Exception):  # noqa: N818 - an answer, not a failure
     """No place became free in time."""
 
 
-def rendering(messages: list[dict[str, str]], **options: bool) -> bytes:
+def rendering(messages: list[dict[str, Any]], **options: Any) -> bytes:
     """The arguments of ChatTemplate.render() for a sandbox. Takes as long as the messages are."""
     return RENDER + dump({"messages": messages} | options)
 
@@ -78,7 +78,7 @@ class Sandbox:
         return text
 
     async def grammar(self, request: bytes) -> str:
-        """The grammar that as_grammar() makes of a JSON object of its arguments, tried out. Raises SandboxError or
+        """The grammar that GrammarWriter.write() makes of these arguments as JSON, tried out. Raises SandboxError or
         SandboxBusy.
         """
         [text] = await self._ask(GRAMMAR + request)

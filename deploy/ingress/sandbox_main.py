@@ -18,7 +18,7 @@ from deploy.ingress.json_pieces import in_pieces
 from deploy.ingress.openai.errors import APIError
 from deploy.ingress.openai.parsing import read_json
 from deploy.ingress.text.chat_template import ChatTemplate, ChatTemplateError
-from deploy.ingress.text.grammar import as_grammar
+from deploy.ingress.text.grammar import GrammarWriter
 
 SET_UP, RENDER, READ, TOKENIZER, GRAMMAR = b"S", b"R", b"J", b"T", b"G"
 MEMORY = 2**30
@@ -59,7 +59,7 @@ class Sandboxed:
 
     def _grammar(self, kind: str, value: Any) -> str:
         assert self.grammars is not None
-        grammar = as_grammar(kind, value)
+        grammar = GrammarWriter(self.grammars.added).write(kind, value)
         self.grammars.try_out(grammar)
         return grammar
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -30,12 +30,13 @@ from deploy.ingress.openai.errors import (
     unavailable,
 )
 from deploy.ingress.openai.parsing import check_content, parse_body
-from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest, Message
+from deploy.ingress.openai.requests import ChatCompletionRequest, ChatFields, CompletionRequest, Message
 from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from deploy.ingress.openai.structured import AskedFormat
 from deploy.ingress.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
 from deploy.ingress.supervisor_link import SupervisorLink
 from deploy.ingress.text.tokens import NO_TEMPLATE, Tokenizer, TooManyTokens
+from deploy.ingress.text.tool_calls import find_format
 from deploy.ingress.tracing.request_trace import RequestTrace
 
 T = TypeVar("T")
@@ -54,6 +55,10 @@ LARGE_BODY = 200_000
 # To tokenise a character, or to spell a token, takes as long as to write so many; so many stand around a message.
 ENCODED_CHARS, SPELT_CHARS, MESSAGE_CHARS = 10, 10, 50
 MAX_THREADS = 4
+NO_TOOLS = (
+    "tools: the model's chat template knows none, or calls them in a form that is not known: set tool_call_parser to "
+    "hermes or granite if its answers have that form"
+)
 # Of a processor, for a grammar: usual ones take a millisecond.
 GRAMMAR_CPU_S = 0.5
 
@@ -65,6 +70,7 @@ class Service:
         self.config = config
         self.model = read_spec(model_dir)
         self.tokenizer = Tokenizer.load(model_dir, config.chat_template)
+        self.tool_format = find_format(config.tool_call_parser, self.tokenizer)
         self.max_model_len = max_model_len(config, self.model)
         self.metrics = Metrics()
         self.supervisor = supervisor
@@ -124,7 +130,7 @@ class Service:
         await self.run(sum(num_ids), lambda: check_limits(request, self.config, self.model.vocab_size))
         started = time.monotonic()
         prompts = await self._prompts(request)
-        grammar = await self._grammar(request.asked_format)
+        grammar = await self._grammar(self._asked(request))
         if trace:
             trace.tokenised(started)
         spelt = SPELT_CHARS * sum(map(len, prompts)) if request.is_echo else 0
@@ -168,17 +174,21 @@ class Service:
 
     async def _prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[tuple[int, ...]]:
         if isinstance(request, ChatCompletionRequest):
-            text = await self.render(request.messages, request.add_generation_prompt, request.continue_final_message)
+            text = await self.render(request, request.messages, request.shown_tools)
             return [await self.encode(text, add_special_tokens=False, param="messages")]
         size = sum(map(len, request.prompt))
         return [await self.encode(p, size=size) if isinstance(p, str) else tuple(p) for p in request.prompt]
 
-    async def render(self, messages: list[Message], add_generation_prompt: bool, continue_final_message: bool) -> str:
+    async def render(self, fields: ChatFields, messages: list[Message], tools: list[dict[str, Any]]) -> str:
         """Raises APIError (400)."""
         if self._templates is None:
             raise invalid_request(NO_TEMPLATE, "messages")
-        size = sum(MESSAGE_CHARS + len(message.content) for message in messages)
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        size = sum(MESSAGE_CHARS + message.size for message in messages) + sum(len(str(tool)) for tool in tools)
+        options = {
+            "add_generation_prompt": fields.add_generation_prompt,
+            "continue_final_message": fields.continue_final_message,
+            "tools": tools,
+        }
         asked = await self.run(size, lambda: rendering([message.for_template() for message in messages], **options))
         text = await _sandboxed(self._templates.render(asked), "messages")
         return await self.run(len(text), text.decode)
@@ -206,6 +216,17 @@ class Service:
             raise invalid_request(f"tokens: {len(tokens)} token ids are more than {limit}: send fewer", "tokens")
         await self.run(len(tokens), lambda: check_token_ids(tokens, self.model.vocab_size, "tokens"))
         return await self.run(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def _asked(self, request: CompletionRequest | ChatCompletionRequest) -> AskedFormat | None:
+        """What the answer is to look like. Raises APIError (400) if it may call tools, and nobody could read that."""
+        if not isinstance(request, ChatCompletionRequest) or not request.may_call:
+            return request.asked_format
+        if self.tool_format is None:
+            raise invalid_request(NO_TOOLS, "tools", "unsupported_parameter")
+        if not (asked := request.asked_calls):
+            return None
+        form = {"begin": self.tool_format.begin, "end": self.tool_format.end, "is_list": self.tool_format.is_list}
+        return replace(asked, value=asked.value | form)
 
     async def _grammar(self, asked: AskedFormat | None) -> str | None:
         """Raises APIError (400) where it can't be compiled, or not in bounds."""
@@ -249,7 +270,18 @@ class Service:
             choice_index=n,
         )
         params = replace(params, grammar=grammar)
-        choice = Choice(index, request, params, prompt, self.tokenizer, self.model.eos_token_ids, echoed)
+        may_call = isinstance(request, ChatCompletionRequest) and request.may_call
+        choice = Choice(
+            index,
+            request,
+            params,
+            prompt,
+            self.tokenizer,
+            self.model.eos_token_ids,
+            echoed,
+            tool_format=self.tool_format if may_call else None,
+            most_calls=request.most_calls if isinstance(request, ChatCompletionRequest) else None,
+        )
         return Plan(choice, prompt, params)
 
 

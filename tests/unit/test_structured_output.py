@@ -15,8 +15,9 @@ from actors.engine.engine import Engine
 from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
 from cluster.models.grammars import GrammarError, Grammars
 from deploy.demo import MODEL_DIR
-from deploy.ingress.text.grammar import as_grammar
+from deploy.ingress.text.grammar import GrammarWriter
 from deploy.ingress.text.tokens import Tokenizer
+from deploy.ingress.text.tool_calls import FORMATS, ToolCallParser, ToolFormat, join_calls
 from tests.checkpoints import MODELS, write_checkpoint
 from tests.engines import make_engine
 from tests.schemas import Schema, all_schemas, closed
@@ -54,7 +55,7 @@ class Answers:
         self.reasons: dict[str, str | None] = {}
 
     def ask(self, name: str, kind: str | None = None, value: Any = None, **params: Any) -> GenerationRequest:
-        grammar = None if kind is None else as_grammar(kind, value)
+        grammar = None if kind is None else GrammarWriter(self.grammars.added).write(kind, value)
         request = GenerationRequest(name, "t", PROMPT, replace(self.params, grammar=grammar, **params))
         return self.offer(request)
 
@@ -165,6 +166,60 @@ class TestTheStateIsThatOfTheTokens:
         answers.run()
         beside = self.alone(model_dir, grammars)
         assert answers.tokens == {name: beside[name] for name in answers.tokens}
+
+
+TOOLS = [
+    {"name": "get_replicas", "schema": closed({"group": {"enum": [0, 1]}})},
+    # References begin at the schema of the function, wherever that stands.
+    {"name": "scale", "schema": closed({"to": {"$ref": "#/$defs/n"}}, **{"$defs": {"n": {"enum": [1, 2]}}})},
+]
+
+
+def fits(name: str | None, arguments: Any) -> bool:
+    return arguments in ({"group": 0}, {"group": 1}) if name == "get_replicas" else arguments in ({"to": 1}, {"to": 2})
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+class TestTools:
+    def asked(self, form: ToolFormat, **options: Any) -> dict[str, Any]:
+        marks = {"begin": form.begin, "end": form.end, "is_list": form.is_list, "tools": TOOLS}
+        return marks | {"may_talk": False, "most": None, "content": None} | options
+
+    def calls(self, form: ToolFormat, text: str) -> list[tuple[str | None, Any]]:
+        parser = ToolCallParser(form)
+        content, calls = parser.feed(text)
+        assert (content + parser.flush()).replace("Hm.", "") == ""
+        return [(call.name, json.loads(call.arguments)) for call in join_calls(calls)]
+
+    def test_calls_that_are_required(self, answers: Answers, form: ToolFormat) -> None:
+        for n in range(8):
+            asked = self.asked(form, most=[None, 1][n % 2])
+            answers.ask(str(n), "tools", asked, seed=n, max_tokens=250, temperature=1.5)
+        answers.run()
+        found = {n: self.calls(form, answers.text(str(n))) for n in range(8) if answers.reasons[str(n)] == "stop"}
+        assert len(found) > 4
+        assert all(calls and all(fits(*call) for call in calls) for calls in found.values())
+        assert all(len(calls) == 1 for n, calls in found.items() if n % 2)
+
+    @pytest.mark.parametrize("begun", ["", '{"name": "sc', '{"name": "get_replicas", "arguments": {"gro'])
+    def test_a_call_that_has_begun_keeps_to_its_schema(self, answers: Answers, form: ToolFormat, begun: str) -> None:
+        grammar = GrammarWriter(answers.grammars.added).write("tools", self.asked(form, may_talk=True, most=1))
+        said = answers.tokenizer.encode(f"Hm.{form.begin}{'[' if form.is_list else ''}{begun}")
+        params = replace(answers.params, grammar=grammar, max_tokens=len(said) + 120)
+        answers.offer(GenerationRequest("a", "t", PROMPT, params, output_token_ids=tuple(said)))
+        answers.run()
+        assert answers.reasons["a"] == "stop"
+        [call] = self.calls(form, answers.text("a"))
+        assert fits(*call)
+
+    def test_an_answer_of_a_schema_in_place_of_a_call(self, answers: Answers, form: ToolFormat) -> None:
+        asked = self.asked(form, content=closed({"z": {"const": 1}}))
+        for n in range(12):
+            answers.ask(str(n), "tools", asked, seed=n, max_tokens=250)
+        answers.run()
+        texts = [answers.text(name) for name, reason in answers.reasons.items() if reason == "stop"]
+        assert texts
+        assert all(text == '{"z":1}' or all(fits(*call) for call in self.calls(form, text)) for text in texts)
 
 
 class TestOneSequence:

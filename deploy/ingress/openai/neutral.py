@@ -39,15 +39,12 @@ ENGINE_NEUTRAL: Neutral = {
 COMPLETION_NEUTRAL: Neutral = {"suffix": ("",), "add_special_tokens": (True,)}
 
 TEMPLATE_NEUTRAL: Neutral = {
-    "tools": ([],),
     "documents": ([],),
     "chat_template": (),
     "chat_template_kwargs": ({},),
 }
 
 CHAT_NEUTRAL: Neutral = {
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "add_special_tokens": (False,),
@@ -62,8 +59,6 @@ CHAT_NEUTRAL: Neutral = {
 }
 
 MESSAGE_NEUTRAL: Neutral = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "refusal": (),
     "audio": (),

@@ -34,6 +34,7 @@ from deploy.ingress.openai.structured import (
     as_response_format,
     as_structured_outputs,
 )
+from deploy.ingress.openai.tools import ANY_OBJECT, Tool, ToolChoice, as_tool_calls, as_tool_choice, as_tools
 
 INT64_MAX = 2**63 - 1
 
@@ -172,14 +173,41 @@ class Message(Strict):
 
     NEUTRAL = MESSAGE_NEUTRAL
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(as_content, json_schema_input_type=str | list[dict[str, str]])]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(as_content, json_schema_input_type=str | list[dict[str, str]])] = (
+        None
+    )
     name: str | None = None
+    tool_calls: Annotated[
+        tuple[dict[str, Any], ...], PlainValidator(as_tool_calls, json_schema_input_type=list[dict[str, Any]])
+    ] = ()
+    tool_call_id: str | None = None
 
-    def for_template(self) -> dict[str, str]:
-        # Templates know no "developer": it is OpenAI's newer name of "system".
-        shown = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-        return shown if self.name is None else shown | {"name": self.name}
+    @model_validator(mode="after")
+    def _fields_fit_the_role(self) -> "Message":
+        if self.content is None and not self.tool_calls:
+            raise refuse("content", f"content is required in a message of role {self.role!r}", "missing")
+        if self.tool_calls and self.role != "assistant":
+            raise refuse(
+                "tool_calls", f"tool_calls can't be sent with role {self.role!r}: only 'assistant' calls tools"
+            )
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise refuse("tool_call_id", "tool_call_id belongs to messages of role 'tool', and to each of them")
+        return self
+
+    @property
+    def size(self) -> int:
+        """How much there is to render, in characters."""
+        return len(self.content or "") + sum(len(str(call)) for call in self.tool_calls)
+
+    def for_template(self) -> dict[str, Any]:
+        # Templates know no "developer": it is OpenAI's newer name of "system". Not all know content that is not there.
+        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        shown["content"] = self.content or ""
+        if self.tool_calls:
+            shown["tool_calls"] = self.tool_calls
+        named = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return shown | {key: value for key, value in named.items() if value is not None}
 
 
 # The first bad one is told: thousands of them would be thousands of errors.
@@ -191,6 +219,7 @@ class ChatFields(Strict):
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    tools: Annotated[tuple[Tool, ...], PlainValidator(as_tools, json_schema_input_type=list[dict[str, Any]])] = ()
 
     @model_validator(mode="after")
     def _one_continuation(self) -> "ChatFields":
@@ -209,6 +238,52 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
+    tool_choice: Annotated[ToolChoice, PlainValidator(as_tool_choice, json_schema_input_type=str | dict[str, Any])] = (
+        ToolChoice("auto")
+    )
+    parallel_tool_calls: bool = True
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> "ChatCompletionRequest":
+        choice, names = self.tool_choice, [tool.name for tool in self.tools]
+        if choice.mode == "required" and not names:
+            raise refuse("tool_choice", "tool_choice needs tools beside it")
+        if choice.name is not None and choice.name not in names:
+            raise refuse("tool_choice", f"tool_choice names {choice.name!r}, which is not among the tools")
+        if asked := self.asked_calls:
+            _refuse_beside(self, asked.param)
+            if (asked_format := self.asked_format) and asked_format.kind != "json":
+                raise refuse(asked_format.param, f"{asked_format.param} beside tools can only be a JSON schema")
+        return self
+
+    @property
+    def may_call(self) -> bool:
+        return bool(self.tools) and self.tool_choice.mode != "none"
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """What the template gets: a model that may not call is not told of tools."""
+        return [tool.shown for tool in self.tools] if self.may_call else []
+
+    @property
+    def most_calls(self) -> int | None:
+        return None if self.parallel_tool_calls and self.tool_choice.name is None else 1
+
+    @property
+    def asked_calls(self) -> AskedFormat | None:
+        """The calls that the answer must have, or keeps to once it calls; without the marks of the model's form."""
+        must_call = self.tool_choice.mode == "required"
+        if not self.may_call or not (must_call or self.asked_format or any(tool.is_strict for tool in self.tools)):
+            return None
+        tools = [
+            {"name": tool.name, "schema": tool.parameters if must_call or tool.is_strict else ANY_OBJECT}
+            for tool in self.tools
+            if self.tool_choice.name in (None, tool.name)
+        ]
+        content = self.asked_format.value if self.asked_format and not must_call else None
+        may_talk = not must_call and content is None
+        value = {"tools": tools, "may_talk": may_talk, "most": self.most_calls, "content": content}
+        return AskedFormat("tools", "tools", value)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "ChatCompletionRequest":

@@ -11,6 +11,7 @@ from deploy.ingress.openai.answer_json import Rows, dump
 from deploy.ingress.openai.choices import Choice, ChoiceDelta, merge
 from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.ingress.text.tokens import Tokenizer
+from deploy.ingress.text.tool_calls import ToolCallDelta
 
 Json = dict[str, Any]
 
@@ -130,16 +131,22 @@ class ChatResponder(_Responder):
     def response(self, choices: Iterable[Sequence[ChoiceDelta]], usage: Usage) -> Json:
         """The whole answer; `choices` holds the deltas of each choice."""
         whole = [merge(deltas) for deltas in choices]
-        messages = [
-            self._choice(delta, "message", {"role": "assistant", "content": delta.text, "refusal": None})
-            for delta in whole
-        ]
+        messages = [self._choice(delta, "message", self._message(delta)) for delta in whole]
         return self._head("chat.completion", messages) | {"usage": usage.as_json()} | self._prompt_extras(whole[0])
 
+    def _message(self, delta: ChoiceDelta) -> Json:
+        message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
+        if not delta.tool_calls:
+            return message
+        calls = [{"id": call.id, "type": "function", "function": _function(call)} for call in delta.tool_calls]
+        return message | {"content": delta.text or None, "tool_calls": calls}
+
     def chunk(self, delta: ChoiceDelta) -> Json:
-        """The first chunk of a choice names the role."""
+        """The first chunk of a choice names the role, the first one of a call its id and name."""
         content = {"role": "assistant", "content": delta.text} if delta.is_first else {"content": delta.text}
-        shown = content if delta.text or delta.is_first else {}
+        shown: Json = content if delta.text or delta.is_first else {}
+        if delta.tool_calls:
+            shown = shown | {"tool_calls": [_call_chunk(call) for call in delta.tool_calls]}
         return self._chunk(self._choice(delta, "delta", shown)) | self._prompt_extras(delta)
 
     def _choice(self, delta: ChoiceDelta, name: str, content: Json) -> Json:
@@ -148,7 +155,19 @@ class ChatResponder(_Responder):
             "index": delta.index,
             name: content,
             "logprobs": None if num_top is None else logprobs.chat_logprobs(delta.rows, num_top, self.tokenizer),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": "tool_calls"
+            if delta.has_called and delta.finish_reason == "stop"
+            else delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
         return choice | self._extras(delta)
+
+
+def _function(call: ToolCallDelta) -> Json:
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def _call_chunk(call: ToolCallDelta) -> Json:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, "id": call.id, "type": "function", "function": _function(call)}

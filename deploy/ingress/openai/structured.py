@@ -19,7 +19,7 @@ KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
 
 @dataclass(frozen=True, slots=True)
 class AskedFormat:
-    """The field that asks, and the arguments of as_grammar() (deploy/ingress/text/grammar.py)."""
+    """The field that asks, and the arguments of GrammarWriter.write() (deploy/ingress/text/grammar.py)."""
 
     param: str
     kind: str

@@ -70,10 +70,11 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The prompt for a conversation. `continue_final_message` leaves the last message open for the model.
 
@@ -84,13 +85,15 @@ class ChatTemplate:
         chat = [dict(message) for message in messages]
         if continue_final_message:
             chat[-1]["content"] += CONTINUE_TAG
-        text = self._run(chat, add_generation_prompt and not continue_final_message)
+        text = self._run(chat, add_generation_prompt and not continue_final_message, list(tools) or None)
         return _cut_at_tag(text, messages[-1]["content"]) if continue_final_message else text
 
-    def _run(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _run(
+        self, chat: list[dict[str, Any]], add_generation_prompt: bool, tools: list[Mapping[str, Any]] | None
+    ) -> str:
         parts: list[str] = []
         size = 0
-        variables = self.special_tokens | {"tools": None, "documents": None}
+        variables = self.special_tokens | {"tools": tools, "documents": None}
         template = self.compile()
         try:
             for part in template.generate(messages=chat, add_generation_prompt=add_generation_prompt, **variables):
