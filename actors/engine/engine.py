@@ -14,6 +14,7 @@ from actors.dispatch.dispatcher import Dispatcher
 from actors.dispatch.step import Step
 from actors.engine.batch_builder import build_batch
 from actors.engine.constraint import Constraint
+from actors.engine.pooling import Pooled
 from actors.engine.readout import Sampled, sample_next, score_prompt
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.self_test import BrokenEngineError, SelfTest
@@ -156,6 +157,10 @@ class Engine:
         for chunk, span in zip(chunks, spans, strict=True):
             if chunk.sequence.wants_prompt_logprobs:
                 score_prompt(self.model, chunk.sequence, hidden_RD[span.logits], span.context - span.num_logits)
+            if kind := chunk.sequence.request.params.pooling:
+                chunk.sequence.pooled = chunk.sequence.pooled or Pooled(kind)
+                if span.num_logits:
+                    chunk.sequence.pooled.add(hidden_RD[span.logits])
             if chunk.completes and chunk.sequence.request.params.max_tokens:
                 try:
                     chunk.sequence.constrain()
@@ -203,6 +208,7 @@ class Engine:
             sequence.num_cached or 0,
             routed,
             timing=sequence.take_timing() if sequence.request.is_traced else None,
+            embedding=sequence.pooled.as_bytes() if sequence.pooled else None,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:

@@ -65,7 +65,8 @@ def adjust(logits_V: Tensor, sequence: Sequence) -> Tensor:
     if _is_unadjusted(params, sequence.num_output):
         return logits_V
     if sequence.adjustments is None:
-        sequence.adjustments = Adjustments(params, logits_V.shape[-1], logits_V.device)
+        num_uncounted = 0 if sequence.is_shareable else sequence.num_prompt
+        sequence.adjustments = Adjustments(params, logits_V.shape[-1], logits_V.device, num_uncounted)
     return sequence.adjustments.apply(logits_V, sequence.token_ids, sequence.num_prompt)
 
 

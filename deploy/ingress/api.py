@@ -1,8 +1,8 @@
 """The HTTP routes. Bodies are checked by deploy/ingress/openai, work is done by Service; here is only HTTP."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,13 @@ from deploy.ingress.http import read_request, require_key, service_of
 from deploy.ingress.openai import errors
 from deploy.ingress.openai.answer_json import Rows, dump
 from deploy.ingress.openai.choices import ChoiceDelta
-from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from deploy.ingress.openai.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from deploy.ingress.openai.responses import SSE_DONE, ChatResponder, CompletionResponder, Usage, sse
 from deploy.ingress.request_id import RequestId
 from deploy.ingress.service import Service
@@ -76,16 +82,35 @@ async def chat_completions(request: Request) -> Response:
     return await _answer(request, body, ChatResponder)
 
 
-async def _answer(
-    request: Request, body: Any, responder_class: Callable[..., CompletionResponder | ChatResponder]
-) -> Response:
-    service, request_id = service_of(request), request.state.request_id
+@keyed_routes.post("/embeddings")
+async def embeddings(request: Request) -> Response:
+    service, body = service_of(request), await read_request(request, EmbeddingRequest)
+    with _translated():
+        try:
+            content = await service.embed(body, request.state.request_id)
+        except GenerationFailed as error:
+            logger.error("request failed: %s", error, extra={"request_id": request.state.request_id})
+            raise _error_of(error, request.state.request_id) from None
+    return Response(content, media_type="application/json")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What fronts refuse, as APIError."""
     try:
-        generation = await service.generate(body, request_id, getattr(request.state, "trace", None))
+        yield
     except Overloaded:
         raise errors.overloaded() from None
     except Unavailable:
         raise errors.unavailable("No front serves now") from None
+
+
+async def _answer(
+    request: Request, body: Any, responder_class: Callable[..., CompletionResponder | ChatResponder]
+) -> Response:
+    service, request_id = service_of(request), request.state.request_id
+    with _translated():
+        generation = await service.generate(body, request_id, getattr(request.state, "trace", None))
     responder = responder_class(body, service.tokenizer, service.config.model_name, request_id)
     if body.stream:
         return _EventStream(service, generation, responder)

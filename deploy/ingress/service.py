@@ -13,15 +13,18 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from cluster.config import ClusterConfig
+from cluster.messages.requests import SamplingParams
 from cluster.messages.state import ClusterState
 from cluster.metrics import Metrics
 from cluster.models.family import read_spec
 from cluster.policy.blueprint import max_model_len
+from deploy.ingress.embedding import embed
 from deploy.ingress.fronts.client import FrontClient
 from deploy.ingress.generation import Generation, Plan
 from deploy.ingress.json_pieces import join_pieces
 from deploy.ingress.openai.answer_json import dump
 from deploy.ingress.openai.choices import Choice, spell_prompt
+from deploy.ingress.openai.embeds import FIELD, check_dimensions, check_width, embeddings_json, shaped
 from deploy.ingress.openai.errors import (
     context_length_exceeded,
     invalid_request,
@@ -30,7 +33,13 @@ from deploy.ingress.openai.errors import (
     unavailable,
 )
 from deploy.ingress.openai.parsing import check_content, parse_body
-from deploy.ingress.openai.requests import ChatCompletionRequest, ChatFields, CompletionRequest, Message
+from deploy.ingress.openai.requests import (
+    ChatCompletionRequest,
+    ChatFields,
+    CompletionRequest,
+    EmbeddingRequest,
+    Message,
+)
 from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from deploy.ingress.openai.structured import AskedFormat
 from deploy.ingress.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
@@ -54,6 +63,9 @@ LONG = 10_000
 LARGE_BODY = 200_000
 # To tokenise a character, or to spell a token, takes as long as to write so many; so many stand around a message.
 ENCODED_CHARS, SPELT_CHARS, MESSAGE_CHARS = 10, 10, 50
+NUMBER_CHARS = 10
+# Texts in a request for embeddings, as OpenAI.
+MAX_INPUTS = 2048
 MAX_THREADS = 4
 NO_TOOLS = (
     "tools: the model's chat template knows none, or calls them in a form that is not known: set tool_call_parser to "
@@ -127,6 +139,9 @@ class Service:
         self.check_model(request.model)
         num_ids = [len(ids) for ids in request.prompt_token_ids]
         self._check_fits(max(num_ids, default=0), "prompt")
+        if isinstance(request, CompletionRequest):
+            check_width(request.prompt_embeds, self.model.hidden_size)
+            self._check_fits(max((embeds.shape[0] for embeds in request.prompt_embeds), default=0), FIELD)
         await self.run(sum(num_ids), lambda: check_limits(request, self.config, self.model.vocab_size))
         started = time.monotonic()
         prompts = await self._prompts(request)
@@ -143,6 +158,33 @@ class Service:
         generation = Generation(plans, self.client, self.metrics, request_id, trace, self.run)
         await generation.submit()
         return generation
+
+    async def embed(self, request: EmbeddingRequest, request_id: str) -> bytes:
+        """The answer as JSON. Raises APIError, GenerationFailed, Overloaded or Unavailable."""
+        self.check_model(request.model)
+        check_dimensions(request.dimensions, self.model.hidden_size)
+        if len(request.input) > MAX_INPUTS:
+            raise invalid_request(f"input: {len(request.input)} texts are more than {MAX_INPUTS}", "input")
+        for ids in request.input:
+            if not isinstance(ids, str):
+                self._check_fits(len(ids), "input")
+                check_token_ids(ids, self.model.vocab_size, "input")
+        size = sum(map(len, request.input))
+        prompts = [
+            await self.encode(p, size=size, param="input") if isinstance(p, str) else tuple(p) for p in request.input
+        ]
+        if not all(prompts):
+            raise invalid_request("input holds a text without tokens: there is nothing to embed", "input")
+        if not self.state.is_serving:
+            raise unavailable(f"The model is not ready: {self.state.phase}")
+        found = await embed(self.client, prompts, SamplingParams(max_tokens=0, pooling=request.pooling), request_id)
+
+        def answer() -> bytes:
+            vectors = [shaped(each, request.dimensions, request.normalize) for each in found]
+            is_base64, num_tokens = request.encoding_format == "base64", sum(map(len, prompts))
+            return dump(embeddings_json(vectors, is_base64, self.config.model_name, num_tokens))
+
+        return await self.run(NUMBER_CHARS * len(found) * self.model.hidden_size, answer)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.config.model_name:
@@ -176,6 +218,8 @@ class Service:
         if isinstance(request, ChatCompletionRequest):
             text = await self.render(request, request.messages, request.shown_tools)
             return [await self.encode(text, add_special_tokens=False, param="messages")]
+        if request.prompt_embeds:
+            return [(0,) * embeds.shape[0] for embeds in request.prompt_embeds]
         size = sum(map(len, request.prompt))
         return [await self.encode(p, size=size) if isinstance(p, str) else tuple(p) for p in request.prompt]
 
@@ -282,7 +326,8 @@ class Service:
             tool_format=self.tool_format if may_call else None,
             most_calls=request.most_calls if isinstance(request, ChatCompletionRequest) else None,
         )
-        return Plan(choice, prompt, params)
+        embeds = request.prompt_embeds if isinstance(request, CompletionRequest) else []
+        return Plan(choice, prompt, params, embeds[index // request.n] if embeds else None)
 
 
 async def _sandboxed(work: Awaitable[T], param: str | None = None) -> T:

@@ -61,11 +61,11 @@ class TestRequired:
         options = {"tool_choice": "required", "n": 2}
         whole = ask(client, **options)
         calls: dict[tuple[int, int], dict[str, Any]] = {}
-        reasons = []
+        reasons = {}
         with ask(client, stream=True, **options) as stream:
             for chunk in stream:
                 for choice in chunk.choices:
-                    reasons += [choice.finish_reason] if choice.finish_reason else []
+                    reasons |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
                     for delta in choice.delta.tool_calls or []:
                         key = choice.index, delta.index
                         if key not in calls:
@@ -81,7 +81,7 @@ class TestRequired:
             for number, call in enumerate(choice.message.tool_calls or [])
         }
         assert calls == expected
-        assert reasons == [choice.finish_reason for choice in whole.choices]
+        assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
 
     def test_too_few_tokens_end_with_length(self, client: OpenAI) -> None:
         choice = ask(client, tool_choice="required", max_tokens=30).choices[0]

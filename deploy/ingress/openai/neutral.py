@@ -38,6 +38,8 @@ ENGINE_NEUTRAL: Neutral = {
 
 COMPLETION_NEUTRAL: Neutral = {"suffix": ("",), "add_special_tokens": (True,)}
 
+EMBEDDING_NEUTRAL: Neutral = {"add_special_tokens": (True,), "truncate_prompt_tokens": (), "priority": (0,)}
+
 TEMPLATE_NEUTRAL: Neutral = {
     "documents": ([],),
     "chat_template": (),

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
+from cluster.messages.requests import PromptEmbeds
+from deploy.ingress.openai.embeds import as_prompt_embeds
 from deploy.ingress.openai.fields import (
     as_content,
     as_logit_bias,
@@ -22,6 +24,7 @@ from deploy.ingress.openai.fields import (
 from deploy.ingress.openai.neutral import (
     CHAT_NEUTRAL,
     COMPLETION_NEUTRAL,
+    EMBEDDING_NEUTRAL,
     ENGINE_NEUTRAL,
     MESSAGE_NEUTRAL,
     TEMPLATE_NEUTRAL,
@@ -138,10 +141,24 @@ def _refuse_beside(fields: GenerationFields, param: str) -> None:
 class CompletionRequest(GenerationFields):
     NEUTRAL = ENGINE_NEUTRAL | COMPLETION_NEUTRAL
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(as_prompts, json_schema_input_type=Prompt)]
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(as_prompts, json_schema_input_type=Prompt)] = []
+    prompt_embeds: Annotated[
+        list[PromptEmbeds], PlainValidator(as_prompt_embeds, json_schema_input_type=str | list[str])
+    ] = []
     best_of: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0)
     echo: bool = False
+
+    @model_validator(mode="after")
+    def _prompt_or_embeds(self) -> "CompletionRequest":
+        if not self.prompt and not self.prompt_embeds:
+            raise refuse("prompt", "prompt is required", "missing")
+        if self.prompt and self.prompt_embeds:
+            raise refuse("prompt_embeds", "prompt_embeds can't be sent together with prompt: send one")
+        for field in ("echo", "prompt_logprobs"):
+            if self.prompt_embeds and getattr(self, field) not in (None, False):
+                raise refuse(field, f"{field} can't be used with prompt_embeds: there are no tokens to report")
+        return self
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> "CompletionRequest":
@@ -151,7 +168,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def num_choices(self) -> int:
-        return self.n * len(self.prompt)
+        return self.n * (len(self.prompt) + len(self.prompt_embeds))
 
     @property
     def prompt_token_ids(self) -> list[list[int]]:
@@ -329,6 +346,20 @@ class TokenizeRequest(ChatFields):
         if self.prompt is not None and self.messages is not None:
             raise refuse("messages", "messages can't be sent together with prompt: send one")
         return self
+
+
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings as OpenAI, and `pooling` of a model that was trained to write."""
+
+    NEUTRAL = EMBEDDING_NEUTRAL
+
+    model: str | None = None
+    input: Annotated[list[str] | list[list[int]], PlainValidator(as_prompts, json_schema_input_type=Prompt)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = True
+    user: str | None = None
 
 
 class DetokenizeRequest(Strict):
