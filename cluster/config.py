@@ -26,7 +26,7 @@ Lane = Literal["auto", "object_ref", "zmq", "local"]
 DEFAULT_NAME = "outcrop"
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # An application is served under its name: not where the one at / has its own routes.
-ROUTES = ("detokenize", "health", "metrics", "ready", "tokenize", "v1", "version")
+ROUTES = ("detokenize", "docs", "health", "metrics", "ready", "tokenize", "v1", "version")
 HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*")
 ORIGIN = re.compile(r"\*|https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?", re.IGNORECASE)
 # Ray refuses these names among custom resources.

@@ -40,6 +40,25 @@ COMPLETION_NEUTRAL: Neutral = {"suffix": ("",), "add_special_tokens": (True,)}
 
 EMBEDDING_NEUTRAL: Neutral = {"add_special_tokens": (True,), "truncate_prompt_tokens": (), "priority": (0,)}
 
+RESPONSES_NEUTRAL: Neutral = {
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "prompt": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "moderation": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+
 TEMPLATE_NEUTRAL: Neutral = {
     "documents": ([],),
     "chat_template": (),

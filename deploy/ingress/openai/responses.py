@@ -3,12 +3,13 @@
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from deploy.ingress.openai import logprobs
 from deploy.ingress.openai.answer_json import Rows, dump
 from deploy.ingress.openai.choices import Choice, ChoiceDelta, merge
+from deploy.ingress.openai.errors import APIError
 from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.ingress.text.tokens import Tokenizer
 from deploy.ingress.text.tool_calls import ToolCallDelta
@@ -65,6 +66,25 @@ class _Responder:
     @property
     def id(self) -> str:
         return f"{self.id_prefix}-{self.request_id}"
+
+    def opening(self) -> bytes:
+        """What a stream begins with."""
+        return b""
+
+    def events(self, delta: ChoiceDelta) -> bytes:
+        """What a stream says of a delta."""
+        return sse(self.chunk(delta))
+
+    def closing(self, usage: Usage) -> bytes:
+        return (sse(self.usage_chunk(usage)) if self.request.include_usage else b"") + SSE_DONE
+
+    def failure(self, error: APIError) -> bytes:
+        """What a stream that has begun ends with."""
+        return sse(error.body())
+
+    def chunk(self, delta: ChoiceDelta) -> Json:
+        """One chunk of a stream."""
+        raise NotImplementedError
 
     def usage_chunk(self, usage: Usage) -> Json:
         """The last chunk, when stream_options.include_usage asks for it."""
@@ -134,6 +154,9 @@ class ChatResponder(_Responder):
         messages = [self._choice(delta, "message", self._message(delta)) for delta in whole]
         return self._head("chat.completion", messages) | {"usage": usage.as_json()} | self._prompt_extras(whole[0])
 
+    def events(self, delta: ChoiceDelta) -> bytes:
+        return b"".join(sse(self.chunk(piece)) for piece in _one_call_each(delta))
+
     def _message(self, delta: ChoiceDelta) -> Json:
         message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
         if not delta.tool_calls:
@@ -161,6 +184,19 @@ class ChatResponder(_Responder):
             "stop_reason": delta.stop_reason,
         }
         return choice | self._extras(delta)
+
+
+def _one_call_each(delta: ChoiceDelta) -> list[ChoiceDelta]:
+    """As OpenAI streams calls: clients expect content, each call and the end in chunks of their own."""
+    if not delta.tool_calls:
+        return [delta]
+    content = replace(delta, tool_calls=(), finish_reason=None, stop_reason=None, routed_experts=None)
+    only = ChoiceDelta(delta.index, has_called=delta.has_called)
+    pieces = [replace(only, tool_calls=(call,)) for call in delta.tool_calls]
+    end = replace(
+        only, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason, routed_experts=delta.routed_experts
+    )
+    return [piece for piece in (content, *pieces, end) if not piece.is_empty]
 
 
 def _function(call: ToolCallDelta) -> Json:
