@@ -212,6 +212,25 @@ class TestStructuredOutput:
             assert join_chat(stream) == {0: whole}
         assert re.fullmatch("[a-d]{20}-[0-9]{20}", whole or "")
 
+    async def test_a_hundred_constrained_requests_beside_a_hundred_free_ones(
+        self, async_client: AsyncOpenAI, client: OpenAI
+    ) -> None:
+        """Free ones have the tokens that they have alone."""
+        options: dict[str, Any] = {"model": MODEL, "max_tokens": 16}
+        forms: list[Any] = [{"regex": "[a-d]{9}!"}, {"choice": ["left", "right"]}, {"json": {"enum": [1, "b"]}}]
+
+        async def ask(seed: int, form: Any = None) -> str:
+            extra = {"ignore_eos": True} if form is None else {"structured_outputs": form}
+            answer = await async_client.completions.create(prompt="Hi", seed=seed, extra_body=extra, **options)
+            return answer.choices[0].text
+
+        alone = [await ask(seed) for seed in range(0, 100, 20)]
+        asked = [ask(n // 2, forms[n % 3] if n % 2 else None) for n in range(200)]
+        answers = await asyncio.gather(*asked)
+        assert answers[::40] == alone
+        fits = [r"[a-d]{9}!", "left|right", r'1|"b"']
+        assert all(re.fullmatch(fits[n % 3], answers[n]) for n in range(1, 200, 2))
+
     def test_what_cannot_be_promised_is_named(self, client: OpenAI) -> None:
         schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
         asked: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
