@@ -9,8 +9,11 @@ END, START_ROLE, END_ROLE = SPECIAL = ("<|end_of_text|>", "<|start_of_role|>", "
 END_ID = 0
 MIN_VOCAB_SIZE = len(SPECIAL) + 256
 CHAT_TEMPLATE = (
+    "{% if tools %}<|start_of_role|>tools<|end_of_role|>{{ tools | tojson }}<|end_of_text|>\n{% endif %}"
     "{% for message in messages %}"
-    "<|start_of_role|>{{ message['role'] }}<|end_of_role|>{{ message['content'] }}<|end_of_text|>\n"
+    "<|start_of_role|>{{ message['role'] }}<|end_of_role|>{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}"
+    "<|end_of_text|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
 )

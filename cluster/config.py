@@ -26,7 +26,7 @@ Lane = Literal["auto", "object_ref", "unix", "zmq", "local"]
 DEFAULT_NAME = "outcrop"
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # An application is served under its name: not where the one at / has its own routes.
-ROUTES = ("detokenize", "health", "metrics", "ready", "tokenize", "v1", "version")
+ROUTES = ("detokenize", "docs", "health", "metrics", "ready", "tokenize", "v1", "version")
 HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*")
 ORIGIN = re.compile(r"\*|https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?", re.IGNORECASE)
 # Ray refuses these names among custom resources.
@@ -63,6 +63,11 @@ class ClusterConfig(BaseModel):
     )
     chat_template: str | None = Field(
         None, description="Jinja file that replaces the checkpoint's chat template; `none` serves completions only."
+    )
+
+    tool_call_parser: Literal["auto", "hermes", "granite", "none"] = Field(
+        "auto",
+        description="How the model writes tool calls: hermes (also Qwen3, Granite 4), granite (3); auto: see template.",
     )
 
     fronts: int = Field(1, description="Front actors (attention, router, KV cache).", ge=1, le=256)

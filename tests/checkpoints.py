@@ -134,10 +134,12 @@ def load_reference(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
     ).eval()
 
 
-def generate(reference: Any, prompt: list[int], num_tokens: int) -> list[int]:
-    """Greedy continuation of exactly `num_tokens` tokens; end-of-sequence does not stop it."""
+def generate(reference: Any, prompt: list[int], num_tokens: int, allowed: list[int] | None = None) -> list[int]:
+    """Greedy continuation of exactly `num_tokens` tokens, of those `allowed`; end-of-sequence does not stop it."""
     reference.generation_config.eos_token_id = None
     ids = torch.tensor([prompt])
     # The mask is given because transformers takes token 0, our padding, for padding wherever it is.
-    out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)
+    only = None if allowed is None else lambda *_: allowed
+    options = {"max_new_tokens": num_tokens, "do_sample": False, "prefix_allowed_tokens_fn": only}
+    out = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return out[0, len(prompt) :].tolist()

@@ -13,7 +13,8 @@ from cluster.messages.requests import SamplingParams
 
 
 class Adjustments:
-    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device, num_uncounted: int = 0) -> None:
+        """The first `num_uncounted` tokens are placeholders."""
         self.params = params
         ids, biases = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
         self._bias_ids = torch.tensor(ids, dtype=torch.int64, device=device)
@@ -21,7 +22,7 @@ class Adjustments:
         self._stop_ids = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)
         self._is_seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self._emitted_V = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-        self._num_counted = 0
+        self._num_counted = num_uncounted
 
     def apply(self, logits_V: Tensor, token_ids: Sequence[int], num_prompt: int) -> Tensor:
         """The adjusted logits of the token behind `token_ids`; leaves its input alone."""

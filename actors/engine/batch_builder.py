@@ -2,10 +2,12 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actors.engine.scheduler import Chunk
-from actors.model.batch import Span, StepBatch
+from actors.model.batch import Embeds, Span, StepBatch
 from actors.staging import Staging
+from cluster.messages.requests import PromptEmbeds
 
 
 def build_batch(chunks: list[Chunk], block_size: int, staging: Staging) -> StepBatch:
@@ -36,8 +38,28 @@ def build_batch(chunks: list[Chunk], block_size: int, staging: Staging) -> StepB
         torch.from_numpy(blocks),
         torch.tensor(rows, dtype=torch.int64),
         tuple(spans),
+        _embeds_of(chunks),
     )
     return batch.uploaded(staging)
+
+
+def _embeds_of(chunks: list[Chunk]) -> Embeds | None:
+    """What stands in place of the embeddings of tokens."""
+    rows: list[int] = []
+    parts: list[Tensor] = []
+    start = 0
+    for chunk in chunks:
+        sequence, first = chunk.sequence, chunk.sequence.num_computed
+        last = min(first + chunk.length, sequence.num_prompt)
+        if (given := sequence.request.prompt_embeds) and first < last:
+            rows += range(start, start + last - first)
+            parts.append(_as_tensor(given)[first:last].float())
+        start += chunk.length
+    return Embeds(torch.tensor(rows), torch.cat(parts)) if rows else None
+
+
+def _as_tensor(given: PromptEmbeds) -> Tensor:
+    return torch.frombuffer(given.data, dtype=getattr(torch, given.dtype)).view(given.shape)
 
 
 def batch_for_nobody(length: int, block: int, block_size: int, staging: Staging) -> StepBatch:

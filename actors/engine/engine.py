@@ -13,6 +13,8 @@ from torch import Tensor
 from actors.dispatch.dispatcher import Dispatcher
 from actors.dispatch.step import Step
 from actors.engine.batch_builder import build_batch
+from actors.engine.constraint import Constraint
+from actors.engine.pooling import Pooled
 from actors.engine.readout import Sampled, sample_next, score_prompt
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.self_test import BrokenEngineError, SelfTest
@@ -23,6 +25,7 @@ from actors.model.front_half import FrontHalf
 from actors.model.paged_kv import PagedKV
 from cluster.messages.requests import FinishReason, GenerationRequest, RequestOutput, RoutedExperts, TokenLogprob
 from cluster.metrics import Metrics
+from cluster.models.grammars import GrammarError
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +56,11 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, request: GenerationRequest) -> None:
-        """Raises ValueError for a sequence that could never run: it would hold up all that wait behind it."""
-        sequence = Sequence.of(request)
+    def add(self, request: GenerationRequest, constraint: Constraint | None = None) -> None:
+        """`constraint` is that of the request's grammar. Raises ValueError for a sequence that could never run: it
+        would hold up all that wait behind it.
+        """
+        sequence = Sequence.of(request, constraint)
         if not 0 < len(sequence.token_ids) <= self.scheduler.max_model_len:
             raise ValueError(f"{len(sequence.token_ids)} tokens: 1 to {self.scheduler.max_model_len} can be computed")
         self.sequences[request.request_id] = sequence
@@ -149,10 +154,20 @@ class Engine:
 
     def _postprocess(self, chunks: list[Chunk], spans: tuple[Span, ...], hidden_RD: Tensor) -> list[RequestOutput]:
         sampling, last_rows = [], []
+        failed: dict[str, GrammarError] = {}
         for chunk, span in zip(chunks, spans, strict=True):
             if chunk.sequence.wants_prompt_logprobs:
                 score_prompt(self.model, chunk.sequence, hidden_RD[span.logits], span.context - span.num_logits)
+            if kind := chunk.sequence.request.params.pooling:
+                chunk.sequence.pooled = chunk.sequence.pooled or Pooled(kind)
+                if span.num_logits:
+                    chunk.sequence.pooled.add(hidden_RD[span.logits])
             if chunk.completes and chunk.sequence.request.params.max_tokens:
+                try:
+                    chunk.sequence.constrain()
+                except GrammarError as error:  # beyond the limits: no other sequence suffers from that
+                    failed[chunk.sequence.request.request_id] = error
+                    continue
                 sampling.append(chunk.sequence)
                 last_rows.append(span.logits.stop - 1)
         sampled: dict[str, Sampled] = {}
@@ -163,7 +178,9 @@ class Engine:
         for chunk in chunks:
             completes = chunk.completes
             self.scheduler.commit(chunk)
-            if completes:
+            if failure := failed.get(chunk.sequence.request.request_id):
+                outputs.append(self._fail(chunk.sequence, failure))
+            elif completes:
                 outputs.append(self._output(chunk.sequence, sampled.get(chunk.sequence.request.request_id)))
         return outputs
 
@@ -192,6 +209,7 @@ class Engine:
             sequence.num_cached or 0,
             routed,
             timing=sequence.take_timing() if sequence.request.is_traced else None,
+            embedding=sequence.pooled.as_bytes() if sequence.pooled else None,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:

@@ -1,7 +1,7 @@
 """From logits to tokens, with every sampling rule of SamplingParams.
 
 Randomness is a function of (request seed, position), so a sequence that is computed again continues identically.
-Rules apply in this order: logit bias, penalties, banned tokens, temperature, top-k, min-p, top-p.
+Rules apply in this order: grammar, logit bias, penalties, banned tokens, temperature, top-k, min-p, top-p.
 Shapes: R rows, V vocabulary, N tokens to choose from. Logits are float32.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.adjustments import Adjustments
+from actors.engine.constraint import apply_masks
 from actors.engine.sequence import Sequence
 from actors.staging import DIRECT, Staging
 from cluster.messages.requests import SamplingParams, TokenLogprob
@@ -30,7 +31,7 @@ def sample(logits_RV: Tensor, sequences: list[Sequence], staging: Staging = DIRE
 
     A row's token does not depend on the other rows. One read-back from the device, however many rows there are.
     """
-    adjusted_RV = _adjust_all(logits_RV, sequences)
+    adjusted_RV = _adjust_all(logits_RV, sequences, staging)
     drawn = {
         r: (s.request.params, uniform(s.request.params.seed, len(s.token_ids)))
         for r, s in enumerate(sequences)
@@ -45,11 +46,14 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def _adjust_all(logits_RV: Tensor, sequences: list[Sequence]) -> Tensor:
+def _adjust_all(logits_RV: Tensor, sequences: list[Sequence], staging: Staging) -> Tensor:
+    masks = {r: s.constraint.mask_W for r, s in enumerate(sequences) if s.constraint}
     wanted = [r for r, s in enumerate(sequences) if not _is_unadjusted(s.request.params, s.num_output)]
-    if not wanted:
+    if not wanted and not masks:
         return logits_RV
     logits_RV = logits_RV.clone()
+    if masks:
+        apply_masks(logits_RV, masks, staging)
     for r in wanted:
         logits_RV[r] = adjust(logits_RV[r], sequences[r])
     return logits_RV
@@ -61,7 +65,8 @@ def adjust(logits_V: Tensor, sequence: Sequence) -> Tensor:
     if _is_unadjusted(params, sequence.num_output):
         return logits_V
     if sequence.adjustments is None:
-        sequence.adjustments = Adjustments(params, logits_V.shape[-1], logits_V.device)
+        num_uncounted = 0 if sequence.is_shareable else sequence.num_prompt
+        sequence.adjustments = Adjustments(params, logits_V.shape[-1], logits_V.device, num_uncounted)
     return sequence.adjustments.apply(logits_V, sequence.token_ids, sequence.num_prompt)
 
 

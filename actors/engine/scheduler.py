@@ -177,8 +177,8 @@ class Scheduler:
 
     def _num_cacheable(self, sequence: Sequence) -> int:
         """Blocks that may be taken from the prefix cache."""
-        if not self.allocator.enable_prefix_caching or sequence.wants_prompt_logprobs:
-            return 0  # prompt scores need the hidden state of every prompt position
+        if not self.allocator.enable_prefix_caching or sequence.needs_every_row or not sequence.is_shareable:
+            return 0
         # At least one token is always computed: the next one is sampled from its logits.
         return (len(sequence.token_ids) - 1) // self.allocator.block_size
 
@@ -189,7 +189,7 @@ class Scheduler:
         """The chunk's K and V are in the cache now: full blocks become findable."""
         sequence = chunk.sequence
         sequence.num_computed += chunk.length
-        if not self.allocator.enable_prefix_caching:
+        if not self.allocator.enable_prefix_caching or not sequence.is_shareable:
             return
         size = self.allocator.block_size
         num_full = sequence.num_computed // size

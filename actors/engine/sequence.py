@@ -10,6 +10,8 @@ from cluster.messages.requests import FinishReason, GenerationRequest, Timing, T
 
 if TYPE_CHECKING:
     from actors.engine.adjustments import Adjustments
+    from actors.engine.constraint import Constraint
+    from actors.engine.pooling import Pooled
 
 
 @dataclass(slots=True, eq=False)
@@ -34,12 +36,14 @@ class Sequence:
     reported: float | None = None  # when the last Timing was taken
     steps: list[Step] = field(default_factory=list)  # those since then
     adjustments: "Adjustments | None" = None  # what the sampler keeps between steps
+    constraint: "Constraint | None" = None  # the grammar that the output keeps to
+    pooled: "Pooled | None" = None  # the prompt's hidden states, where they are what is asked for
 
     @classmethod
-    def of(cls, request: GenerationRequest) -> "Sequence":
+    def of(cls, request: GenerationRequest, constraint: "Constraint | None" = None) -> "Sequence":
         scores: list[TokenLogprob | None] | None = None if request.params.prompt_logprobs is None else [None]
         tokens = [*request.prompt_token_ids, *request.output_token_ids]
-        return cls(request, tokens, prompt_logprobs=scores)
+        return cls(request, tokens, prompt_logprobs=scores, constraint=constraint)
 
     @property
     def num_prompt(self) -> int:
@@ -58,6 +62,16 @@ class Sequence:
         """True while log-probabilities of prompt tokens are missing."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
 
+    @property
+    def needs_every_row(self) -> bool:
+        """True while the hidden state of each prompt position is needed: none may come from the prefix cache."""
+        return self.wants_prompt_logprobs or self.request.params.pooling == "mean"
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether its tokens say what its keys and values are."""
+        return self.request.prompt_embeds is None
+
     def hash_of(self, index: int, block_size: int) -> bytes:
         """Hash of a full block of tokens, and of all before it; computed once and kept."""
         for each in range(len(self.hashes), index + 1):
@@ -69,13 +83,20 @@ class Sequence:
         """Of how many of the next `length` tokens, counted from the last, the logits are wanted.
 
         The logits of position p tell the token at p + 1: prompt scores need every position before the last prompt
-        token, sampling needs the last token.
+        token, sampling needs the last token, a mean needs all.
         """
+        if self.request.params.pooling == "mean":
+            return length
         if self.wants_prompt_logprobs:
             assert self.prompt_logprobs is not None
             known = len(self.prompt_logprobs) - 1 - self.num_computed
             return max(0, length - max(0, known))
         return int(self.num_computed + length == len(self.token_ids))
+
+    def constrain(self) -> None:
+        """Bring the constraint, if there is one, up to the last token. Raises GrammarError."""
+        if self.constraint:
+            self.constraint.follow(self.token_ids[self.num_prompt :])
 
     def take_timing(self) -> Timing:
         """What has been spent since the last time, or since the first step."""
@@ -97,3 +118,4 @@ class Sequence:
         """Forget what was computed, after the blocks were given back (preemption by recompute)."""
         self.blocks = []
         self.num_computed = self.num_published = 0
+        self.pooled = None

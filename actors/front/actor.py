@@ -7,6 +7,7 @@ torch is imported when an actor starts, so that the supervisor can name this cla
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from actors.front.loop import FrontLoop
@@ -31,6 +32,7 @@ class FrontActor:
         self.ready: ReadyReport | None = None
         self.expert_map: ExpertMap | None = None
         self.legacy: Legacy | None = None
+        self._compiling = ThreadPoolExecutor(1, "grammars")
         self.supervision = watch_for_orphanhood(namespace)
 
     async def load(self) -> ReadyReport:
@@ -84,7 +86,12 @@ class FrontActor:
         self.loop.close_lease(lease)
 
     async def submit(self, request: GenerationRequest) -> Submitted:
-        return self.loop.submit(request)
+        if request.params.grammar is None:
+            return self.loop.submit(request)
+        compiling = asyncio.get_running_loop().run_in_executor(
+            self._compiling, self.loop.constraint_of, request.params.grammar
+        )
+        return self.loop.submit(request, await compiling)
 
     async def abort(self, request_ids: tuple[str, ...]) -> None:
         self.loop.abort(request_ids)

@@ -19,7 +19,9 @@ from cluster.metrics import Metrics
 
 if TYPE_CHECKING:
     from actors.dispatch.remote import RemoteDispatcher
+    from actors.engine.constraint import Constraint
     from actors.engine.engine import Engine
+    from cluster.models.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +49,12 @@ class FrontLoop:
         self.remote: RemoteDispatcher | None = None
         self.progress = LoadProgress()
         # Filled by the event loop, emptied by the engine's thread: requests first, so that an abort finds its request.
-        self._incoming: deque[GenerationRequest] = deque()
+        self._incoming: deque[tuple[GenerationRequest, Constraint | Exception | None]] = deque()
         self._inbox: deque[Callable[[Engine], None]] = deque()
         self._wake = threading.Event()
         self._lease_of: dict[str, str] = {}
         self._aborted: dict[str, float] = {}  # requests that are not known, and since when
+        self._grammars: Grammars | None = None
         self.mailboxes = Mailboxes()
         self.is_draining = False
         self._last_turn: float | None = None
@@ -92,7 +95,8 @@ class FrontLoop:
         self._last_turn = time.monotonic()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
-    def submit(self, request: GenerationRequest) -> Submitted:
+    def submit(self, request: GenerationRequest, constraint: "Constraint | Exception | None" = None) -> Submitted:
+        """`constraint` is that of the request's grammar, or why there is none."""
         assert self.engine is not None
         if self.mailboxes.get(request.lease) is None or request.request_id in self._aborted:
             return Submitted(False, "dropped")
@@ -103,9 +107,23 @@ class FrontLoop:
         if num_waiting >= self.spec.engine.max_num_waiting and not request.attempt:
             return Submitted(False, "full", num_waiting)
         self._lease_of[request.request_id] = request.lease
-        self._incoming.append(request)
+        self._incoming.append((request, constraint))
         self._wake.set()
         return Submitted(True, num_waiting=num_waiting)
+
+    def constraint_of(self, grammar: str) -> "Constraint | Exception":
+        """In a thread of its own, one call at a time. An exception is what its request ends with."""
+        from actors.engine.constraint import Constraint
+        from cluster.models.grammars import Grammars
+        from cluster.models.hub import local_copy
+
+        assert self.engine is not None
+        try:
+            if self._grammars is None:  # whoever never asks for one never pays for it
+                self._grammars = Grammars(local_copy(self.spec.engine.model_path))
+            return Constraint(self._grammars.compile(grammar), self.engine.model.spec.vocab_size)
+        except Exception as error:
+            return error
 
     def abort(self, request_ids: tuple[str, ...]) -> None:
         """A request that has not come yet is not taken when it comes: calls may overtake each other."""
@@ -183,16 +201,20 @@ class FrontLoop:
         # A command is taken before requests are: those that came before it are then all there when it runs.
         commands = [self._inbox.popleft() for _ in range(len(self._inbox))]
         while self._incoming:
-            self._take_in(engine, self._incoming.popleft())
+            self._take_in(engine, *self._incoming.popleft())
         for command in commands:
             try:
                 command(engine)
             except Exception:  # those behind it are still to be obeyed
                 logger.exception("a command to the engine has failed")
 
-    def _take_in(self, engine: "Engine", request: GenerationRequest) -> None:
+    def _take_in(
+        self, engine: "Engine", request: GenerationRequest, constraint: "Constraint | Exception | None"
+    ) -> None:
         try:
-            engine.add(request)
+            if isinstance(constraint, Exception):
+                raise constraint
+            engine.add(request, constraint)
         except Exception as error:
             logger.exception("a request was not taken in", extra={"request_ids": [request.label]})
             engine.abort(request.request_id)

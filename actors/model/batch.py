@@ -1,7 +1,8 @@
 """One step's tokens, packed without padding. The scheduler decides them, the front half computes them.
 
-Shape legend of the model code: T tokens of the step, S sequences, R rows that need logits, D hidden, F expert
-hidden, E experts, K top-k, L layers, H query heads, G key/value heads, C head dimension, V vocabulary, B KV blocks.
+Shape legend of the model code: T tokens of the step, N some of them, S sequences, R rows that need logits, D hidden,
+F expert hidden, E experts, K top-k, L layers, H query heads, G key/value heads, C head dimension, V vocabulary, B KV
+blocks.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,14 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Embeds:
+    """Embeddings of some rows of a step in place of those of their tokens: rows_N int64, values_ND float32."""
+
+    rows_N: Tensor
+    values_ND: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """Input of one forward pass. Sequences with a single new token come first.
 
@@ -45,6 +54,7 @@ class StepBatch:
     blocks_SB: Tensor
     rows_R: Tensor
     spans: tuple[Span, ...]
+    embeds: Embeds | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -59,4 +69,5 @@ class StepBatch:
         """The same on the device."""
         tensors = self.token_ids_T, self.positions_T, self.slots_T, self.blocks_SB, self.rows_R
         token_ids_T, positions_T, slots_T, blocks_SB, rows_R = staging.upload(*tensors)
-        return StepBatch(token_ids_T, positions_T, slots_T, blocks_SB, rows_R, self.spans)
+        embeds = self.embeds and Embeds(*staging.upload(self.embeds.rows_N, self.embeds.values_ND))
+        return StepBatch(token_ids_T, positions_T, slots_T, blocks_SB, rows_R, self.spans, embeds)

@@ -92,7 +92,7 @@ class FrontHalf:
     def _steps(self, batch: StepBatch, kv: PagedKV) -> LayerSteps:
         if self._native:
             return NativeLayers(self.spec, self._native, *self._embedded(batch), batch, kv)
-        if self.graphs and (replayed := self.graphs.steps(batch)):
+        if self.graphs and batch.embeds is None and (replayed := self.graphs.steps(batch)):
             return replayed
         return self.torch_layers(batch, kv, plan_attention(batch, kv, self.compute, self.staging))
 
@@ -101,10 +101,12 @@ class FrontHalf:
 
     def _embedded(self, batch: StepBatch) -> tuple[Tensor, Angles]:
         """The residual stream before the first layer, and the angles of all positions."""
-        x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD) * self.spec.embedding_multiplier
+        x_TD = F.embedding(batch.token_ids_T, self.weights.embed_VD)
+        if batch.embeds:
+            x_TD[batch.embeds.rows_N] = batch.embeds.values_ND.to(x_TD.dtype)
         angles: Angles = {None: None}
         angles |= {base: r.angles(batch.positions_T, self.compute.dtype) for base, r in self.rotaries.items()}
-        return x_TD, angles
+        return x_TD * self.spec.embedding_multiplier, angles
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """float32 [R, V]."""

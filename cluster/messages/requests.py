@@ -4,10 +4,12 @@ Token ids are plain ints, times are seconds.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+PoolingKind = Literal["last", "mean"]
+EmbedsDtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,9 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and penalties 0 (repetition: 1) switch a rule off.
     `stop_token_ids` ends the sequence; it already holds the model's end-of-sequence ids unless the request
     said ignore_eos. They can't be sampled before `min_tokens` tokens. `logprobs` is the number of
-    alternatives reported per token (0: the token itself only); None reports nothing.
+    alternatives reported per token (0: the token itself only); None reports nothing. `grammar` is what the output keeps
+    to, in llguidance's form (cluster/models/grammars.py). `pooling` asks for the pooled hidden states of the prompt,
+    which come with the only output; max_tokens is 0 then.
     """
 
     max_tokens: int = 16
@@ -35,6 +39,17 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     return_routed_experts: bool = False
+    grammar: str | None = None
+    pooling: PoolingKind | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEmbeds:
+    """Embeddings in place of a prompt's tokens, in C order; multiplied by what a model multiplies its own by."""
+
+    shape: tuple[int, int]
+    dtype: EmbedsDtype
+    data: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +59,7 @@ class GenerationRequest:
     `request_id` is the ingress's own, another one for each offer, and never parsed; `label` is what people call the
     request, for log lines, and may be anything a client chose. Outputs go to the mailbox of `lease`.
     `output_token_ids` are tokens that an earlier front has already emitted; `attempt` counts the fronts that have lost
-    the sequence. Outputs of a traced request carry a Timing.
+    the sequence. Outputs of a traced request carry a Timing. With `prompt_embeds` the prompt's ids are placeholders.
     """
 
     request_id: str
@@ -55,6 +70,7 @@ class GenerationRequest:
     is_traced: bool = False
     label: str = ""
     attempt: int = 0
+    prompt_embeds: PromptEmbeds | None = None
 
     @property
     def is_replay(self) -> bool:
@@ -117,7 +133,7 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What a step added to one sequence. Prompt log-probabilities come with the first output of a request; on their way
-    those of a long prompt come in parts, which hold nothing else, before it.
+    those of a long prompt come in parts, which hold nothing else, before it. `embedding` is float32.
 
     `routed_experts` are those of the tokens computed since the last output: the ingress may end a sequence at any.
     """
@@ -132,6 +148,7 @@ class RequestOutput:
     error: str | None = None
     timing: Timing | None = None
     is_part: bool = False
+    embedding: bytes | None = None
 
     @property
     def num_logprobs(self) -> int:

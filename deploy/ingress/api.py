@@ -1,8 +1,8 @@
 """The HTTP routes. Bodies are checked by deploy/ingress/openai, work is done by Service; here is only HTTP."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,22 @@ from deploy.ingress.http import read_request, require_key, service_of
 from deploy.ingress.openai import errors
 from deploy.ingress.openai.answer_json import Rows, dump
 from deploy.ingress.openai.choices import ChoiceDelta
-from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from deploy.ingress.openai.responses import SSE_DONE, ChatResponder, CompletionResponder, Usage, sse
+from deploy.ingress.openai.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from deploy.ingress.openai.response_events import ResponsesResponder
+from deploy.ingress.openai.response_requests import ResponsesRequest, renamed
+from deploy.ingress.openai.responses import ChatResponder, CompletionResponder, Usage
+from deploy.ingress.openapi import document
 from deploy.ingress.request_id import RequestId
-from deploy.ingress.service import Service
+from deploy.ingress.service import LONG, Service
 from deploy.ingress.web_safety import WebSafety
-from deploy.page import HEADERS, PAGE
+from deploy.page import HEADERS, PAGE, SAFE_HEADERS, content_security_policy
+from deploy.page.reference import reference_page
 
 if TYPE_CHECKING:
     from deploy.ingress.tracing.spans import Tracing
@@ -35,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PING_S = 15
+Responder = CompletionResponder | ChatResponder | ResponsesResponder
 # Tokens that /tokenize lists, even where the context is shorter: people ask how much too long a text is.
 MAX_LISTED = 1_000_000
 
@@ -76,23 +87,52 @@ async def chat_completions(request: Request) -> Response:
     return await _answer(request, body, ChatResponder)
 
 
-async def _answer(
-    request: Request, body: Any, responder_class: Callable[..., CompletionResponder | ChatResponder]
-) -> Response:
-    service, request_id = service_of(request), request.state.request_id
+@keyed_routes.post("/responses")
+async def responses(request: Request) -> Response:
+    body = await read_request(request, ResponsesRequest)
+    chat = await service_of(request).run(LONG, body.as_chat)
+    with renamed():
+        return await _answer(
+            request, chat, lambda _, __, model, request_id: ResponsesResponder(body, model, request_id)
+        )
+
+
+@keyed_routes.post("/embeddings")
+async def embeddings(request: Request) -> Response:
+    service, body = service_of(request), await read_request(request, EmbeddingRequest)
+    with _translated():
+        try:
+            content = await service.embed(body, request.state.request_id)
+        except GenerationFailed as error:
+            logger.error("request failed: %s", error, extra={"request_id": request.state.request_id})
+            raise _error_of(error, request.state.request_id) from None
+    return Response(content, media_type="application/json")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What fronts refuse, as APIError."""
     try:
-        generation = await service.generate(body, request_id, getattr(request.state, "trace", None))
+        yield
     except Overloaded:
         raise errors.overloaded() from None
     except Unavailable:
         raise errors.unavailable("No front serves now") from None
+
+
+async def _answer(
+    request: Request, body: CompletionRequest | ChatCompletionRequest, responder_class: Callable[..., Responder]
+) -> Response:
+    service, request_id = service_of(request), request.state.request_id
+    with _translated():
+        generation = await service.generate(body, request_id, getattr(request.state, "trace", None))
     responder = responder_class(body, service.tokenizer, service.config.model_name, request_id)
     if body.stream:
-        return _EventStream(service, generation, responder)
-    return await _whole(service, generation, responder)
+        return _EventStream(service, generation, responder, body.n)
+    return await _whole(service, generation, responder, body.n)
 
 
-async def _whole(service: Service, generation: Generation, responder: CompletionResponder | ChatResponder) -> Response:
+async def _whole(service: Service, generation: Generation, responder: Responder, n: int) -> Response:
     deltas: list[list[ChoiceDelta]] = [[] for _ in generation.choices]
     size = 0
     try:
@@ -104,7 +144,7 @@ async def _whole(service: Service, generation: Generation, responder: Completion
         raise _error_of(error, responder.id) from None
     finally:
         generation.close()
-    usage = Usage.of(generation.choices, responder.request.n)
+    usage = Usage.of(generation.choices, n)
     content = await service.run(size, lambda: dump(responder.response(deltas, usage)))
     return Response(content, media_type="application/json")
 
@@ -112,10 +152,8 @@ async def _whole(service: Service, generation: Generation, responder: Completion
 class _EventStream(EventSourceResponse):
     """Server-sent events of one generation. When the client goes away, the generation is closed at once."""
 
-    def __init__(
-        self, service: Service, generation: Generation, responder: CompletionResponder | ChatResponder
-    ) -> None:
-        super().__init__(_events(service, generation, responder), ping=PING_S, sep="\n")
+    def __init__(self, service: Service, generation: Generation, responder: Responder, n: int) -> None:
+        super().__init__(_events(service, generation, responder, n), ping=PING_S, sep="\n")
         self.generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,35 +166,30 @@ class _EventStream(EventSourceResponse):
             self.generation.close()
 
 
-async def _events(
-    service: Service, generation: Generation, responder: CompletionResponder | ChatResponder
-) -> AsyncIterator[bytes]:
+async def _events(service: Service, generation: Generation, responder: Responder, n: int) -> AsyncIterator[bytes]:
     try:
+        if opening := responder.opening():
+            yield opening
         async for delta in generation.deltas():
-            yield await service.run(delta.size, partial(_chunk, responder, delta))
-        if responder.request.include_usage:
-            yield sse(responder.usage_chunk(Usage.of(generation.choices, responder.request.n)))
-        yield SSE_DONE
+            if told := await service.run(delta.size, partial(responder.events, delta)):
+                yield told
+        yield responder.closing(Usage.of(generation.choices, n))
     except GenerationFailed as error:
         logger.error("request failed in its stream: %s", error, extra={"request_id": responder.request_id})
         failure = _error_of(error, responder.id)
         count(service, failure)
-        yield sse(failure.body())
+        yield responder.failure(failure)
     except TaskCancelledError:
         raise
     except Exception as error:
         unexpected(service, f"in the stream of {responder.request_id}", error)
-        yield sse(errors.internal(responder.id).body())
+        yield responder.failure(errors.internal(responder.id))
 
 
 def _error_of(error: GenerationFailed, response_id: str) -> errors.APIError:
     if isinstance(error, GenerationGivenUp):
         return errors.unavailable("The front of this request was lost, and no other one has come in time")
     return errors.internal(response_id)
-
-
-def _chunk(responder: CompletionResponder | ChatResponder, delta: ChoiceDelta) -> bytes:
-    return sse(responder.chunk(delta))
 
 
 @keyed_routes.get("/models")
@@ -186,13 +219,25 @@ async def page() -> Response:
     return Response(PAGE, media_type="text/html; charset=utf-8", headers=HEADERS)
 
 
+@open_routes.get("/openapi.json")
+async def openapi() -> JSONResponse:
+    return JSONResponse(document())
+
+
+@open_routes.get("/docs")
+async def docs() -> Response:
+    html = reference_page(document())
+    headers = SAFE_HEADERS | {"Content-Security-Policy": content_security_policy(html)}
+    return Response(html, media_type="text/html; charset=utf-8", headers=headers)
+
+
 # Not under /v1, as in vLLM; but what computes is for those who have the key.
 @open_routes.post("/tokenize", dependencies=[Depends(require_key)])
 async def tokenize(request: Request) -> Response:
     service, body = service_of(request), await read_request(request, TokenizeRequest)
     service.check_model(body.model)
     if body.messages is not None:
-        text = await service.render(body, body.messages)
+        text = await service.render(body, body.messages, [tool.shown for tool in body.tools])
         with_special = bool(body.add_special_tokens)
     else:
         text, with_special = body.prompt or "", body.add_special_tokens is not False

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.messages.requests import SamplingParams
+from cluster.messages.requests import PromptEmbeds, SamplingParams
 from cluster.metrics import Metrics
 from deploy.ingress.fronts.client import FrontClient
 from deploy.ingress.fronts.output_stream import OutputStream
@@ -41,6 +41,7 @@ class Plan:
     choice: Choice
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    prompt_embeds: PromptEmbeds | None = None
 
 
 class Generation:
@@ -81,7 +82,8 @@ class Generation:
 
     async def _offer(self, index: int, plan: Plan) -> OutputStream:
         is_traced = self._trace is not None
-        return await self._client.submit(f"{self.request_id}-{index}", plan.prompt_token_ids, plan.params, is_traced)
+        label = f"{self.request_id}-{index}"
+        return await self._client.submit(label, plan.prompt_token_ids, plan.params, is_traced, plan.prompt_embeds)
 
     def close(self) -> None:
         """Abort what has not finished."""

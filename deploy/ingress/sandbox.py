@@ -1,6 +1,6 @@
 """Processes beside this one, for work that can't be bounded in any other way: a checkpoint's chat template, which is a
-program, and bodies so large that reading them would hold up everyone's streams. What takes too much time or memory
-ends with its process, and only who asked for it waits for it.
+program, grammars of requests, and bodies so large that reading them would hold up everyone's streams. What takes too
+much time or memory ends with its process, and only who asked for it waits for it.
 
 They know no secret: they get few variables of our environment, and what they work on through a pipe.
 """
@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import ModelError
 from deploy.ingress.openai.answer_json import dump
-from deploy.ingress.sandbox_main import READ, RENDER, SET_UP
+from deploy.ingress.sandbox_main import GRAMMAR, READ, RENDER, SET_UP, TOKENIZER
 
 MAX_PROCESSES = 4
 # Of a processor, not of the clock: a busy machine refuses nobody.
@@ -43,7 +44,7 @@ class SandboxBusy(Exception):  # noqa: N818 - an answer, not a failure
     """No place became free in time."""
 
 
-def rendering(messages: list[dict[str, str]], **options: Any) -> bytes:
+def rendering(messages: list[dict[str, Any]], **options: Any) -> bytes:
     """The arguments of ChatTemplate.render() for a sandbox. Takes as long as the messages are."""
     return RENDER + dump({"messages": messages} | options)
 
@@ -51,14 +52,22 @@ def rendering(messages: list[dict[str, str]], **options: Any) -> bytes:
 class Sandbox:
     """Processes that are started when they are needed, and kept. They end with this one.
 
-    `what` names the work in errors; `template` holds the arguments of ChatTemplate; `cpu_s` is the time of a processor
-    that one piece of work may take.
+    `what` names the work in errors; `template` holds the arguments of ChatTemplate, `model_dir` has the tokenizer that
+    grammars are for; `cpu_s` is the time of a processor that one piece of work may take.
     """
 
-    def __init__(self, what: str, template: dict[str, Any] | None = None, cpu_s: float = CPU_S) -> None:
+    def __init__(
+        self,
+        what: str,
+        template: dict[str, Any] | None = None,
+        cpu_s: float = CPU_S,
+        model_dir: Path | None = None,
+    ) -> None:
         self._what = what
         self._cpu_s = cpu_s
         self._set_up = None if template is None else SET_UP + dump(template)
+        if model_dir is not None:
+            self._set_up = TOKENIZER + dump({"model_dir": str(model_dir)})
         self._places = asyncio.Semaphore(MAX_PROCESSES)
         self._idle: list[Process] = []
         self._tasks: set[asyncio.Task[list[bytes]]] = set()
@@ -67,6 +76,13 @@ class Sandbox:
         """ChatTemplate.render(), asked for by rendering(): UTF-8. Raises SandboxError or SandboxBusy."""
         [text] = await self._ask(request)
         return text
+
+    async def grammar(self, request: bytes) -> str:
+        """The grammar that GrammarWriter.write() makes of these arguments as JSON, tried out. Raises SandboxError or
+        SandboxBusy.
+        """
+        [text] = await self._ask(GRAMMAR + request)
+        return text.decode()
 
     async def read_json(self, raw: bytes) -> list[bytes]:
         """A body, in pieces for join_pieces(). Raises SandboxError or SandboxBusy."""

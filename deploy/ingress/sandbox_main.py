@@ -9,20 +9,25 @@ import resource
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from cluster.errors import ModelError
+from cluster.models.grammars import GrammarError, Grammars
 from deploy.ingress.json_pieces import in_pieces
 from deploy.ingress.openai.errors import APIError
 from deploy.ingress.openai.parsing import read_json
 from deploy.ingress.text.chat_template import ChatTemplate, ChatTemplateError
+from deploy.ingress.text.grammar import GrammarWriter
 
-SET_UP, RENDER, READ = b"S", b"R", b"J"
+SET_UP, RENDER, READ, TOKENIZER, GRAMMAR = b"S", b"R", b"J", b"T", b"G"
 MEMORY = 2**30
 
 
 class Sandboxed:
     def __init__(self) -> None:
         self.template: ChatTemplate | None = None
+        self.grammars: Grammars | None = None
 
     def answer(self, request: bytes) -> list[bytes]:
         kind, payload = request[:1], request[1:]
@@ -34,14 +39,29 @@ class Sandboxed:
                 self.template = ChatTemplate(**given)
                 self.template.compile()
                 return [b""]
+            if kind == TOKENIZER:
+                self._read_tokenizer(**given)
+                return [b""]
+            if kind == GRAMMAR:
+                return [b"", self._grammar(**given).encode()]
             assert self.template is not None
             return [b"", self.template.render(**given).encode()]
         except APIError as error:
             return [json.dumps({"message": error.message, "param": error.param, "code": error.code}).encode()]
-        except (ChatTemplateError, ModelError) as error:
+        except (ChatTemplateError, GrammarError, ModelError) as error:
             return [json.dumps({"message": str(error)}).encode()]
         except MemoryError:
             return [json.dumps({"message": f"it needs more than {MEMORY // 2**20} MiB of memory"}).encode()]
+
+    def _read_tokenizer(self, model_dir: str) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)  # it is the operator's, and may be large
+        self.grammars = Grammars(Path(model_dir))
+
+    def _grammar(self, kind: str, value: Any) -> str:
+        assert self.grammars is not None
+        grammar = GrammarWriter(self.grammars.added).write(kind, value)
+        self.grammars.try_out(grammar)
+        return grammar
 
 
 def main(cpu_s: float) -> None:

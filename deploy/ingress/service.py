@@ -8,19 +8,23 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from cluster.config import ClusterConfig
+from cluster.messages.requests import SamplingParams
 from cluster.messages.state import ClusterState
 from cluster.metrics import Metrics
 from cluster.models.family import read_spec
 from cluster.policy.blueprint import max_model_len
+from deploy.ingress.embedding import embed
 from deploy.ingress.fronts.client import FrontClient
 from deploy.ingress.generation import Generation, Plan
 from deploy.ingress.json_pieces import join_pieces
+from deploy.ingress.openai.answer_json import dump
 from deploy.ingress.openai.choices import Choice, spell_prompt
+from deploy.ingress.openai.embeds import FIELD, check_dimensions, check_width, embeddings_json, shaped
 from deploy.ingress.openai.errors import (
     context_length_exceeded,
     invalid_request,
@@ -29,12 +33,20 @@ from deploy.ingress.openai.errors import (
     unavailable,
 )
 from deploy.ingress.openai.parsing import check_content, parse_body
-from deploy.ingress.openai.requests import ChatCompletionRequest, ChatFields, CompletionRequest, Message
+from deploy.ingress.openai.requests import (
+    ChatCompletionRequest,
+    ChatFields,
+    CompletionRequest,
+    EmbeddingRequest,
+    Message,
+)
 from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
+from deploy.ingress.openai.structured import AskedFormat
 from deploy.ingress.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
 from deploy.ingress.supervisor_link import SupervisorLink
 from deploy.ingress.text.reasoning import ReasoningSplitter, is_begun, may_think
 from deploy.ingress.text.tokens import NO_TEMPLATE, Tokenizer, TooManyTokens
+from deploy.ingress.text.tool_calls import find_format
 from deploy.ingress.tracing.request_trace import RequestTrace
 
 T = TypeVar("T")
@@ -52,7 +64,16 @@ LONG = 10_000
 LARGE_BODY = 200_000
 # To tokenise a character, or to spell a token, takes as long as to write so many; so many stand around a message.
 ENCODED_CHARS, SPELT_CHARS, MESSAGE_CHARS = 10, 10, 50
+NUMBER_CHARS = 10
+# Texts in a request for embeddings, as OpenAI.
+MAX_INPUTS = 2048
 MAX_THREADS = 4
+NO_TOOLS = (
+    "tools: the model's chat template knows none, or calls them in a form that is not known: set tool_call_parser to "
+    "hermes or granite if its answers have that form"
+)
+# Of a processor, for a grammar: usual ones take a millisecond.
+GRAMMAR_CPU_S = 0.5
 
 
 class Service:
@@ -63,6 +84,7 @@ class Service:
         self.model = read_spec(model_dir)
         self.tokenizer = Tokenizer.load(model_dir, config.chat_template)
         self._thinks = may_think(self.tokenizer)
+        self.tool_format = find_format(config.tool_call_parser, self.tokenizer)
         self.max_model_len = max_model_len(config, self.model)
         self.metrics = Metrics()
         self.supervisor = supervisor
@@ -73,6 +95,7 @@ class Service:
         self._has_been_ready = False
         self._threads = ThreadPoolExecutor(MAX_THREADS, "requests")
         self._bodies = Sandbox("reading the body")
+        self._grammars = Sandbox("the format of the answer", cpu_s=GRAMMAR_CPU_S, model_dir=model_dir)
         template = self.tokenizer.template
         self._templates = Sandbox("messages: rendering the chat template", template.arguments()) if template else None
         self._follow = asyncio.create_task(self._follow_state())
@@ -118,13 +141,17 @@ class Service:
         self.check_model(request.model)
         num_ids = [len(ids) for ids in request.prompt_token_ids]
         self._check_fits(max(num_ids, default=0), "prompt")
+        if isinstance(request, CompletionRequest):
+            check_width(request.prompt_embeds, self.model.hidden_size)
+            self._check_fits(max((embeds.shape[0] for embeds in request.prompt_embeds), default=0), FIELD)
         await self.run(sum(num_ids), lambda: check_limits(request, self.config, self.model.vocab_size))
         started = time.monotonic()
         prompts = await self._prompts(request)
+        grammar = await self._grammar(self._asked(request))
         if trace:
             trace.tokenised(started)
         spelt = SPELT_CHARS * sum(map(len, prompts)) if request.is_echo else 0
-        plans = await self.run(spelt, lambda: self._plans(request, prompts))
+        plans = await self.run(spelt, lambda: self._plans(request, prompts, grammar))
         if trace:
             trace.begin(request.n, [plan.choice for plan in plans], plans[0].params)
         # Without a front for the moment, requests wait for the one that is being restarted.
@@ -133,6 +160,33 @@ class Service:
         generation = Generation(plans, self.client, self.metrics, request_id, trace, self.run)
         await generation.submit()
         return generation
+
+    async def embed(self, request: EmbeddingRequest, request_id: str) -> bytes:
+        """The answer as JSON. Raises APIError, GenerationFailed, Overloaded or Unavailable."""
+        self.check_model(request.model)
+        check_dimensions(request.dimensions, self.model.hidden_size)
+        if len(request.input) > MAX_INPUTS:
+            raise invalid_request(f"input: {len(request.input)} texts are more than {MAX_INPUTS}", "input")
+        for ids in request.input:
+            if not isinstance(ids, str):
+                self._check_fits(len(ids), "input")
+                check_token_ids(ids, self.model.vocab_size, "input")
+        size = sum(map(len, request.input))
+        prompts = [
+            await self.encode(p, size=size, param="input") if isinstance(p, str) else tuple(p) for p in request.input
+        ]
+        if not all(prompts):
+            raise invalid_request("input holds a text without tokens: there is nothing to embed", "input")
+        if not self.state.is_serving:
+            raise unavailable(f"The model is not ready: {self.state.phase}")
+        found = await embed(self.client, prompts, SamplingParams(max_tokens=0, pooling=request.pooling), request_id)
+
+        def answer() -> bytes:
+            vectors = [shaped(each, request.dimensions, request.normalize) for each in found]
+            is_base64, num_tokens = request.encoding_format == "base64", sum(map(len, prompts))
+            return dump(embeddings_json(vectors, is_base64, self.config.model_name, num_tokens))
+
+        return await self.run(NUMBER_CHARS * len(found) * self.model.hidden_size, answer)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.config.model_name:
@@ -147,6 +201,7 @@ class Service:
         """Stop what was started here."""
         self._follow.cancel()
         await self._bodies.close()
+        await self._grammars.close()
         if self._templates:
             await self._templates.close()
 
@@ -163,20 +218,23 @@ class Service:
 
     async def _prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[tuple[int, ...]]:
         if isinstance(request, ChatCompletionRequest):
-            text = await self.render(request, request.messages)
+            text = await self.render(request, request.messages, request.shown_tools)
             return [await self.encode(text, add_special_tokens=False, param="messages")]
+        if request.prompt_embeds:
+            return [(0,) * embeds.shape[0] for embeds in request.prompt_embeds]
         size = sum(map(len, request.prompt))
         return [await self.encode(p, size=size) if isinstance(p, str) else tuple(p) for p in request.prompt]
 
-    async def render(self, fields: ChatFields, messages: list[Message]) -> str:
+    async def render(self, fields: ChatFields, messages: list[Message], tools: list[dict[str, Any]]) -> str:
         """Raises APIError (400)."""
         if self._templates is None:
             raise invalid_request(NO_TEMPLATE, "messages")
-        size = sum(MESSAGE_CHARS + len(message.content) for message in messages)
+        size = sum(MESSAGE_CHARS + message.size for message in messages) + sum(len(str(tool)) for tool in tools)
         options = {
             "add_generation_prompt": fields.add_generation_prompt,
             "continue_final_message": fields.continue_final_message,
             "variables": fields.chat_template_kwargs,
+            "tools": tools,
         }
         asked = await self.run(size, lambda: rendering([message.for_template() for message in messages], **options))
         text = await _sandboxed(self._templates.render(asked), "messages")
@@ -206,16 +264,39 @@ class Service:
         await self.run(len(tokens), lambda: check_token_ids(tokens, self.model.vocab_size, "tokens"))
         return await self.run(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
 
+    def _asked(self, request: CompletionRequest | ChatCompletionRequest) -> AskedFormat | None:
+        """What the answer is to look like. Raises APIError (400) if it may call tools, and nobody could read that."""
+        if not isinstance(request, ChatCompletionRequest) or not request.may_call:
+            return request.asked_format
+        if self.tool_format is None:
+            raise invalid_request(NO_TOOLS, "tools", "unsupported_parameter")
+        if not (asked := request.asked_calls):
+            return None
+        form = {"begin": self.tool_format.begin, "end": self.tool_format.end, "is_list": self.tool_format.is_list}
+        return replace(asked, value=asked.value | form)
+
+    async def _grammar(self, asked: AskedFormat | None) -> str | None:
+        """Raises APIError (400) where it can't be compiled, or not in bounds."""
+        if asked is None:
+            return None
+        request = dump({"kind": asked.kind, "value": asked.value})
+        return await _sandboxed(self._grammars.grammar(request), asked.param)
+
     def _check_fits(self, least: int, param: str) -> None:
         """`least`: as many tokens as there must be."""
         if least > self.max_model_len:
             raise context_length_exceeded(self.max_model_len, least, 0, param)
 
-    def _plans(self, request: CompletionRequest | ChatCompletionRequest, prompts: list[tuple[int, ...]]) -> list[Plan]:
+    def _plans(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        prompts: list[tuple[int, ...]],
+        grammar: str | None,
+    ) -> list[Plan]:
         plans: list[Plan] = []
         for prompt in prompts:
             echoed = spell_prompt(prompt, self.tokenizer) if request.is_echo else []
-            plans += [self._plan(request, prompt, echoed, len(plans) + n, n) for n in range(request.n)]
+            plans += [self._plan(request, prompt, echoed, len(plans) + n, n, grammar) for n in range(request.n)]
         return plans
 
     def _plan(
@@ -225,6 +306,7 @@ class Service:
         echoed: list[str],
         index: int,
         n: int,
+        grammar: str | None,
     ) -> Plan:
         params = to_sampling_params(
             request,
@@ -234,11 +316,26 @@ class Service:
             vocab_size=self.model.vocab_size,
             choice_index=n,
         )
+        params = replace(params, grammar=grammar)
+        may_call = isinstance(request, ChatCompletionRequest) and request.may_call
         thoughts = None
-        if self._thinks and isinstance(request, ChatCompletionRequest):
+        # What a grammar allows is the answer: a constrained model does not think.
+        if self._thinks and grammar is None and isinstance(request, ChatCompletionRequest):
             thoughts = ReasoningSplitter(is_begun(prompt, self.tokenizer))
-        choice = Choice(index, request, params, prompt, self.tokenizer, self.model.eos_token_ids, echoed, thoughts)
-        return Plan(choice, prompt, params)
+        choice = Choice(
+            index,
+            request,
+            params,
+            prompt,
+            self.tokenizer,
+            self.model.eos_token_ids,
+            echoed,
+            thoughts=thoughts,
+            tool_format=self.tool_format if may_call else None,
+            most_calls=request.most_calls if isinstance(request, ChatCompletionRequest) else None,
+        )
+        embeds = request.prompt_embeds if isinstance(request, CompletionRequest) else []
+        return Plan(choice, prompt, params, embeds[index // request.n] if embeds else None)
 
 
 async def _sandboxed(work: Awaitable[T], param: str | None = None) -> T:

@@ -23,10 +23,10 @@ def _hashes(html: str, tag: str) -> str:
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
-HEADERS = {
-    "Content-Security-Policy": content_security_policy(PAGE),
+SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
+HEADERS = SAFE_HEADERS | {"Content-Security-Policy": content_security_policy(PAGE)}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.load import Load
+from deploy.ingress.text.tokens import Tokenizer
+from tests.chaos.load import LETTERS, Load
 from tests.checkpoints import generate, load_reference, write_checkpoint
 from tests.e2e.servers import serving
 from tests.families import FAMILIES
@@ -38,4 +39,6 @@ def expected(model_dir: Path) -> list[list[int]]:
             load.wait_for(1)
         return [stream.answers[0] for stream in load.streams]
     reference = load_reference(model_dir)
-    return [generate(reference, prompt, TOKENS) for prompt in PROMPTS]
+    letters = Tokenizer.load(model_dir).encode(LETTERS)
+    allowed = [None] * (len(PROMPTS) - 1) + [letters]
+    return [generate(reference, prompt, TOKENS, ids) for prompt, ids in zip(PROMPTS, allowed, strict=True)]

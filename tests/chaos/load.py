@@ -15,6 +15,9 @@ from tests.e2e.servers import PLAIN, Server
 AIM_S = 0.4
 # A client gives up a stream that gives it nothing but pings, and waits so long after a failure before it asks again.
 PATIENCE_S = 90.0
+# Too long to be finished, so that its only effect is on which tokens there are to choose from.
+LETTERS = "abcdefgh"
+CONSTRAINED = f"[{LETTERS}]{{2000}}"
 PAUSE_S = 0.2
 # How long it pauses after an answer where that is asked for.
 EASE_S = 1.0
@@ -66,7 +69,8 @@ def print_table(rows: list[Outcome]) -> None:
 
 
 class Load:
-    """`num_clients` threads that stream the same greedy request again and again.
+    """`num_clients` threads that stream the same greedy request again and again. Those with the last prompt ask for an
+    answer that keeps to CONSTRAINED.
 
     Their request ids are as unlucky as can be: two clients share each, and all begin alike.
     """
@@ -79,12 +83,13 @@ class Load:
         self._stop = threading.Event()
         self._is_eased = threading.Event()
         self._may_break = threading.Event()
-        body = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "n": num_choices}
-        body |= {"stream": True, "return_token_ids": True}
+        body = {"max_tokens": tokens, "temperature": 0, "n": num_choices, "stream": True, "return_token_ids": True}
+        kinds = [{"ignore_eos": True}] * (len(prompts) - 1) + [{"structured_outputs": {"regex": CONSTRAINED}}]
+        bodies = [body | kind | {"prompt": prompt} for kind, prompt in zip(kinds, prompts, strict=True)]
         self._threads = [
             threading.Thread(
                 target=self._run,
-                args=(server.url, f"team/{i // 2}", stream, body | {"prompt": prompts[i % len(prompts)]}),
+                args=(server.url, f"team/{i // 2}", stream, bodies[i % len(bodies)]),
                 daemon=True,
             )
             for i, stream in enumerate(self.streams)

@@ -4,15 +4,17 @@ What each sampling field does is in test_openai_fields.py, log-probabilities are
 """
 
 import asyncio
+import re
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from pydantic import BaseModel, Field
 
 from tests.e2e.oracle import Oracle
 from tests.e2e.servers import MODEL
@@ -178,3 +180,60 @@ class TestModels:
             with pytest.raises(openai.NotFoundError, match=f"use '{MODEL}'") as caught:
                 ask()
             assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+
+
+class Step(BaseModel):
+    number: Literal[1, 2]
+    done: bool
+
+
+class Report(BaseModel):
+    state: Literal["ready", "starting"]
+    steps: Annotated[list[Step], Field(max_length=2)]
+    note: Annotated[str, Field(max_length=3)] | None
+
+
+class TestStructuredOutput:
+    """The model was never trained: what fits, fits because nothing else could be sampled."""
+
+    def test_pydantic_models(self, client: OpenAI) -> None:
+        answer = client.chat.completions.parse(
+            model=MODEL, messages=MESSAGES, response_format=Report, seed=2, max_tokens=900
+        )
+        [choice] = answer.choices
+        assert isinstance(choice.message.parsed, Report)
+        assert choice.finish_reason == "stop"
+
+    def test_streamed_text_is_the_whole_text(self, client: OpenAI) -> None:
+        extra: Any = {"structured_outputs": {"regex": "[a-d]{20}-[0-9]{20}"}}
+        options: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "seed": 3, "extra_body": extra}
+        whole = client.chat.completions.create(**options).choices[0].message.content
+        with client.chat.completions.create(stream=True, **options) as stream:
+            assert join_chat(stream) == {0: whole}
+        assert re.fullmatch("[a-d]{20}-[0-9]{20}", whole or "")
+
+    async def test_a_hundred_constrained_requests_beside_a_hundred_free_ones(
+        self, async_client: AsyncOpenAI, client: OpenAI
+    ) -> None:
+        """Free ones have the tokens that they have alone."""
+        options: dict[str, Any] = {"model": MODEL, "max_tokens": 16}
+        forms: list[Any] = [{"regex": "[a-d]{9}!"}, {"choice": ["left", "right"]}, {"json": {"enum": [1, "b"]}}]
+
+        async def ask(seed: int, form: Any = None) -> str:
+            extra = {"ignore_eos": True} if form is None else {"structured_outputs": form}
+            answer = await async_client.completions.create(prompt="Hi", seed=seed, extra_body=extra, **options)
+            return answer.choices[0].text
+
+        alone = [await ask(seed) for seed in range(0, 100, 20)]
+        asked = [ask(n // 2, forms[n % 3] if n % 2 else None) for n in range(200)]
+        answers = await asyncio.gather(*asked)
+        assert answers[::40] == alone
+        fits = [r"[a-d]{9}!", "left|right", r'1|"b"']
+        assert all(re.fullmatch(fits[n % 3], answers[n]) for n in range(1, 200, 2))
+
+    def test_what_cannot_be_promised_is_named(self, client: OpenAI) -> None:
+        schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+        asked: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+            client.chat.completions.create(model=MODEL, messages=MESSAGES, response_format=asked)
+        assert caught.value.param == "response_format"

@@ -30,7 +30,7 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.sequences)
 
-    def add(self, request: GenerationRequest) -> None:
+    def add(self, request: GenerationRequest, constraint: object = None) -> None:
         self.fail.get("add", nothing)(request)
         self.sequences.append(request.request_id)
 

@@ -28,7 +28,6 @@ def test_thousands_of_errors_are_as_good_as_some() -> None:
         ChatCompletionRequest.model_validate(content)
     assert [error["loc"] for error in caught.value.errors()] == [
         ("messages", 0, "role"),
-        ("messages", 0, "content"),
         ("0",),
     ]
 

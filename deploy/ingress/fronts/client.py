@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from cluster.messages.requests import GenerationRequest, SamplingParams
+from cluster.messages.requests import GenerationRequest, PromptEmbeds, SamplingParams
 from cluster.messages.state import ClusterState
 from cluster.metrics import Metrics
 from deploy.ingress.fronts.link import Ending, FrontLink, Refusal
@@ -105,14 +105,20 @@ class FrontClient:
         return sorted(links, key=lambda link: (link.is_doubtful, link.outstanding_tokens))
 
     async def submit(
-        self, label: str, prompt_token_ids: tuple[int, ...], params: SamplingParams, is_traced: bool = False
+        self,
+        label: str,
+        prompt_token_ids: tuple[int, ...],
+        params: SamplingParams,
+        is_traced: bool = False,
+        prompt_embeds: PromptEmbeds | None = None,
     ) -> OutputStream:
         """Hand a sequence to the front with the least outstanding tokens; wait for one if none is there. `label` names
         it in log lines.
 
         Raises Overloaded or Unavailable.
         """
-        stream = OutputStream(GenerationRequest("", "", prompt_token_ids, params, is_traced=is_traced, label=label))
+        asked = {"is_traced": is_traced, "label": label, "prompt_embeds": prompt_embeds}
+        stream = OutputStream(GenerationRequest("", "", prompt_token_ids, params, **asked))  # type: ignore[arg-type]
         deadline = time.monotonic() + FRONT_WAIT_S
         for pause in pauses():
             if await self._place(stream):

@@ -12,6 +12,7 @@ from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequ
 from deploy.ingress.text.reasoning import ReasoningSplitter
 from deploy.ingress.text.stop_strings import StopChecker
 from deploy.ingress.text.tokens import IncrementalDetokenizer, Tokenizer
+from deploy.ingress.text.tool_calls import ToolCallDelta, ToolCallParser, ToolFormat, join_calls
 
 # A token with its log-probability takes as long to write as so many characters of text, and more.
 LOGPROB_CHARS = 10
@@ -45,6 +46,8 @@ class ChoiceDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     routed_experts: RoutedExperts | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    has_called: bool = False  # a tool, in this delta or before it
 
     @property
     def size(self) -> int:
@@ -52,14 +55,15 @@ class ChoiceDelta:
         rows = len(self.rows) * _num_logprobs(self.rows[-1].logprob) if self.rows else 0
         scores = len(self.prompt_logprobs) * _num_logprobs(self.prompt_logprobs[-1]) if self.prompt_logprobs else 0
         routed = len(self.routed_experts.data) if self.routed_experts else 0
-        return (
-            len(self.text) + len(self.reasoning) + len(self.prompt_token_ids) + LOGPROB_CHARS * (rows + scores) + routed
-        )
+        arguments = sum(len(call.arguments) for call in self.tool_calls)
+        written = len(self.text) + len(self.reasoning) + arguments + len(self.prompt_token_ids)
+        return written + LOGPROB_CHARS * (rows + scores) + routed
 
     @property
     def is_empty(self) -> bool:
         """Nothing to tell a client, such as text that may still become a stop string."""
-        return not (self.text or self.reasoning or self.token_ids or self.rows or self.is_first or self.finish_reason)
+        shown = self.text or self.reasoning or self.tool_calls
+        return not (shown or self.token_ids or self.rows or self.is_first or self.finish_reason)
 
 
 def _num_logprobs(scored: TokenLogprob | None) -> int:
@@ -78,7 +82,8 @@ class Choice:
     """Feed it every RequestOutput of its sequence, in order. `must_abort`: it ended here, but not at the front yet.
 
     `echoed`: what spell_prompt() says, for a request that wants an echo. `thoughts`: tells what a thinking model writes
-    before its answer apart from it.
+    before its answer apart from it. `tool_format`: how the model writes the calls that the request allows, at most
+    `most_calls` of them.
     """
 
     def __init__(
@@ -91,6 +96,8 @@ class Choice:
         eos_token_ids: Sequence[int] = (),
         echoed: Sequence[str] = (),
         thoughts: ReasoningSplitter | None = None,
+        tool_format: ToolFormat | None = None,
+        most_calls: int | None = None,
     ) -> None:
         self.index = index
         self.prompt_token_ids = tuple(prompt_token_ids)
@@ -104,8 +111,12 @@ class Choice:
         self._eos = frozenset() if request.ignore_eos else frozenset(eos_token_ids)
         self._tokenizer = tokenizer
         self._stop = StopChecker(request.stop, request.include_stop_str_in_output)
+        self._calls = ToolCallParser(tool_format, most_calls) if tool_format else None
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, skip_special_tokens=request.skip_special_tokens, prompt_ids=self.prompt_token_ids
+            tokenizer,
+            skip_special_tokens=request.skip_special_tokens,
+            prompt_ids=self.prompt_token_ids,
+            shown=(tool_format.begin, tool_format.end) if tool_format else (),
         )
         self._echoed = echoed
         self._thoughts = thoughts
@@ -130,7 +141,8 @@ class Choice:
         shown, new_rows = self._take(output)
         rest = self._rest() if output.finish_reason else ""
         self._finish(output)
-        reasoning, shown = self._split(shown + rest)
+        reasoning, answer = self._split(shown + rest)
+        shown, calls = self._tell_calls(answer)
         return ChoiceDelta(
             index=self.index,
             text=text + shown,
@@ -143,6 +155,8 @@ class Choice:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             routed_experts=self._all_routed(),
+            tool_calls=calls,
+            has_called=self._calls is not None and self._calls.num_calls > 0,
         )
 
     def _echo(self, output: RequestOutput) -> tuple[str, list[TokenRow]]:
@@ -190,6 +204,13 @@ class Choice:
         is_told = isinstance(self._request, ChatCompletionRequest) and self._request.include_reasoning
         return thought if is_told else "", answer
 
+    def _tell_calls(self, text: str) -> tuple[str, tuple[ToolCallDelta, ...]]:
+        """Content and calls in what may be shown."""
+        if self._calls is None:
+            return text, ()
+        content, calls = self._calls.feed(text)
+        return content + (self._calls.flush() if self.finish_reason else ""), calls
+
     def _finish(self, output: RequestOutput) -> None:
         if self._stop.matched is not None:
             self.finish_reason, self.stop_reason = "stop", self._stop.matched
@@ -219,4 +240,6 @@ def merge(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         routed_experts=last.routed_experts,
+        tool_calls=join_calls(tuple(call for delta in deltas for call in delta.tool_calls)),
+        has_called=deltas[-1].has_called,
     )

@@ -10,7 +10,6 @@ Neutral = dict[str, tuple[Any, ...]]
 
 ENGINE_NEUTRAL: Neutral = {
     "service_tier": ("auto", "default"),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "metadata": ({},),
     "prompt_cache_key": (),
@@ -18,7 +17,6 @@ ENGINE_NEUTRAL: Neutral = {
     "prompt_cache_retention": (),
     "moderation": (),
     "safety_identifier": (),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -40,15 +38,33 @@ ENGINE_NEUTRAL: Neutral = {
 
 COMPLETION_NEUTRAL: Neutral = {"suffix": ("",), "add_special_tokens": (True,)}
 
+EMBEDDING_NEUTRAL: Neutral = {"add_special_tokens": (True,), "truncate_prompt_tokens": (), "priority": (0,)}
+
+RESPONSES_NEUTRAL: Neutral = {
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "prompt": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "moderation": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+
 TEMPLATE_NEUTRAL: Neutral = {
-    "tools": ([],),
     "documents": ([],),
     "chat_template": (),
 }
 
 CHAT_NEUTRAL: Neutral = {
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "add_special_tokens": (False,),
@@ -63,8 +79,6 @@ CHAT_NEUTRAL: Neutral = {
 }
 
 MESSAGE_NEUTRAL: Neutral = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "refusal": (),
     "audio": (),

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
+from cluster.messages.requests import PromptEmbeds
+from deploy.ingress.openai.embeds import as_prompt_embeds
 from deploy.ingress.openai.fields import (
     as_content,
     as_logit_bias,
@@ -23,11 +25,20 @@ from deploy.ingress.openai.fields import (
 from deploy.ingress.openai.neutral import (
     CHAT_NEUTRAL,
     COMPLETION_NEUTRAL,
+    EMBEDDING_NEUTRAL,
     ENGINE_NEUTRAL,
     MESSAGE_NEUTRAL,
     TEMPLATE_NEUTRAL,
     Neutral,
 )
+from deploy.ingress.openai.structured import (
+    AskedFormat,
+    ResponseFormat,
+    StructuredOutputs,
+    as_response_format,
+    as_structured_outputs,
+)
+from deploy.ingress.openai.tools import ANY_OBJECT, Tool, ToolChoice, as_tool_calls, as_tool_choice, as_tools
 
 INT64_MAX = 2**63 - 1
 
@@ -82,6 +93,12 @@ class GenerationFields(Strict):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     logit_bias: Annotated[dict[int, float], PlainValidator(as_logit_bias, json_schema_input_type=dict[str, float])] = {}
     prompt_logprobs: int | None = Field(None, ge=0)
+    response_format: Annotated[
+        AskedFormat | None, PlainValidator(as_response_format, json_schema_input_type=ResponseFormat)
+    ] = None
+    structured_outputs: Annotated[
+        AskedFormat | None, PlainValidator(as_structured_outputs, json_schema_input_type=StructuredOutputs)
+    ] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -96,18 +113,53 @@ class GenerationFields(Strict):
             raise refuse("prompt_logprobs", "prompt_logprobs is not available with stream=true: leave one out")
         return self
 
+    @model_validator(mode="after")
+    def _format_fits(self) -> "GenerationFields":
+        if self.response_format and self.structured_outputs:
+            raise refuse("structured_outputs", "structured_outputs can't be sent together with response_format")
+        if asked := self.asked_format:
+            _refuse_beside(self, asked.param)
+        return self
+
+    @property
+    def asked_format(self) -> AskedFormat | None:
+        """What the answer is to look like."""
+        return self.response_format or self.structured_outputs
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+def _refuse_beside(fields: GenerationFields, param: str) -> None:
+    """A grammar decides where the text ends."""
+    if fields.ignore_eos:
+        raise refuse("ignore_eos", f"ignore_eos=true can't be used with {param}: leave one out")
+    if fields.min_tokens:
+        raise refuse("min_tokens", f"min_tokens={fields.min_tokens} can't be used with {param}: leave one out")
+
+
 class CompletionRequest(GenerationFields):
     NEUTRAL = ENGINE_NEUTRAL | COMPLETION_NEUTRAL
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(as_prompts, json_schema_input_type=Prompt)]
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(as_prompts, json_schema_input_type=Prompt)] = []
+    prompt_embeds: Annotated[
+        list[PromptEmbeds], PlainValidator(as_prompt_embeds, json_schema_input_type=str | list[str])
+    ] = []
     best_of: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0)
     echo: bool = False
+
+    @model_validator(mode="after")
+    def _prompt_or_embeds(self) -> "CompletionRequest":
+        if not self.prompt and not self.prompt_embeds:
+            raise refuse("prompt", "prompt is required", "missing")
+        if self.prompt and self.prompt_embeds:
+            raise refuse("prompt_embeds", "prompt_embeds can't be sent together with prompt: send one")
+        for field in ("echo", "prompt_logprobs"):
+            if self.prompt_embeds and getattr(self, field) not in (None, False):
+                raise refuse(field, f"{field} can't be used with prompt_embeds: there are no tokens to report")
+        return self
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> "CompletionRequest":
@@ -117,7 +169,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def num_choices(self) -> int:
-        return self.n * len(self.prompt)
+        return self.n * (len(self.prompt) + len(self.prompt_embeds))
 
     @property
     def prompt_token_ids(self) -> list[list[int]]:
@@ -139,15 +191,41 @@ class Message(Strict):
 
     NEUTRAL = MESSAGE_NEUTRAL
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(as_content, json_schema_input_type=str | list[dict[str, str]])]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(as_content, json_schema_input_type=str | list[dict[str, str]])] = (
+        None
+    )
     name: str | None = None
     reasoning_content: str | None = None
+    tool_calls: Annotated[
+        tuple[dict[str, Any], ...], PlainValidator(as_tool_calls, json_schema_input_type=list[dict[str, Any]])
+    ] = ()
+    tool_call_id: str | None = None
 
-    def for_template(self) -> dict[str, str]:
-        # Templates know no "developer": it is OpenAI's newer name of "system".
-        shown = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-        more = {"name": self.name, "reasoning_content": self.reasoning_content}
+    @model_validator(mode="after")
+    def _fields_fit_the_role(self) -> "Message":
+        if self.content is None and not self.tool_calls:
+            raise refuse("content", f"content is required in a message of role {self.role!r}", "missing")
+        if self.tool_calls and self.role != "assistant":
+            raise refuse(
+                "tool_calls", f"tool_calls can't be sent with role {self.role!r}: only 'assistant' calls tools"
+            )
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise refuse("tool_call_id", "tool_call_id belongs to messages of role 'tool', and to each of them")
+        return self
+
+    @property
+    def size(self) -> int:
+        """How much there is to render, in characters."""
+        return len(self.content or "") + sum(len(str(call)) for call in self.tool_calls)
+
+    def for_template(self) -> dict[str, Any]:
+        # Templates know no "developer": it is OpenAI's newer name of "system". Not all know content that is not there.
+        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        shown["content"] = self.content or ""
+        if self.tool_calls:
+            shown["tool_calls"] = self.tool_calls
+        more = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_content}
         return shown | {key: value for key, value in more.items() if value is not None}
 
 
@@ -163,6 +241,7 @@ class ChatFields(Strict):
     chat_template_kwargs: Annotated[
         dict[str, Any], PlainValidator(as_template_kwargs, json_schema_input_type=dict[str, Any])
     ] = {}
+    tools: Annotated[tuple[Tool, ...], PlainValidator(as_tools, json_schema_input_type=list[dict[str, Any]])] = ()
 
     @model_validator(mode="after")
     def _one_continuation(self) -> "ChatFields":
@@ -182,6 +261,52 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
     include_reasoning: bool = True
+    tool_choice: Annotated[ToolChoice, PlainValidator(as_tool_choice, json_schema_input_type=str | dict[str, Any])] = (
+        ToolChoice("auto")
+    )
+    parallel_tool_calls: bool = True
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> "ChatCompletionRequest":
+        choice, names = self.tool_choice, [tool.name for tool in self.tools]
+        if choice.mode == "required" and not names:
+            raise refuse("tool_choice", "tool_choice needs tools beside it")
+        if choice.name is not None and choice.name not in names:
+            raise refuse("tool_choice", f"tool_choice names {choice.name!r}, which is not among the tools")
+        if asked := self.asked_calls:
+            _refuse_beside(self, asked.param)
+            if (asked_format := self.asked_format) and asked_format.kind != "json":
+                raise refuse(asked_format.param, f"{asked_format.param} beside tools can only be a JSON schema")
+        return self
+
+    @property
+    def may_call(self) -> bool:
+        return bool(self.tools) and self.tool_choice.mode != "none"
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """What the template gets: a model that may not call is not told of tools."""
+        return [tool.shown for tool in self.tools] if self.may_call else []
+
+    @property
+    def most_calls(self) -> int | None:
+        return None if self.parallel_tool_calls and self.tool_choice.name is None else 1
+
+    @property
+    def asked_calls(self) -> AskedFormat | None:
+        """The calls that the answer must have, or keeps to once it calls; without the marks of the model's form."""
+        must_call = self.tool_choice.mode == "required"
+        if not self.may_call or not (must_call or self.asked_format or any(tool.is_strict for tool in self.tools)):
+            return None
+        tools = [
+            {"name": tool.name, "schema": tool.parameters if must_call or tool.is_strict else ANY_OBJECT}
+            for tool in self.tools
+            if self.tool_choice.name in (None, tool.name)
+        ]
+        content = self.asked_format.value if self.asked_format and not must_call else None
+        may_talk = not must_call and content is None
+        value = {"tools": tools, "may_talk": may_talk, "most": self.most_calls, "content": content}
+        return AskedFormat("tools", "tools", value)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "ChatCompletionRequest":
@@ -227,6 +352,20 @@ class TokenizeRequest(ChatFields):
         if self.prompt is not None and self.messages is not None:
             raise refuse("messages", "messages can't be sent together with prompt: send one")
         return self
+
+
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings as OpenAI, and `pooling` of a model that was trained to write."""
+
+    NEUTRAL = EMBEDDING_NEUTRAL
+
+    model: str | None = None
+    input: Annotated[list[str] | list[list[int]], PlainValidator(as_prompts, json_schema_input_type=Prompt)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = True
+    user: str | None = None
 
 
 class DetokenizeRequest(Strict):

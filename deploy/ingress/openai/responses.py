@@ -3,14 +3,16 @@
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from deploy.ingress.openai import logprobs
 from deploy.ingress.openai.answer_json import Rows, dump
 from deploy.ingress.openai.choices import Choice, ChoiceDelta, merge
+from deploy.ingress.openai.errors import APIError
 from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
 from deploy.ingress.text.tokens import Tokenizer
+from deploy.ingress.text.tool_calls import ToolCallDelta
 
 Json = dict[str, Any]
 
@@ -64,6 +66,25 @@ class _Responder:
     @property
     def id(self) -> str:
         return f"{self.id_prefix}-{self.request_id}"
+
+    def opening(self) -> bytes:
+        """What a stream begins with."""
+        return b""
+
+    def events(self, delta: ChoiceDelta) -> bytes:
+        """What a stream says of a delta."""
+        return sse(self.chunk(delta))
+
+    def closing(self, usage: Usage) -> bytes:
+        return (sse(self.usage_chunk(usage)) if self.request.include_usage else b"") + SSE_DONE
+
+    def failure(self, error: APIError) -> bytes:
+        """What a stream that has begun ends with."""
+        return sse(error.body())
+
+    def chunk(self, delta: ChoiceDelta) -> Json:
+        """One chunk of a stream."""
+        raise NotImplementedError
 
     def usage_chunk(self, usage: Usage) -> Json:
         """The last chunk, when stream_options.include_usage asks for it."""
@@ -130,18 +151,25 @@ class ChatResponder(_Responder):
     def response(self, choices: Iterable[Sequence[ChoiceDelta]], usage: Usage) -> Json:
         """The whole answer; `choices` holds the deltas of each choice."""
         whole = [merge(deltas) for deltas in choices]
-        messages = [
-            self._choice(
-                delta, "message", {"role": "assistant", "content": delta.text, "refusal": None} | _reasoning(delta)
-            )
-            for delta in whole
-        ]
+        messages = [self._choice(delta, "message", self._message(delta)) for delta in whole]
         return self._head("chat.completion", messages) | {"usage": usage.as_json()} | self._prompt_extras(whole[0])
 
+    def events(self, delta: ChoiceDelta) -> bytes:
+        return b"".join(sse(self.chunk(piece)) for piece in _one_call_each(delta))
+
+    def _message(self, delta: ChoiceDelta) -> Json:
+        message: Json = {"role": "assistant", "content": delta.text, "refusal": None} | _reasoning(delta)
+        if not delta.tool_calls:
+            return message
+        calls = [{"id": call.id, "type": "function", "function": _function(call)} for call in delta.tool_calls]
+        return message | {"content": delta.text or None, "tool_calls": calls}
+
     def chunk(self, delta: ChoiceDelta) -> Json:
-        """The first chunk of a choice names the role."""
+        """The first chunk of a choice names the role, the first one of a call its id and name."""
         content = {"role": "assistant", "content": delta.text} if delta.is_first else {"content": delta.text}
-        shown = (content if delta.text or delta.is_first else {}) | _reasoning(delta)
+        shown: Json = (content if delta.text or delta.is_first else {}) | _reasoning(delta)
+        if delta.tool_calls:
+            shown = shown | {"tool_calls": [_call_chunk(call) for call in delta.tool_calls]}
         return self._chunk(self._choice(delta, "delta", shown)) | self._prompt_extras(delta)
 
     def _choice(self, delta: ChoiceDelta, name: str, content: Json) -> Json:
@@ -150,7 +178,9 @@ class ChatResponder(_Responder):
             "index": delta.index,
             name: content,
             "logprobs": None if num_top is None else logprobs.chat_logprobs(delta.rows, num_top, self.tokenizer),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": "tool_calls"
+            if delta.has_called and delta.finish_reason == "stop"
+            else delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
         return choice | self._extras(delta)
@@ -158,3 +188,26 @@ class ChatResponder(_Responder):
 
 def _reasoning(delta: ChoiceDelta) -> Json:
     return {"reasoning_content": delta.reasoning} if delta.reasoning else {}
+
+
+def _one_call_each(delta: ChoiceDelta) -> list[ChoiceDelta]:
+    """As OpenAI streams calls: clients expect content, each call and the end in chunks of their own."""
+    if not delta.tool_calls:
+        return [delta]
+    content = replace(delta, tool_calls=(), finish_reason=None, stop_reason=None, routed_experts=None)
+    only = ChoiceDelta(delta.index, has_called=delta.has_called)
+    pieces = [replace(only, tool_calls=(call,)) for call in delta.tool_calls]
+    end = replace(
+        only, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason, routed_experts=delta.routed_experts
+    )
+    return [piece for piece in (content, *pieces, end) if not piece.is_empty]
+
+
+def _function(call: ToolCallDelta) -> Json:
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def _call_chunk(call: ToolCallDelta) -> Json:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, "id": call.id, "type": "function", "function": _function(call)}

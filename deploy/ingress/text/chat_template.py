@@ -70,11 +70,12 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The prompt for a conversation. `continue_final_message` leaves the last message open for the model;
         `variables` are further ones of the template, such as `enable_thinking`.
@@ -86,13 +87,14 @@ class ChatTemplate:
         chat = [dict(message) for message in messages]
         if continue_final_message:
             chat[-1]["content"] += CONTINUE_TAG
-        text = self._run(chat, add_generation_prompt and not continue_final_message, variables or {})
+        shown = {"tools": list(tools) or None, **(variables or {})}
+        text = self._run(chat, add_generation_prompt and not continue_final_message, shown)
         return _cut_at_tag(text, messages[-1]["content"]) if continue_final_message else text
 
-    def _run(self, chat: list[dict[str, str]], add_generation_prompt: bool, more: Mapping[str, Any]) -> str:
+    def _run(self, chat: list[dict[str, Any]], add_generation_prompt: bool, more: Mapping[str, Any]) -> str:
         parts: list[str] = []
         size = 0
-        variables: dict[str, Any] = {**self.special_tokens, "tools": None, "documents": None, **more}
+        variables: dict[str, Any] = {**self.special_tokens, "documents": None, **more}
         template = self.compile()
         try:
             for part in template.generate(messages=chat, add_generation_prompt=add_generation_prompt, **variables):

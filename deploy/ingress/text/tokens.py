@@ -2,9 +2,10 @@
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders
@@ -113,10 +114,11 @@ class Tokenizer:
 
     def render_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The prompt for a conversation; encode it with add_special_tokens=False. Raises ChatTemplateError.
 
@@ -125,7 +127,10 @@ class Tokenizer:
         if self.template is None:
             raise ChatTemplateError(NO_TEMPLATE)
         return self.template.render(
-            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
         )
 
     def _spell(self, token: str) -> bytes:
@@ -147,9 +152,16 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown: Iterable[str] = (),
     ) -> None:
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        """`shown`: special tokens that are not skipped all the same."""
+        kept = frozenset(tokenizer.backend.token_to_id(token) for token in shown)
+        self._skipped = tokenizer.special_ids - kept if skip_special_tokens else frozenset[int]()
         context = [i for i in prompt_ids[-CONTEXT_TOKENS:] if i not in self._skipped]
         kind = _ByteDecoder if tokenizer.is_byte_level else _WindowDecoder
         self._decoder: _ByteDecoder | _WindowDecoder = kind(tokenizer, context)

@@ -1,0 +1,42 @@
+"""The grammar of one sequence: which tokens may come next.
+
+Its state is a function of the grammar and of the tokens emitted so far. They are taken in when the next mask is wanted,
+so it does not matter which front has emitted them, nor how often they were computed. Shapes: R rows, V vocabulary,
+W words of 32 tokens each.
+"""
+
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+import torch
+from llguidance import LLMatcher
+from torch import Tensor
+
+from actors.staging import Staging
+from cluster.models.grammars import check
+
+
+class Constraint:
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._num_taken = 0
+        self.mask_W = torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
+
+    def follow(self, emitted: Tokens[int]) -> None:
+        """Make `mask_W` that of the token behind these. Raises GrammarError: the grammar goes beyond its limits."""
+        new = list(emitted[self._num_taken :])
+        if new:
+            self._matcher.consume_tokens(new)
+            self._num_taken = len(emitted)
+        self._matcher.unsafe_compute_mask_ptr(self.mask_W.data_ptr(), self.mask_W.nbytes)
+        check(self._matcher)
+
+
+def apply_masks(logits_RV: Tensor, masks: dict[int, Tensor], staging: Staging) -> None:
+    """Tokens that `masks` (row -> mask_W) do not allow become impossible. In place; one upload."""
+    # numpy: to unpack the bits of 32 rows takes torch 30 times as long as all the rest.
+    is_allowed_RV = np.ones(logits_RV.shape, dtype=np.uint8)
+    for row, mask_W in masks.items():
+        is_allowed_RV[row] = np.unpackbits(mask_W.numpy().view(np.uint8), bitorder="little")[: logits_RV.shape[1]]
+    (is_banned_RV,) = staging.upload(torch.from_numpy(is_allowed_RV == 0))
+    logits_RV.masked_fill_(is_banned_RV, -torch.inf)
