@@ -37,7 +37,6 @@ class ChoiceDelta:
 
     index: int
     text: str = ""
-    reasoning: str = ""
     token_ids: tuple[int, ...] = ()
     rows: tuple[TokenRow, ...] = ()
     is_first: bool = False
@@ -48,6 +47,7 @@ class ChoiceDelta:
     routed_experts: RoutedExperts | None = None
     tool_calls: tuple[ToolCallDelta, ...] = ()
     has_called: bool = False  # a tool, in this delta or before it
+    reasoning: str = ""  # what a thinking model says before its answer
 
     @property
     def size(self) -> int:
