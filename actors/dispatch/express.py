@@ -38,6 +38,8 @@ from actors.staging import DIRECT
 from cluster.expert_map import ReplicaAddress
 from cluster.metrics import BY_NAME
 
+# How long deadlines hold that were derived from answer times.
+PATIENCE_KNOWN_S = 0.1
 BOUNDS = np.array(BY_NAME["dispatch_seconds"].buckets)
 
 
@@ -50,6 +52,7 @@ class ExpressDispatcher(RemoteDispatcher):
         self._table: tuple[int, Table] | None = None  # by the map's version
         self._next_number = FIRST_NUMBER
         self._begun: Step | None = None
+        self._patience_GB, self._known_until = np.empty((0, 0)), 0.0
 
     def exchange(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         started = time.monotonic()
@@ -100,7 +103,7 @@ class ExpressDispatcher(RemoteDispatcher):
         if self._native is None or x_TD.dtype not in CODES or x_TD.device.type != "cpu":
             return None
         if self._begun is not self.step:
-            self._native.begin(*self.step.id, x_TD.dtype, self._step_patience(len(x_TD)))
+            self._native.begin(*self.step.id, x_TD.dtype, self._deadlines(len(x_TD)))
             self._begun = self.step
         return self._native
 
@@ -108,7 +111,7 @@ class ExpressDispatcher(RemoteDispatcher):
         """By what may be used now; None unless all of it is reached by streams on which nothing is under way."""
         if self._native:
             self._next_number = self._native.next_number
-        self._begun = None
+        self._begun, self._known_until = None, 0.0
         self.lane.close_retired()
         homes = self._routes.homes
         groups = [
@@ -127,13 +130,18 @@ class ExpressDispatcher(RemoteDispatcher):
         ]
         return NativeExchange(counted, self._table[1], self._next_number)
 
-    def _step_patience(self, num_tokens: int) -> NDArray[np.float64]:
-        """Seconds after which a message to a group counts as late, as RemoteDispatcher sees it."""
-        bits, patience = num_tokens.bit_length() + 1, []
-        for group in range(max(layer.num_groups for layer in self._routes.homes)):
-            may_hedge = bool(self._hedges) and self._num_live(group) > 1
-            patience.append([self._deadline(group, 1 << bit >> 1, may_hedge) for bit in range(bits)])
-        return np.array(patience)
+    def _deadlines(self, num_tokens: int) -> NDArray[np.float64]:
+        """[G, B] seconds after which a message to a group counts as late, as RemoteDispatcher sees it. Found anew now
+        and then: with hundreds of replicas, it takes milliseconds.
+        """
+        bits, now = num_tokens.bit_length() + 1, time.monotonic()
+        if now >= self._known_until or bits > self._patience_GB.shape[1]:
+            patience = []
+            for group in range(max(layer.num_groups for layer in self._routes.homes)):
+                may_hedge = bool(self._hedges) and self._num_live(group) > 1
+                patience.append([self._deadline(group, 1 << bit >> 1, may_hedge) for bit in range(bits)])
+            self._patience_GB, self._known_until = np.array(patience), now + PATIENCE_KNOWN_S
+        return self._patience_GB
 
     def _num_live(self, group: int) -> int:
         return sum(not self._breaker.is_open(replica.replica_id) for replica in self._routes.of_group(group))

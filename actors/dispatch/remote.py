@@ -62,6 +62,7 @@ class RemoteDispatcher(Dispatcher):
         self._probes = Probes(lane)
         self._outstanding: Counter[str] = Counter()
         self._num_sent: Counter[str] = Counter()
+        self._turns: Counter[int] = Counter()  # of groups: messages sent
         self._routes = Routes(lane)
         self._by_id: dict[str, ReplicaAddress] = {}
         self._followed = 0  # the map's version that this thread has seen
@@ -149,6 +150,7 @@ class RemoteDispatcher(Dispatcher):
                 self._give_up(replica, "unreachable")
                 continue
             part.sent.append(Sent(replica, ticket, time.monotonic()))
+            self._turns[part.group] += 1
             self._outstanding[replica.replica_id] += 1
             self._num_sent[replica.replica_id] += 1
             self._num_bytes[self.lane.name_for(replica), "sent"] += len(message)
@@ -156,17 +158,20 @@ class RemoteDispatcher(Dispatcher):
         return False
 
     def _choose(self, part: Part) -> ReplicaAddress | None:
-        """The live replica of the part's group with the least outstanding messages, then the least used one."""
-        replicas = [
-            r
-            for r in self._routes.of_group(part.group)
-            if r.replica_id not in part.tried and not self._breaker.is_open(r.replica_id)
-        ]
-        if len(replicas) == 1:
-            return replicas[0]
-        return min(
-            replicas, key=lambda r: (self._outstanding[r.replica_id], self._num_sent[r.replica_id]), default=None
-        )
+        """The live replica of the part's group with the least outstanding messages, then the least used one.
+
+        Those that are free take turns, so that not all are looked at, however many there are.
+        """
+        replicas = self._routes.of_group(part.group)
+        busy = []
+        for place in range(len(replicas)):
+            replica = replicas[(self._turns[part.group] + place) % len(replicas)]
+            if replica.replica_id in part.tried or self._breaker.is_open(replica.replica_id):
+                continue
+            if not self._outstanding[replica.replica_id]:
+                return replica
+            busy.append(replica)
+        return min(busy, key=lambda r: (self._outstanding[r.replica_id], self._num_sent[r.replica_id]), default=None)
 
     def _receive(self, part: Part) -> Tensor:
         """The part's partial sums, on the host, from whichever replica answers well, or else computed here."""
