@@ -7,8 +7,9 @@ is long because how a part is sent, waited for, given up and sent anew is one st
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Computing a part in the front costs more than waiting a little longer for the last replica that may answer.
 LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
+# So many replicas of a group tell how long an answer takes the fastest.
+MOST_COMPARED = 16
 # An answer that is read faster had come before it was waited for.
 AT_ONCE_S = 0.0002
 
@@ -162,16 +165,22 @@ class RemoteDispatcher(Dispatcher):
 
         Those that are free take turns, so that not all are looked at, however many there are.
         """
-        replicas = self._routes.of_group(part.group)
         busy = []
-        for place in range(len(replicas)):
-            replica = replicas[(self._turns[part.group] + place) % len(replicas)]
-            if replica.replica_id in part.tried or self._breaker.is_open(replica.replica_id):
+        for replica in self._live(part.group):
+            if replica.replica_id in part.tried:
                 continue
             if not self._outstanding[replica.replica_id]:
                 return replica
             busy.append(replica)
         return min(busy, key=lambda r: (self._outstanding[r.replica_id], self._num_sent[r.replica_id]), default=None)
+
+    def _live(self, group: int) -> Iterator[ReplicaAddress]:
+        """Replicas of a group that are not given up; the one whose turn it is comes first."""
+        replicas, turn = self._routes.of_group(group), self._turns[group]
+        for place in range(len(replicas)):
+            replica = replicas[(turn + place) % len(replicas)]
+            if not self._breaker.is_open(replica.replica_id):
+                yield replica
 
     def _receive(self, part: Part) -> Tensor:
         """The part's partial sums, on the host, from whichever replica answers well, or else computed here."""
@@ -198,9 +207,8 @@ class RemoteDispatcher(Dispatcher):
 
     def _deadline(self, group: int, num_tokens: int, may_hedge: bool) -> float:
         """Seconds after which a message counts as late."""
-        replicas = self._routes.of_group(group)
-        live = [r.replica_id for r in replicas if not self._breaker.is_open(r.replica_id)]
-        deadline = self._latency.deadline(live or [r.replica_id for r in replicas], num_tokens)
+        live = [replica.replica_id for replica in islice(self._live(group), MOST_COMPARED)]
+        deadline = self._latency.deadline(live or [r.replica_id for r in self._routes.of_group(group)], num_tokens)
         return deadline if may_hedge else max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
 
     def _give_up_late(self, part: Part) -> None:
