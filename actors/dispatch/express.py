@@ -9,6 +9,7 @@ Shapes: T tokens, D hidden, K top-k, G groups, L layers; B bits of a number of t
 """
 
 import time
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.dispatch.dispatcher import FrontLayers
-from actors.dispatch.parts import Part, Sent, split
+from actors.dispatch.parts import HomeTable, Part, Sent, split
 from actors.dispatch.remote import Pending, RemoteDispatcher
 from actors.dispatch.step import Step
 from actors.kernels import abi
@@ -38,6 +39,8 @@ from actors.staging import DIRECT
 from cluster.expert_map import ReplicaAddress
 from cluster.metrics import BY_NAME
 
+# How long deadlines hold that were derived from answer times.
+PATIENCE_KNOWN_S = 0.1
 BOUNDS = np.array(BY_NAME["dispatch_seconds"].buckets)
 
 
@@ -47,9 +50,12 @@ class ExpressDispatcher(RemoteDispatcher):
         self._native: NativeExchange | None = None
         self._has_changed = True  # who may be used, or their sockets
         self._usable: list[ReplicaAddress] = []  # as the native exchange counts them
-        self._table: tuple[int, Table] | None = None  # by the map's version
+        # What it was made of: the map's version and homes, however the map has changed since.
+        self._map: tuple[int, list[HomeTable]] = 0, []
+        self._table: Table | None = None
         self._next_number = FIRST_NUMBER
         self._begun: Step | None = None
+        self._patience_GB, self._known_until = np.empty((0, 0)), 0.0
 
     def exchange(self, layer: int, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         started = time.monotonic()
@@ -89,54 +95,61 @@ class ExpressDispatcher(RemoteDispatcher):
 
     def _ready(self, x_TD: Tensor) -> NativeExchange | None:
         """For this step, if it may go the native way."""
-        version, _ = self._routes.of_layer(0)
-        if version != self._followed:
+        if self._routes.now()[0] != self._map[0]:
             self._follow_map()
             self._has_changed = True
         self._look_after_the_lost()
         if self._late or self._breaker or self._has_changed:
-            self._native = self._made(version)
+            self._native = self._made()
             self._has_changed = bool(self._late or self._breaker)
         if self._native is None or x_TD.dtype not in CODES or x_TD.device.type != "cpu":
             return None
         if self._begun is not self.step:
-            self._native.begin(*self.step.id, x_TD.dtype, self._step_patience(len(x_TD)))
+            self._native.begin(*self.step.id, x_TD.dtype, self._deadlines(len(x_TD)))
             self._begun = self.step
         return self._native
 
-    def _made(self, version: int) -> NativeExchange | None:
+    def _made(self) -> NativeExchange | None:
         """By what may be used now; None unless all of it is reached by streams on which nothing is under way."""
         if self._native:
             self._next_number = self._native.next_number
-        self._begun = None
+        self._begun, self._known_until = None, 0.0
         self.lane.close_retired()
-        homes = self._routes.homes
-        groups = [
-            [replica for replica in self._routes.of_group(group) if not self._breaker.is_open(replica.replica_id)]
-            for group in range(max(layer.num_groups for layer in homes))
-        ]
-        streams = [[self.lane.stream_to(replica) for replica in group] for group in groups]
-        if any(not group or None in group for group in streams):
-            return None
-        if self._table is None or self._table[0] != version:
-            self._table = version, Table.of([layer.arrays for layer in homes])
-        self._usable = [replica for group in groups for replica in group]
-        counted = [
-            [(stream or 0, self._num_sent[replica.replica_id]) for replica, stream in zip(*both, strict=True)]
-            for both in zip(groups, streams, strict=True)
-        ]
-        return NativeExchange(counted, self._table[1], self._next_number)
+        version, homes, by_group = self._routes.now()
+        if version != self._map[0]:
+            self._map, self._table = (version, homes), Table.of([layer.arrays for layer in homes])
+        usable: list[list[tuple[ReplicaAddress, int]]] = []
+        for group in range(self._num_groups):
+            usable.append([])
+            for replica in by_group.get(group, []):
+                if self._breaker.is_open(replica.replica_id):
+                    continue
+                if (stream := self.lane.stream_to(replica)) is None:
+                    return None
+                usable[-1].append((replica, stream))
+            if not usable[-1]:
+                return None
+        self._usable = [replica for members in usable for replica, _ in members]
+        counted = [[(stream, self._num_sent[replica.replica_id]) for replica, stream in members] for members in usable]
+        assert self._table is not None
+        return NativeExchange(counted, self._table, self._next_number)
 
-    def _step_patience(self, num_tokens: int) -> NDArray[np.float64]:
-        """Seconds after which a message to a group counts as late, as RemoteDispatcher sees it."""
-        bits, patience = num_tokens.bit_length() + 1, []
-        for group in range(max(layer.num_groups for layer in self._routes.homes)):
-            may_hedge = bool(self._hedges) and self._num_live(group) > 1
-            patience.append([self._deadline(group, 1 << bit >> 1, may_hedge) for bit in range(bits)])
-        return np.array(patience)
+    @property
+    def _num_groups(self) -> int:
+        return max(layer.num_groups for layer in self._map[1])
 
-    def _num_live(self, group: int) -> int:
-        return sum(not self._breaker.is_open(replica.replica_id) for replica in self._routes.of_group(group))
+    def _deadlines(self, num_tokens: int) -> NDArray[np.float64]:
+        """[G, B] seconds after which a message to a group counts as late, as RemoteDispatcher sees it. Found anew now
+        and then: with hundreds of replicas, it takes milliseconds.
+        """
+        bits, now = num_tokens.bit_length() + 1, time.monotonic()
+        if now >= self._known_until or bits > self._patience_GB.shape[1]:
+            patience = []
+            for group in range(self._num_groups):
+                may_hedge = bool(self._hedges) and len(tuple(islice(self._live(group), 2))) == 2
+                patience.append([self._deadline(group, 1 << bit >> 1, may_hedge) for bit in range(bits)])
+            self._patience_GB, self._known_until = np.array(patience), now + PATIENCE_KNOWN_S
+        return self._patience_GB
 
     def _account(self, records_NX: Records, seconds_L: NDArray[np.float64]) -> None:
         """For exchanges that are done."""
@@ -171,9 +184,8 @@ class ExpressDispatcher(RemoteDispatcher):
     ) -> Tensor:
         """Go on with an exchange that is not done, as if its messages had been sent from here."""
         x_TD, ids_TK, gates_TK = routed
-        version, homes = self._routes.of_layer(layer)
-        assert self._table is not None
-        parts = split(layer, x_TD, ids_TK, gates_TK, homes, version)
+        version, homes = self._map
+        parts = split(layer, x_TD, ids_TK, gates_TK, homes[layer], version)
         sent_GX = records_GX[records_GX[:, COLUMN["state"]] != abi.NO_TOKENS]
         self._account_sent(sent_GX)
         for part, record in zip(parts, sent_GX, strict=True):

@@ -7,8 +7,9 @@ is long because how a part is sent, waited for, given up and sent anew is one st
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Computing a part in the front costs more than waiting a little longer for the last replica that may answer.
 LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
+# So many replicas of a group tell how long an answer takes the fastest.
+MOST_COMPARED = 16
 # An answer that is read faster had come before it was waited for.
 AT_ONCE_S = 0.0002
 
@@ -62,6 +65,7 @@ class RemoteDispatcher(Dispatcher):
         self._probes = Probes(lane)
         self._outstanding: Counter[str] = Counter()
         self._num_sent: Counter[str] = Counter()
+        self._turns: Counter[int] = Counter()  # of groups: messages sent
         self._routes = Routes(lane)
         self._by_id: dict[str, ReplicaAddress] = {}
         self._followed = 0  # the map's version that this thread has seen
@@ -149,6 +153,7 @@ class RemoteDispatcher(Dispatcher):
                 self._give_up(replica, "unreachable")
                 continue
             part.sent.append(Sent(replica, ticket, time.monotonic()))
+            self._turns[part.group] += 1
             self._outstanding[replica.replica_id] += 1
             self._num_sent[replica.replica_id] += 1
             self._num_bytes[self.lane.name_for(replica), "sent"] += len(message)
@@ -156,17 +161,26 @@ class RemoteDispatcher(Dispatcher):
         return False
 
     def _choose(self, part: Part) -> ReplicaAddress | None:
-        """The live replica of the part's group with the least outstanding messages, then the least used one."""
-        replicas = [
-            r
-            for r in self._routes.of_group(part.group)
-            if r.replica_id not in part.tried and not self._breaker.is_open(r.replica_id)
-        ]
-        if len(replicas) == 1:
-            return replicas[0]
-        return min(
-            replicas, key=lambda r: (self._outstanding[r.replica_id], self._num_sent[r.replica_id]), default=None
-        )
+        """The live replica of the part's group with the least outstanding messages, then the least used one.
+
+        Those that are free take turns, so that not all are looked at, however many there are.
+        """
+        busy = []
+        for replica in self._live(part.group):
+            if replica.replica_id in part.tried:
+                continue
+            if not self._outstanding[replica.replica_id]:
+                return replica
+            busy.append(replica)
+        return min(busy, key=lambda r: (self._outstanding[r.replica_id], self._num_sent[r.replica_id]), default=None)
+
+    def _live(self, group: int) -> Iterator[ReplicaAddress]:
+        """Replicas of a group that are not given up; the one whose turn it is comes first."""
+        replicas, turn = self._routes.of_group(group), self._turns[group]
+        for place in range(len(replicas)):
+            replica = replicas[(turn + place) % len(replicas)]
+            if not self._breaker.is_open(replica.replica_id):
+                yield replica
 
     def _receive(self, part: Part) -> Tensor:
         """The part's partial sums, on the host, from whichever replica answers well, or else computed here."""
@@ -193,9 +207,8 @@ class RemoteDispatcher(Dispatcher):
 
     def _deadline(self, group: int, num_tokens: int, may_hedge: bool) -> float:
         """Seconds after which a message counts as late."""
-        replicas = self._routes.of_group(group)
-        live = [r.replica_id for r in replicas if not self._breaker.is_open(r.replica_id)]
-        deadline = self._latency.deadline(live or [r.replica_id for r in replicas], num_tokens)
+        live = [replica.replica_id for replica in islice(self._live(group), MOST_COMPARED)]
+        deadline = self._latency.deadline(live or [r.replica_id for r in self._routes.of_group(group)], num_tokens)
         return deadline if may_hedge else max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
 
     def _give_up_late(self, part: Part) -> None:

@@ -58,10 +58,12 @@ class Routes:
                 raise DispatchError("no expert map has been published yet")
             return self._map.version, self._homes[layer]
 
-    @property
-    def homes(self) -> list[HomeTable]:
-        """Of all layers."""
-        return self._homes
+    def now(self) -> tuple[int, list[HomeTable], dict[int, list[ReplicaAddress]]]:
+        """(version of the map, all layers' homes, replicas by group), of one map. Raises DispatchError without one."""
+        with self._changed:
+            if self._map is None:
+                raise DispatchError("no expert map has been published yet")
+            return self._map.version, self._homes, self._by_group
 
     def of_group(self, group: int) -> list[ReplicaAddress]:
         return self._by_group.get(group, [])

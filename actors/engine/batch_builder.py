@@ -30,7 +30,7 @@ def build_batch(chunks: list[Chunk], block_size: int, staging: Staging) -> StepB
     width = max(len(chunk.sequence.blocks) for chunk in chunks)
     blocks = np.zeros((len(chunks), width), dtype=np.int32)
     for row, chunk in zip(blocks, chunks, strict=True):
-        row[: len(chunk.sequence.blocks)] = chunk.sequence.blocks
+        row[: len(chunk.sequence.blocks)] = np.frombuffer(chunk.sequence.blocks, np.int32)
     batch = StepBatch(
         torch.tensor(tokens),
         torch.tensor(positions),

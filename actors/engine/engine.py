@@ -233,7 +233,7 @@ class Engine:
         """The experts of the tokens computed since the last report. A sequence's last token is never computed."""
         size, first = self.scheduler.allocator.block_size, sequence.num_routed
         positions = torch.arange(first, sequence.num_computed)
-        slots = torch.tensor(sequence.blocks)[positions // size] * size + positions % size
+        slots = torch.tensor(sequence.blocks, dtype=torch.int64)[positions // size] * size + positions % size
         ids_TLK = self.kv.read_routed(slots.to(self.model.compute.device)).cpu().contiguous()
         sequence.num_routed = sequence.num_computed
         shape = (ids_TLK.shape[0], ids_TLK.shape[1], ids_TLK.shape[2])

@@ -6,11 +6,12 @@ is left for prompts, so that each is read in the end. A sequence gets the blocks
 so only the growth of running sequences can run out of blocks; then the youngest is preempted and later computed again.
 """
 
+from array import array
 from collections import Counter, deque
 from dataclasses import dataclass
 
 from actors.engine.kv_cache import BlockAllocator
-from actors.engine.sequence import Sequence
+from actors.engine.sequence import Sequence, no_blocks
 from actors.engine.step_budget import StepBudget
 from cluster.messages.requests import FinishReason
 
@@ -70,11 +71,11 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for the sequence's last token. False if the sequence was preempted, now or before."""
-        while sequence in self.running:
+        while sequence.blocks:  # as long as it runs
             if len(sequence.blocks) >= self._num_blocks(len(sequence.token_ids)):
                 return True
             if self.allocator.can_allocate(1):
-                sequence.blocks += self.allocator.allocate(1)
+                sequence.blocks.extend(self.allocator.allocate(1))
             else:
                 self._preempt(self.running[-1])
         return False
@@ -154,7 +155,7 @@ class Scheduler:
             return False
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        sequence.blocks = matched + self.allocator.allocate(missing)
+        sequence.blocks = array("i", matched + self.allocator.allocate(missing))
         sequence.num_computed = len(matched) * size
         sequence.num_published = len(matched)
         if sequence.num_cached is None:
@@ -199,11 +200,11 @@ class Scheduler:
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Take the sequence out, wherever it is, and give its blocks back."""
-        if sequence in self.running:
+        if sequence.blocks:
             self._remove(sequence)
         else:
             self.waiting.remove(sequence)
-        sequence.blocks = []
+        sequence.blocks = no_blocks()
         sequence.finish_reason = reason
 
     def clear(self) -> None:

@@ -1,6 +1,7 @@
 """One sequence in a front: its tokens, its KV blocks, and what has been computed. Knows no tensors."""
 
 import time
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
     from actors.engine.pooling import Pooled
 
 
+def no_blocks() -> "array[int]":
+    return array("i")
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`num_computed` tokens have their K and V in `blocks`. The rest of `token_ids` is still to be computed."""
 
     request: GenerationRequest
     token_ids: list[int]
-    blocks: list[int] = field(default_factory=list)
+    blocks: "array[int]" = field(default_factory=no_blocks)  # while it runs; as an array, which a batch copies at once
     hashes: list[bytes] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache, at the first admission
@@ -116,6 +121,6 @@ class Sequence:
 
     def reset(self) -> None:
         """Forget what was computed, after the blocks were given back (preemption by recompute)."""
-        self.blocks = []
+        self.blocks = no_blocks()
         self.num_computed = self.num_published = 0
         self.pooled = None

@@ -8,6 +8,9 @@
 
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "common.h"
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")))
@@ -21,6 +24,14 @@ constexpr long MAX_ROWS = 32;
 constexpr long PREFETCH = 1024;
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+
+// of<1>(), of<2>() and so on, as an array.
+template <int N, typename Of>
+constexpr auto by_rows(Of of) {
+  return [&]<int... M>(std::integer_sequence<int, M...>) {
+    return std::array{of.template operator()<M + 1>()...};
+  }(std::make_integer_sequence<int, N>());
+}
 
 // How one instruction set multiplies.
 struct Kernel {

@@ -70,19 +70,11 @@ AVX512 inline void multiply_avx512_rows(const bf16* w, long pairs, const char* x
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(out + m * TILE, a[m]);
 }
 
+// A copy for each number of rows: one pass over the weights, and as many sums at a time as there are rows. Each sum waits
+// for its own last product, so seven rows as 4 + 2 + 1 take twice as long as seven.
 AVX512 void multiply_avx512(const char* tile, long padded, const char* x, long stride, long rows, float* out) {
-  const bf16* w = reinterpret_cast<const bf16*>(tile);
-  while (rows > 0) {
-    const long some = rows >= 16 ? 16 : rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-    switch (some) {
-      case 16: multiply_avx512_rows<16>(w, padded / 2, x, stride, out); break;
-      case 8: multiply_avx512_rows<8>(w, padded / 2, x, stride, out); break;
-      case 4: multiply_avx512_rows<4>(w, padded / 2, x, stride, out); break;
-      case 2: multiply_avx512_rows<2>(w, padded / 2, x, stride, out); break;
-      default: multiply_avx512_rows<1>(w, padded / 2, x, stride, out);
-    }
-    rows -= some, x += some * stride, out += some * TILE;
-  }
+  static constexpr auto BY_ROWS = by_rows<16>([]<int M>() { return &multiply_avx512_rows<M>; });
+  BY_ROWS[rows - 1](reinterpret_cast<const bf16*>(tile), padded / 2, x, stride, out);
 }
 
 AMX void multiply_amx(const char* w, long padded, const char* x, long stride, long rows, float* out) {

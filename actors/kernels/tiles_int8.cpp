@@ -45,6 +45,11 @@ AVX2 void activate_int8(const float* row, long padded, char* out) {
   std::memcpy(out + padded, &scale, 4);
 }
 
+AVX2 void activate_uint8(const float* row, long padded, char* out) {
+  activate_int8(row, padded, out);
+  for (long d = 0; d < padded; ++d) out[d] = char(out[d] ^ 0x80);
+}
+
 inline float row_scale(const char* row, long bytes) {
   float scale;
   std::memcpy(&scale, row + bytes, 4);
@@ -101,42 +106,37 @@ AVX2 void multiply_avx2(const char* tile, long padded, const char* x, long strid
   }
 }
 
+// VNNI multiplies unsigned bytes by signed ones: activations are 128 more than they are, and 128 times the sum of the
+// weights is taken off in the end. Sums are modulo 2^32 on the way, and right in the end.
 template <int M>
 AVX512 inline void multiply_avx512_rows(const char* w, long padded, const char* x, long stride, float* out) {
-  __m512i a[M];
+  const __m512i offset = _mm512_set1_epi32(int32_t(0x80808080));
+  __m512i a[M], too_much = _mm512_setzero_si512();
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) a[m] = _mm512_setzero_si512();
-  for (long bytes = 0; bytes < 2 * padded; bytes += 8, w += 4 * TILE) {
+  for (long d = 0; d < padded; d += 4, w += 4 * TILE) {
     _mm_prefetch(w + PREFETCH, _MM_HINT_NTA);
     const __m512i weights = _mm512_loadu_si512(w);
-    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(weights, 8), 8), odd = _mm512_srai_epi16(weights, 8);
+    too_much = _mm512_dpbusd_epi32(too_much, offset, weights);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      int32_t pairs[2];
-      std::memcpy(pairs, x + m * stride + bytes, 8);
-      a[m] = _mm512_dpwssd_epi32(a[m], even, _mm512_set1_epi32(pairs[0]));
-      a[m] = _mm512_dpwssd_epi32(a[m], odd, _mm512_set1_epi32(pairs[1]));
+      int32_t four;
+      std::memcpy(&four, x + m * stride + d, 4);
+      a[m] = _mm512_dpbusd_epi32(a[m], _mm512_set1_epi32(four), weights);
     }
   }
   const __m512 scales = _mm512_loadu_ps(w);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    const __m512 scale = _mm512_set1_ps(row_scale(x + m * stride, 2 * padded));
-    _mm512_storeu_ps(out + m * TILE, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(a[m]), scale), scales));
+    const __m512 scale = _mm512_set1_ps(row_scale(x + m * stride, padded));
+    const __m512 sums = _mm512_cvtepi32_ps(_mm512_sub_epi32(a[m], too_much));
+    _mm512_storeu_ps(out + m * TILE, _mm512_mul_ps(_mm512_mul_ps(sums, scale), scales));
   }
 }
 
 AVX512 void multiply_avx512(const char* tile, long padded, const char* x, long stride, long rows, float* out) {
-  while (rows > 0) {
-    const long some = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-    switch (some) {
-      case 8: multiply_avx512_rows<8>(tile, padded, x, stride, out); break;
-      case 4: multiply_avx512_rows<4>(tile, padded, x, stride, out); break;
-      case 2: multiply_avx512_rows<2>(tile, padded, x, stride, out); break;
-      default: multiply_avx512_rows<1>(tile, padded, x, stride, out);
-    }
-    rows -= some, x += some * stride, out += some * TILE;
-  }
+  static constexpr auto BY_ROWS = by_rows<16>([]<int M>() { return &multiply_avx512_rows<M>; });
+  BY_ROWS[rows - 1](tile, padded, x, stride, out);
 }
 
 AMX void multiply_amx(const char* w, long padded, const char* x, long stride, long rows, float* out) {
@@ -167,5 +167,5 @@ const Format INT8 = {
     .scales = 64,
     .pack_row = pack_row,
     .kernels = {{.item = 2, .max_rows = 4, .activate = activate_int16, .multiply = multiply_avx2},
-                {.item = 2, .max_rows = 8, .activate = activate_int16, .multiply = multiply_avx512},
+                {.item = 1, .max_rows = 16, .activate = activate_uint8, .multiply = multiply_avx512},
                 {.item = 1, .max_rows = 32, .activate = activate_int8, .multiply = multiply_amx, .leave = amx_leave}}};

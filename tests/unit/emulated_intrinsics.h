@@ -44,15 +44,20 @@ inline Floats dot_pairs(Floats sum, Pairs a, Pairs b) {
 template <typename T>
 inline T lane(Pairs v, int number) { T value; std::memcpy(&value, reinterpret_cast<char*>(&v) + number * sizeof(T), sizeof(T)); return value; }
 inline Pairs no_sums() { return {}; }
-inline Pairs shift_left(Pairs v, int by) { for (uint16_t& each : v.at) each = uint16_t(each << by); return v; }
-inline Pairs shift_right(Pairs v, int by) { for (uint16_t& each : v.at) each = uint16_t(int16_t(each) >> by); return v; }
-inline Pairs dot_int16(Pairs sum, Pairs a, Pairs b) {
+inline Pairs dot_bytes(Pairs sum, Pairs a, Pairs b) {  // unsigned by signed, modulo 2^32
   for (int i = 0; i < 16; ++i) {
-    int32_t total = lane<int32_t>(sum, i);
-    for (int half = 0; half < 2; ++half) total += lane<int16_t>(a, 2 * i + half) * lane<int16_t>(b, 2 * i + half);
+    uint32_t total = lane<uint32_t>(sum, i);
+    for (int part = 0; part < 4; ++part) total += uint32_t(lane<uint8_t>(a, 4 * i + part) * lane<int8_t>(b, 4 * i + part));
     std::memcpy(sum.at + 2 * i, &total, 4);
   }
   return sum;
+}
+inline Pairs minus(Pairs a, Pairs b) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t difference = lane<uint32_t>(a, i) - lane<uint32_t>(b, i);
+    std::memcpy(a.at + 2 * i, &difference, 4);
+  }
+  return a;
 }
 inline Floats from_int32(Pairs v) {
   Floats f;
@@ -134,9 +139,8 @@ EMULATED long emulated_tiles_in_use() {
 #define _mm512_dpbf16_ps emulated::dot_pairs
 #define __m512i emulated::Pairs
 #define _mm512_setzero_si512 emulated::no_sums
-#define _mm512_slli_epi16 emulated::shift_left
-#define _mm512_srai_epi16 emulated::shift_right
-#define _mm512_dpwssd_epi32 emulated::dot_int16
+#define _mm512_dpbusd_epi32 emulated::dot_bytes
+#define _mm512_sub_epi32 emulated::minus
 #define _mm512_cvtepi32_ps emulated::from_int32
 #define _mm512_loadu_ps emulated::load_floats
 #define _mm512_set1_ps emulated::spread_float

@@ -351,6 +351,20 @@ def test_a_replica_that_joins_does_not_get_all_messages_until_it_has_caught_up()
     assert (lane.sent.count("a"), lane.sent.count("b")) == (5, 5)
 
 
+def test_a_free_replica_is_found_without_looking_at_all_of_them() -> None:
+    names = [f"r{n}" for n in range(256)]
+    lane = ScriptedLane(**dict.fromkeys(names, echo))
+    dispatcher = RemoteDispatcher(lane, Metrics())
+    replicas = tuple(ReplicaAddress(name, 0, ((lane.name, name),)) for name in names)
+    dispatcher.set_map(ExpertMap(1, 1, contiguous_homes(2, 4, 1), replicas))
+    looked_at: list[str] = []
+    dispatcher._breaker.is_open = looked_at.append  # type: ignore[assignment, method-assign]
+    for _ in range(256):
+        compute(dispatcher)
+    assert sorted(lane.sent) == sorted(names), "they take turns"
+    assert len(looked_at) < 256 * 40
+
+
 def test_deadlines_follow_what_was_observed() -> None:
     latency = Latency()
     assert latency.deadline("a", 1) == FIRST_DEADLINE_S

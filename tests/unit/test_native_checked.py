@@ -20,7 +20,13 @@ EMULATION = Path(__file__).with_name("emulated_intrinsics.h")
 CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 EMULATED = ["-mavx2", "-mfma", "-include", str(EMULATION)]
 BUILD = ["g++", "-O1", "-g1", "-std=c++20", "-shared", "-fPIC", "-pthread", *CHECKS, *EMULATED]
-NAMES = ("test_native.py", "test_native_attention.py", "test_native_front_layer.py")
+NAMES = (
+    "test_native.py",
+    "test_native_attention.py",
+    "test_native_front_layer.py",
+    "test_unix_lane.py",
+    "test_express.py",
+)
 TESTS = [str(Path(__file__).with_name(name)) for name in NAMES]
 RUN_TESTS = """
 import sys, pathlib, pytest
