@@ -243,7 +243,7 @@ class VarlenPlan(AttentionPlan):
         found = varlen_attn(
             q_THC, k_BPGC, v_BPGC, self.cu_seq_q, self.cu_seq_k, self.max_q, self.max_k,
             return_aux=None if rule.sinks_H is None else AuxRequest(lse=True),
-            scale=rule.scale, window_size=self.sides(rule.window), enable_gqa=True,
+            scale=rule.scale, window_size=self.sides(rule), enable_gqa=True,
             seqused_k=self.seqused_k, block_table=self.block_table, num_splits=1,
         )  # fmt: skip
         if rule.sinks_H is None:
@@ -252,9 +252,10 @@ class VarlenPlan(AttentionPlan):
         out_THC, lse_HT = found  # not [T, H], as its documentation says: the kernel's own order is passed on
         return out_THC * torch.sigmoid(lse_HT.T.float() - rule.sinks_H.float())[..., None].to(out_THC.dtype)
 
-    def sides(self, window: int | None) -> tuple[int, int]:
+    def sides(self, rule: AttentionRule) -> tuple[int, int]:
         """How many tokens to its left and right a query sees; -1 is all of them."""
-        if window is not None and window < self.max_k:
-            return (window - 1, 0)
-        # One query sees all its keys. To say that it is causal keeps query heads of a group from being packed.
-        return (-1, -1) if self.max_q == 1 else (-1, 0)
+        if rule.window is not None and rule.window < self.max_k:
+            return (rule.window - 1, 0)
+        # One query sees all its keys. To say that it is causal keeps query heads of a group from being packed; with
+        # sinks that is wanted, for nobody documents in what order packed heads have their log-sum-exps.
+        return (-1, -1) if self.max_q == 1 and rule.sinks_H is None else (-1, 0)

@@ -1,5 +1,7 @@
 """What an actor computes with, and what `outcrop check` says about it."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from actors.compute import Compute, describe
 from actors.kernels import native
 from cluster.errors import ConfigError, ModelError
 from cluster.messages.actors import ExpertDtype, KernelChoice
+from tests.checkpoints import BASE
+from tests.specs import spec_of
 
 AVX2_TESTED, AVX512_TESTED = "native, avx2 (tested on hardware)", "native, avx512_bf16 (tested on hardware)"
 ONEDNN = "oneDNN: this CPU has bfloat16 instructions"
@@ -114,3 +118,35 @@ def test_why_there_is_no_gpu_is_told_as_it_is(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ModelError, match=f"torch sees no GPU in this actor: .*{told}"):
         Compute.choose("cuda", "bfloat16")
+
+
+@pytest.mark.usefixtures("_cpu")
+@pytest.mark.parametrize("sets", [AVX2])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, [AVX2_TESTED, AVX2_TESTED, "one native call", AVX2_TESTED]),
+        (
+            {"head_dim": 12},
+            [
+                "torch, slow: head_dim=12 is no multiple of 8",
+                AVX2_TESTED,
+                "step by step, for its attention",
+                AVX2_TESTED,
+            ],
+        ),
+        (
+            {"hidden_act": "gelu"},
+            [
+                AVX2_TESTED,
+                AVX2_TESTED,
+                "one native call",
+                f"matrix by matrix, {AVX2_TESTED}: hidden_act='gelu' is not silu",
+            ],
+        ),
+    ],
+)
+def test_what_a_model_is_computed_with(changes: dict[str, Any], told: list[str]) -> None:
+    spec = spec_of(BASE | changes)
+    lines = list(describe(Compute.choose("cpu", "bfloat16"), "auto", spec))
+    assert [line.partition(": ")[2] for line in lines] == told

@@ -133,3 +133,19 @@ def parser_fields(model_type: str) -> set[str]:
 
     module = sys.modules[all_families()[model_type].parse.__module__]
     return set(module.Config.model_fields) | {"eos_token_id", "rope_theta", "rope_scaling"}
+
+
+def test_nothing_else_knows_a_family() -> None:
+    root = Path(__file__).parents[2]
+    names = {word.lower() for f in all_families().values() for word in (f.model_type, f.architecture)}
+    files = [path for folder in ("actors", "cluster", "benchmarks", "deploy") for path in (root / folder).rglob("*")]
+    sources = [path for path in files if path.suffix in {".py", ".cpp", ".h"} and "demo" not in path.parts]
+    assert len(sources) > 150
+    found = {
+        f"{path.relative_to(root)}: {name}"
+        for path in sources
+        if "families" not in path.parts
+        for name in names
+        if name in path.read_text(encoding="utf-8").lower()
+    }
+    assert not found

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.messages.requests import RequestOutput, SamplingParams
-from deploy.ingress.openai.choices import Choice, ChoiceDelta
+from deploy.ingress.openai.choices import Choice, ChoiceDelta, merge
 from deploy.ingress.openai.errors import APIError
 from deploy.ingress.openai.parsing import parse_body
 from deploy.ingress.openai.requests import ChatCompletionRequest
 from deploy.ingress.openai.responses import ChatResponder, Usage
-from deploy.ingress.text.reasoning import ReasoningSplitter, is_begun, may_think
+from deploy.ingress.text.reasoning import MARKS, ReasoningSplitter, is_begun, may_think
 from deploy.ingress.text.tokens import Tokenizer
 from tests import tiny_tokenizers
 
@@ -69,9 +69,11 @@ def test_the_prompt_tells_whether_a_thought_has_begun(tmp_path: Path, prompt: st
 THOUGHT = "<think>\nI count.\n</think>\n\nThree."
 
 
-def chat_choice(text: str, **fields: Any) -> tuple[ChatResponder, list[ChoiceDelta]]:
+def chat_choice(
+    text: str, tokenizer: Tokenizer | None = None, **fields: Any
+) -> tuple[ChatResponder, list[ChoiceDelta]]:
     """A choice of an answer that comes in pieces of three tokens."""
-    tokenizer = Tokenizer(tiny_tokenizers.byte_level())
+    tokenizer = tokenizer or Tokenizer(tiny_tokenizers.byte_level())
     body = {"messages": [{"role": "user", "content": "Hi"}]} | fields
     request = parse_body(json.dumps(body).encode(), ChatCompletionRequest)
     params = SamplingParams(max_tokens=500, stop_token_ids=(0,))
@@ -105,3 +107,10 @@ def test_what_the_request_may_say_of_the_template() -> None:
     for bad in ({"messages": []}, {"tools": 1}, ["enable_thinking"]):
         with pytest.raises(APIError, match="chat_template_kwargs"):
             parse(chat_template_kwargs=bad)
+
+
+def test_marks_that_are_special_tokens_are_seen_all_the_same() -> None:
+    tokenizer = tiny_tokenizers.byte_level()
+    tokenizer.add_special_tokens(list(MARKS))
+    _, deltas = chat_choice(THOUGHT, tokenizer=Tokenizer(tokenizer))
+    assert (merge(deltas).reasoning, merge(deltas).text) == ("I count.", "Three.")

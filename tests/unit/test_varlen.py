@@ -107,6 +107,11 @@ def test_flash_attention_3_gets_no_cumulative_keys(monkeypatch: pytest.MonkeyPat
 def test_single_queries_are_not_called_causal() -> None:
     """So that the query heads of a group are packed."""
     decodes, mixed = VarlenPlan(step_of([(1, 300), (1, 5)])[0]), VarlenPlan(step_of([(1, 300), (2, 5)])[0])
-    assert [decodes.sides(None), mixed.sides(None)] == [(-1, -1), (-1, 0)]
-    assert [decodes.sides(300), mixed.sides(300)] == [(-1, -1), (-1, 0)], "a window that all are within hides nothing"
-    assert [decodes.sides(299), mixed.sides(7)] == [(298, 0), (6, 0)]
+
+    def sides(rule: AttentionRule) -> list[tuple[int, int]]:
+        return [decodes.sides(rule), mixed.sides(rule)]
+
+    assert sides(AttentionRule(1.0)) == [(-1, -1), (-1, 0)]
+    assert sides(AttentionRule(1.0, window=300)) == [(-1, -1), (-1, 0)], "a window of all tokens hides nothing"
+    assert sides(AttentionRule(1.0, window=7)) == [(6, 0), (6, 0)]
+    assert sides(AttentionRule(1.0, sinks_H=torch.zeros(8))) == [(-1, 0), (-1, 0)]

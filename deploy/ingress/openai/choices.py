@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from cluster.messages.requests import FinishReason, RequestOutput, RoutedExperts, SamplingParams, TokenLogprob
 from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequest
-from deploy.ingress.text.reasoning import ReasoningSplitter
+from deploy.ingress.text.reasoning import MARKS, ReasoningSplitter
 from deploy.ingress.text.stop_strings import StopChecker
 from deploy.ingress.text.tokens import IncrementalDetokenizer, Tokenizer
 from deploy.ingress.text.tool_calls import ToolCallDelta, ToolCallParser, ToolFormat, join_calls
@@ -116,7 +116,7 @@ class Choice:
             tokenizer,
             skip_special_tokens=request.skip_special_tokens,
             prompt_ids=self.prompt_token_ids,
-            shown=(tool_format.begin, tool_format.end) if tool_format else (),
+            shown=((tool_format.begin, tool_format.end) if tool_format else ()) + (MARKS if thoughts else ()),
         )
         self._echoed = echoed
         self._thoughts = thoughts

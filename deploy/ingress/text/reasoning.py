@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from deploy.ingress.text.tokens import Tokenizer
 
-BEGIN, END = "<think>", "</think>"
+MARKS = BEGIN, END = "<think>", "</think>"
 # As many tokens of a prompt are enough to see whether it ends with a mark.
 TAIL = 16
 
