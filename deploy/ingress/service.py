@@ -179,7 +179,8 @@ class Service:
             raise invalid_request("input holds a text without tokens: there is nothing to embed", "input")
         if not self.state.is_serving:
             raise unavailable(f"The model is not ready: {self.state.phase}")
-        found = await embed(self.client, prompts, SamplingParams(max_tokens=0, pooling=request.pooling), request_id)
+        params = SamplingParams(max_tokens=0, pooling=request.pooling)
+        found = await embed(self.client, self.metrics, prompts, params, request_id)
 
         def answer() -> bytes:
             vectors = [shaped(each, request.dimensions, request.normalize) for each in found]
