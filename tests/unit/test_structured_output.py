@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from actors.engine.engine import Engine
 from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
 from cluster.models.grammars import GrammarError, Grammars
 from deploy.demo import MODEL_DIR
-from deploy.ingress.text.grammar import GrammarWriter
+from deploy.ingress.text.grammar import GrammarWriter, Thought
 from deploy.ingress.text.tokens import Tokenizer
 from deploy.ingress.text.tool_calls import FORMATS, ToolCallParser, ToolFormat, join_calls
 from tests.checkpoints import MODELS, write_checkpoint
@@ -166,6 +167,29 @@ class TestTheStateIsThatOfTheTokens:
         answers.run()
         beside = self.alone(model_dir, grammars)
         assert answers.tokens == {name: beside[name] for name in answers.tokens}
+
+
+THOUGHTS: list[tuple[Thought, str]] = [("begun", "Hm.</think>\n"), ("maybe", "<think>Hm.</think>\n"), ("maybe", "")]
+
+
+@pytest.mark.parametrize(("kind", "value"), [("json", SCHEMA), *TEXT_KINDS.items()], ids=["json", *TEXT_KINDS])
+@pytest.mark.parametrize(("thought", "said"), THOUGHTS)
+def test_a_thought_comes_before_what_the_grammar_asks_for(
+    answers: Answers, kind: str, value: Any, thought: Thought, said: str
+) -> None:
+    grammar = GrammarWriter(answers.grammars.added).write(kind, value, thought)
+    tokens = tuple(answers.tokenizer.encode(said)) if said else ()
+    params = replace(answers.params, grammar=grammar, max_tokens=len(tokens) + 100)
+    # A bias against the mark: with it, an untrained model could think for ever.
+    params = replace(params, logit_bias=(*params.logit_bias, (answers.tokenizer.encode("<")[0], -100.0)))
+    answers.offer(GenerationRequest("a", "t", PROMPT, params, output_token_ids=tokens))
+    answers.run()
+    text = answers.text("a").removeprefix(said)
+    assert answers.reasons["a"] == "stop"
+    assert kind != "json" or jsonschema.Draft202012Validator(SCHEMA).is_valid(json.loads(text))
+    assert kind != "regex" or re.fullmatch(value, text)
+    assert kind != "choice" or text in value
+    assert kind != "grammar" or re.fullmatch("a*b", text)
 
 
 TOOLS = [
