@@ -180,6 +180,19 @@ def quality() -> str:
     return table(["experts", "perplexity", "top-1 as bfloat16", "right answers"], rows) + source("quality")
 
 
+def masks() -> str:
+    rows = [
+        [
+            each["grammar"],
+            *(f"{each[key]:.2f}" for key in ("compile_ms", "masks_ms", "longest_ms", "sample_ms")),
+            f"{100 * each['share']:.1f} %",
+        ]
+        for each in result("masks")["figures"]
+    ]
+    head = ["grammar", "compile, ms", "32 masks, ms", "longest", "sample, ms", "of a step"]
+    return table(head, rows) + source("masks")
+
+
 def scaling() -> str:
     figures = result("scaling")["figures"]
     rows = []
@@ -254,6 +267,7 @@ TABLES: dict[str, Table] = {
     "kernels": kernels,
     "attention": attention,
     "quality": quality,
+    "masks": masks,
     "scaling": scaling,
     "chaos": chaos,
     "chaos-1b-a400m": chaos_large,

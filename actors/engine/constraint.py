@@ -5,7 +5,10 @@ so it does not matter which front has emitted them, nor how often they were comp
 W words of 32 tokens each.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +16,10 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from actors.staging import Staging
-from cluster.models.grammars import check
+from cluster.models.grammars import GrammarError, check
+
+if TYPE_CHECKING:
+    from actors.engine.sequence import Sequence
 
 
 class Constraint:
@@ -30,6 +36,30 @@ class Constraint:
             self._num_taken = len(emitted)
         self._matcher.unsafe_compute_mask_ptr(self.mask_W.data_ptr(), self.mask_W.nbytes)
         check(self._matcher)
+
+
+class Masks:
+    """Computes the masks of a step beside the model, in a thread: llguidance lets go of the interpreter's lock."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "masks")
+
+    def begin(self, sequences: "list[Sequence]") -> "Callable[[], dict[Sequence, GrammarError]]":
+        """Bring their constraints up to their last tokens. What is returned waits for that, and says whose grammars
+        have gone beyond their limits.
+        """
+        return self._thread.submit(_follow, sequences).result if sequences else dict
+
+
+def _follow(sequences: "list[Sequence]") -> "dict[Sequence, GrammarError]":
+    failed = {}
+    for sequence in sequences:
+        assert sequence.constraint is not None
+        try:
+            sequence.constraint.follow(sequence.token_ids[sequence.num_prompt :])
+        except GrammarError as error:
+            failed[sequence] = error
+    return failed
 
 
 def apply_masks(logits_RV: Tensor, masks: dict[int, Tensor], staging: Staging) -> None:

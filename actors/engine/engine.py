@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.dispatch.dispatcher import Dispatcher
 from actors.dispatch.step import Step
 from actors.engine.batch_builder import build_batch
-from actors.engine.constraint import Constraint
+from actors.engine.constraint import Constraint, Masks
 from actors.engine.pooling import Pooled
 from actors.engine.readout import Sampled, sample_next, score_prompt
 from actors.engine.scheduler import Chunk, Scheduler
@@ -46,6 +46,7 @@ class Engine:
         self.scheduler = scheduler
         self.metrics = metrics
         self.sequences: dict[str, Sequence] = {}
+        self._masks = Masks()
         self.is_broken = False
         self._self_test = SelfTest(model, kv, scheduler)
         self._step_id = StepId.first_of(actor_id)
@@ -148,13 +149,16 @@ class Engine:
     def _compute(self, chunks: list[Chunk], step: Step) -> list[RequestOutput]:
         self.dispatcher.step = step
         batch = build_batch(chunks, self.scheduler.allocator.block_size, self.model.staging)
+        failures = self._masks.begin([c.sequence for c in chunks if c.completes and c.sequence.constraint])
         hidden_RD, ids_TLK = self.model.forward(batch, self.kv, self.dispatcher)
         self._count_experts(ids_TLK)
-        return self._postprocess(chunks, batch.spans, hidden_RD)
+        return self._postprocess(chunks, batch.spans, hidden_RD, failures())
 
-    def _postprocess(self, chunks: list[Chunk], spans: tuple[Span, ...], hidden_RD: Tensor) -> list[RequestOutput]:
+    def _postprocess(
+        self, chunks: list[Chunk], spans: tuple[Span, ...], hidden_RD: Tensor, failed: dict[Sequence, GrammarError]
+    ) -> list[RequestOutput]:
+        """Sequences in `failed` get no token: no other one suffers from that."""
         sampling, last_rows = [], []
-        failed: dict[str, GrammarError] = {}
         for chunk, span in zip(chunks, spans, strict=True):
             if chunk.sequence.wants_prompt_logprobs:
                 score_prompt(self.model, chunk.sequence, hidden_RD[span.logits], span.context - span.num_logits)
@@ -163,10 +167,7 @@ class Engine:
                 if span.num_logits:
                     chunk.sequence.pooled.add(hidden_RD[span.logits])
             if chunk.completes and chunk.sequence.request.params.max_tokens:
-                try:
-                    chunk.sequence.constrain()
-                except GrammarError as error:  # beyond the limits: no other sequence suffers from that
-                    failed[chunk.sequence.request.request_id] = error
+                if chunk.sequence in failed:
                     continue
                 sampling.append(chunk.sequence)
                 last_rows.append(span.logits.stop - 1)
@@ -178,7 +179,7 @@ class Engine:
         for chunk in chunks:
             completes = chunk.completes
             self.scheduler.commit(chunk)
-            if failure := failed.get(chunk.sequence.request.request_id):
+            if failure := failed.get(chunk.sequence):
                 outputs.append(self._fail(chunk.sequence, failure))
             elif completes:
                 outputs.append(self._output(chunk.sequence, sampled.get(chunk.sequence.request.request_id)))

@@ -98,11 +98,6 @@ class Sequence:
             return max(0, length - max(0, known))
         return int(self.num_computed + length == len(self.token_ids))
 
-    def constrain(self) -> None:
-        """Bring the constraint, if there is one, up to the last token. Raises GrammarError."""
-        if self.constraint:
-            self.constraint.follow(self.token_ids[self.num_prompt :])
-
     def take_timing(self) -> Timing:
         """What has been spent since the last time, or since the first step."""
         assert self.started is not None

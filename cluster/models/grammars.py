@@ -17,6 +17,8 @@ from cluster.models.files import read_file
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_ERROR_CHARS = 300
+# It travels to a front with each choice.
+MAX_CHARS = 400_000
 TOKEN = re.compile(r"<[^<>\s]+>")
 # Fuel is spent at 50,000 (initial) and 14,000 (step) per millisecond; a state takes up to 2 kB. A mask of a usual
 # grammar takes some microseconds, the most expensive one 4 ms: other sequences of its step wait for it.
@@ -54,6 +56,8 @@ class Grammars:
         """A matcher that has seen no token. `grammar` is llguidance's own form: Lark, or JSON. Lets go of the
         interpreter's lock. Raises GrammarError.
         """
+        if len(grammar) > MAX_CHARS:
+            raise GrammarError("it is too large")
         matcher = LLMatcher(self._tokenizer, grammar, limits=LIMITS, log_level=0)
         check(matcher)
         return matcher

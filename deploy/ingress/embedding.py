@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from cluster.messages.requests import SamplingParams
+from cluster.metrics import Metrics
 from deploy.ingress.fronts.client import FrontClient
 from deploy.ingress.generation import GenerationFailed, GenerationGivenUp
 
@@ -12,7 +13,7 @@ MAX_AT_ONCE = 32
 
 
 async def embed(
-    client: FrontClient, prompts: Sequence[tuple[int, ...]], params: SamplingParams, request_id: str
+    client: FrontClient, metrics: Metrics, prompts: Sequence[tuple[int, ...]], params: SamplingParams, request_id: str
 ) -> list[bytes]:
     """The pooled hidden states of each, float32. Raises GenerationFailed, Overloaded or Unavailable."""
     places = asyncio.Semaphore(MAX_AT_ONCE)
@@ -22,9 +23,13 @@ async def embed(
             stream = await client.submit(f"{request_id}-{index}", prompt, params)
             try:
                 async for output in stream:
+                    if output.error is not None and stream.is_given_up:
+                        raise GenerationGivenUp(output.error)
                     if output.error is not None:
-                        raise (GenerationGivenUp if stream.is_given_up else GenerationFailed)(output.error)
+                        metrics.inc("requests_failed_total", reason="engine")
+                        raise GenerationFailed(output.error)
                     if output.embedding is not None:
+                        metrics.inc("request_success_total", finished_reason="length")
                         return output.embedding
             finally:
                 stream.close()

@@ -18,7 +18,7 @@ from deploy.ingress.json_pieces import in_pieces
 from deploy.ingress.openai.errors import APIError
 from deploy.ingress.openai.parsing import read_json
 from deploy.ingress.text.chat_template import ChatTemplate, ChatTemplateError
-from deploy.ingress.text.grammar import GrammarWriter
+from deploy.ingress.text.grammar import GrammarWriter, Thought
 
 SET_UP, RENDER, READ, TOKENIZER, GRAMMAR = b"S", b"R", b"J", b"T", b"G"
 MEMORY = 2**30
@@ -57,9 +57,9 @@ class Sandboxed:
         signal.setitimer(signal.ITIMER_PROF, 0)  # it is the operator's, and may be large
         self.grammars = Grammars(Path(model_dir))
 
-    def _grammar(self, kind: str, value: Any) -> str:
+    def _grammar(self, kind: str, value: Any, thought: Thought) -> str:
         assert self.grammars is not None
-        grammar = GrammarWriter(self.grammars.added).write(kind, value)
+        grammar = GrammarWriter(self.grammars.added).write(kind, value, thought)
         self.grammars.try_out(grammar)
         return grammar
 

@@ -44,6 +44,7 @@ from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sam
 from deploy.ingress.openai.structured import AskedFormat
 from deploy.ingress.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
 from deploy.ingress.supervisor_link import SupervisorLink
+from deploy.ingress.text.grammar import Thought
 from deploy.ingress.text.reasoning import ReasoningSplitter, is_begun, may_think
 from deploy.ingress.text.tokens import NO_TEMPLATE, Tokenizer, TooManyTokens
 from deploy.ingress.text.tool_calls import find_format
@@ -147,7 +148,7 @@ class Service:
         await self.run(sum(num_ids), lambda: check_limits(request, self.config, self.model.vocab_size))
         started = time.monotonic()
         prompts = await self._prompts(request)
-        grammar = await self._grammar(self._asked(request))
+        grammar = await self._grammar(self._asked(request), self._thought(request, prompts))
         if trace:
             trace.tokenised(started)
         spelt = SPELT_CHARS * sum(map(len, prompts)) if request.is_echo else 0
@@ -179,7 +180,8 @@ class Service:
             raise invalid_request("input holds a text without tokens: there is nothing to embed", "input")
         if not self.state.is_serving:
             raise unavailable(f"The model is not ready: {self.state.phase}")
-        found = await embed(self.client, prompts, SamplingParams(max_tokens=0, pooling=request.pooling), request_id)
+        params = SamplingParams(max_tokens=0, pooling=request.pooling)
+        found = await embed(self.client, self.metrics, prompts, params, request_id)
 
         def answer() -> bytes:
             vectors = [shaped(each, request.dimensions, request.normalize) for each in found]
@@ -275,11 +277,17 @@ class Service:
         form = {"begin": self.tool_format.begin, "end": self.tool_format.end, "is_list": self.tool_format.is_list}
         return replace(asked, value=asked.value | form)
 
-    async def _grammar(self, asked: AskedFormat | None) -> str | None:
+    def _thought(self, request: CompletionRequest | ChatCompletionRequest, prompts: list[tuple[int, ...]]) -> Thought:
+        """What may come before an answer."""
+        if not self._thinks or not isinstance(request, ChatCompletionRequest):
+            return "no"
+        return "begun" if is_begun(prompts[0], self.tokenizer) else "maybe"
+
+    async def _grammar(self, asked: AskedFormat | None, thought: Thought) -> str | None:
         """Raises APIError (400) where it can't be compiled, or not in bounds."""
         if asked is None:
             return None
-        request = dump({"kind": asked.kind, "value": asked.value})
+        request = dump({"kind": asked.kind, "value": asked.value, "thought": thought})
         return await _sandboxed(self._grammars.grammar(request), asked.param)
 
     def _check_fits(self, least: int, param: str) -> None:
@@ -319,8 +327,7 @@ class Service:
         params = replace(params, grammar=grammar)
         may_call = isinstance(request, ChatCompletionRequest) and request.may_call
         thoughts = None
-        # What a grammar allows is the answer: a constrained model does not think.
-        if self._thinks and grammar is None and isinstance(request, ChatCompletionRequest):
+        if self._thinks and isinstance(request, ChatCompletionRequest):
             thoughts = ReasoningSplitter(is_begun(prompt, self.tokenizer))
         choice = Choice(
             index,

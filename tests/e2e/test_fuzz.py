@@ -24,6 +24,8 @@ HI = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "Hi", "n": 1, "stop": ["x"], "logprobs": 1, "stream": False} | GREEDY,
     "/v1/chat/completions": {"messages": HI, "stream": True, "seed": 1, "logit_bias": {"5": 1}} | GREEDY,
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 2, "temperature": 0, "store": False},
+    "/v1/embeddings": {"input": "Hi", "pooling": "mean", "dimensions": 3},
     "/tokenize": {"prompt": "Hi", "add_special_tokens": True, "return_token_strs": True},
     "/detokenize": {"tokens": [1, 2, 3]},
     "/v1/cluster/scale": {"group": "all", "replicas": 1, "fuzz": 1},
@@ -38,13 +40,17 @@ PAGES = [
     "/v1/models/tiny",
     "/v1/cluster",
     "/v1/experts",
+    "/docs",
+    "/openapi.json",
     "/nowhere",
 ]
 OTHER_FIELDS = [
     "max_tokens", "max_completion_tokens", "top_p", "top_k", "min_p", "seed", "best_of", "min_tokens", "echo", "suffix",
     "stop_token_ids", "ignore_eos", "presence_penalty", "repetition_penalty", "prompt_logprobs", "stream_options",
     "return_token_ids", "return_routed_experts", "user", "tools", "response_format", "continue_final_message",
-    "add_generation_prompt", "top_logprobs", "model", "messages", "prompt", "__class__", "",
+    "add_generation_prompt", "top_logprobs", "tool_choice", "parallel_tool_calls", "structured_outputs",
+    "prompt_embeds",
+    "model", "messages", "prompt", "__class__", "",
 ]  # fmt: skip
 
 odd_text = st.sampled_from(

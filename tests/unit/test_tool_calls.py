@@ -76,7 +76,7 @@ def test_content_and_calls(name: str, size: int) -> None:
     assert parse(ToolCallParser(form), pieces) == (content, calls)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_json_in_any_pieces(data: st.DataObject) -> None:
     values = st.recursive(

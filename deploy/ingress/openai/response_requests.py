@@ -108,6 +108,7 @@ class ResponsesRequest(Strict):
         asked: dict[str, Any] = {
             "messages": ([{"role": "system", "content": self.instructions}] if self.instructions else []) + self.input,
             "max_completion_tokens": self.max_output_tokens,
+            "include_reasoning": False,
             "tools": [_chat_tool(tool) for tool in self.tools],
             "response_format": self._response_format(),
         }

@@ -4,12 +4,13 @@ anything. Whether the grammar can be compiled shows when it is tried out (cluste
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from cluster.models.grammars import GrammarError
+from deploy.ingress.text.reasoning import BEGIN, END
 
 # Models may write white space where JSON allows it, but not without end.
 WHITESPACE = r"[ \n\r\t]{1,32}"
@@ -18,6 +19,7 @@ OWN_KEY = "x-guidance"
 TEXT = r"TEXT: /(.|\n)*/"
 
 Schema = dict[str, Any]
+Thought = Literal["no", "maybe", "begun"]
 
 
 class GrammarWriter:
@@ -36,11 +38,22 @@ class GrammarWriter:
             "tools": lambda value: self._of_tools(**value),
         }
 
-    def write(self, kind: str, value: Any) -> str:
+    def write(self, kind: str, value: Any, thought: Thought = "no") -> str:
         """`kind` is "json" (a JSON schema), "regex", "choice" (a list of texts), "grammar" (GBNF or Lark),
-        "structural_tag" (see _of_tags) or "tools" (see _of_tools). Raises GrammarError.
+        "structural_tag" (see _of_tags) or "tools" (see _of_tools). `thought`: whether the prompt has begun one, or
+        the model may think, before the answer. Raises GrammarError.
         """
-        return self._kinds[kind](value)
+        answer = self._kinds[kind](value)
+        return answer if thought == "no" else self._behind_thought(answer, is_begun=thought == "begun")
+
+    def _behind_thought(self, answer: str, is_begun: bool) -> str:
+        """The answer as a grammar of its own: its rules may have any names."""
+        rules = self._behind_text("thought", END, "BLANK?")
+        start = "thought @answer" if is_begun else f"({self._literal(BEGIN)} thought)? @answer"
+        main = "\n".join([f"start: {start}", *rules, TEXT, r"BLANK: /[ \n]{1,4}/", ""])
+        own = json.loads(answer)["grammars"][0] if answer.startswith("{") else {"lark_grammar": answer}
+        named = {key: item for key, item in own.items() if item is not None} | {"name": "answer"}
+        return json.dumps({"grammars": [{"name": "main", "lark_grammar": main}, named]}, ensure_ascii=False)
 
     def _of_schema(self, schema: Schema) -> str:
         return str(LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS))  # its errors are clearer than Lark's
