@@ -47,6 +47,7 @@ def test_every_setting_has_an_environment_twin() -> None:
         "otlp_traces_endpoint": "http://1",
         "allowed_origins": "https://1",
         "log_level": "info",
+        "tool_call_parser": "none",
         "log_format": "json",
         "front_resources": '{"a": 1}',
         "ingress_resources": '{"c": 1}',
