@@ -9,6 +9,8 @@ Shapes: T tokens, D hidden, K top-k, G groups, L layers; B bits of a number of t
 """
 
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -37,11 +39,17 @@ from actors.lanes import wire
 from actors.lanes.lane import Handed
 from actors.staging import DIRECT
 from cluster.expert_map import ReplicaAddress
-from cluster.metrics import BY_NAME
 
+# Places in a record of a part.
+STATE, REPLICA, TOKENS, NUMBER, SENT_AT, ANSWERED_AT, COMPUTE_NS, SENT, LENGTH, RECEIVED, ANSWER = (
+    COLUMN[name]
+    for name in (
+        "state", "replica", "tokens", "number", "sent_at", "answered_at", "compute_ns", "sent", "length", "received",
+        "answer",
+    )
+)  # fmt: skip
 # How long deadlines hold that were derived from answer times.
 PATIENCE_KNOWN_S = 0.1
-BOUNDS = np.array(BY_NAME["dispatch_seconds"].buckets)
 
 
 class ExpressDispatcher(RemoteDispatcher):
@@ -68,7 +76,7 @@ class ExpressDispatcher(RemoteDispatcher):
         self.step.wait_seconds += seconds
         if outcome != DONE:
             return self._take_over(layer, (x_TD, ids_TK, gates_TK), records_GX, started)
-        self._account(records_GX, np.array([seconds]))
+        self._account(records_GX, [seconds])
         return sum_TD
 
     def go_through(self, layers: FrontLayers, number: int, combined_TD: Tensor | None) -> tuple[Tensor, int]:
@@ -78,15 +86,16 @@ class ExpressDispatcher(RemoteDispatcher):
         if combined_TD is not None:
             steps.combined_TD.copy_(combined_TD)
         reached, outcome, records_LGX, nanoseconds_L = native.walk(steps, number)
-        seconds_L = nanoseconds_L[number : reached + 1] / 1e9
-        self.step.wait_seconds += float(seconds_L.sum())
-        self._account(records_LGX[number:reached].reshape(-1, len(COLUMN)), seconds_L[: reached - number])
+        seconds = (nanoseconds_L[number : reached + 1] / 1e9).tolist()
+        self.step.wait_seconds += sum(seconds)
+        if reached > number:
+            self._account(records_LGX[number:reached].reshape(-1, len(COLUMN)), seconds[: reached - number])
         if reached == layers.num_layers:
             return steps.combined_TD, reached
         routed = steps.h_TD, layers.chosen(reached), steps.gates_TK
         if outcome == NOT_BEGUN:
             return super().exchange(reached, *routed), reached + 1
-        started = time.monotonic() - float(seconds_L[-1])
+        started = time.monotonic() - seconds[-1]
         return self._take_over(reached, routed, records_LGX[reached], started), reached + 1
 
     def _send(self, part: Part) -> bool:
@@ -151,33 +160,32 @@ class ExpressDispatcher(RemoteDispatcher):
             self._patience_GB, self._known_until = np.array(patience), now + PATIENCE_KNOWN_S
         return self._patience_GB
 
-    def _account(self, records_NX: Records, seconds_L: NDArray[np.float64]) -> None:
-        """For exchanges that are done."""
-        records_NX = records_NX[records_NX[:, COLUMN["state"]] != abi.NO_TOKENS]
-        if not len(records_NX):
-            return
-        self._account_sent(records_NX)
-        column = {name: records_NX[:, place] for name, place in COLUMN.items()}
-        lane = self.lane.name_for(self._usable[column["replica"][0]])
-        self._num_bytes[lane, "received"] += int(column["received"].sum()) - FRAME.layout.size * len(records_NX)
-        self.step.compute_seconds += float(column["compute_ns"].sum()) / 1e9
-        counts = np.bincount(np.searchsorted(BOUNDS, seconds_L), minlength=len(BOUNDS) + 1)
-        self.metrics.observe_all("dispatch_seconds", counts.tolist(), float(seconds_L.sum()), lane=lane)
-        ages = (column["answered_at"] - column["sent_at"]) / 1e9
-        bits = np.frexp(column["tokens"].astype(np.float64))[1]
-        keys, places, numbers = np.unique(column["replica"] * 64 + bits, return_inverse=True, return_counts=True)
-        for key, mean, number in zip(keys, np.bincount(places, ages) / numbers, numbers, strict=True):
-            replica, bit = divmod(int(key), 64)
-            self._latency.observe(self._usable[replica].replica_id, 1 << bit >> 1, float(mean), int(number))
+    def _account(self, records_NX: Records, seconds: Sequence[float]) -> None:
+        """For exchanges that are done. Few numbers: plain Python is faster than arrays."""
+        received = compute_ns = 0
+        ages: dict[tuple[int, int], list[int]] = defaultdict(list)
+        sent = [record for record in records_NX.tolist() if record[STATE] != abi.NO_TOKENS]
+        for record in sent:
+            received += record[RECEIVED] - FRAME.layout.size
+            compute_ns += record[COMPUTE_NS]
+            ages[record[REPLICA], record[TOKENS].bit_length()].append(record[ANSWERED_AT] - record[SENT_AT])
+        lane = self._account_sent(sent)
+        self._num_bytes[lane, "received"] += received
+        self.step.compute_seconds += compute_ns / 1e9
+        for each in seconds:
+            self.metrics.observe("dispatch_seconds", each, lane=lane)
+        for (replica, bits), taken in ages.items():
+            mean = sum(taken) / len(taken) / 1e9
+            self._latency.observe(self._usable[replica].replica_id, 1 << bits >> 1, mean, len(taken))
 
-    def _account_sent(self, records_NX: Records) -> None:
-        self._hedges.earn(len(records_NX))
-        for replica in records_NX[:, COLUMN["replica"]].tolist():
-            self._num_sent[self._usable[replica].replica_id] += 1
-        lane = self.lane.name_for(self._usable[records_NX[0, COLUMN["replica"]]])
-        self._num_bytes[lane, "sent"] += int(records_NX[:, COLUMN["length"]].sum()) - FRAME.layout.size * len(
-            records_NX
-        )
+    def _account_sent(self, sent: list[list[int]]) -> str:
+        """Returns the lane's name."""
+        lane = self.lane.name_for(self._usable[sent[0][REPLICA]])
+        self._hedges.earn(len(sent))
+        for record in sent:
+            self._num_sent[self._usable[record[REPLICA]].replica_id] += 1
+            self._num_bytes[lane, "sent"] += record[LENGTH] - FRAME.layout.size
+        return lane
 
     def _take_over(
         self, layer: int, routed: tuple[Tensor, Tensor, Tensor], records_GX: Records, started: float
@@ -186,22 +194,21 @@ class ExpressDispatcher(RemoteDispatcher):
         x_TD, ids_TK, gates_TK = routed
         version, homes = self._map
         parts = split(layer, x_TD, ids_TK, gates_TK, homes[layer], version)
-        sent_GX = records_GX[records_GX[:, COLUMN["state"]] != abi.NO_TOKENS]
-        self._account_sent(sent_GX)
-        for part, record in zip(parts, sent_GX, strict=True):
+        sent = [record for record in records_GX.tolist() if record[STATE] != abi.NO_TOKENS]
+        lane = self._account_sent(sent)
+        for part, record in zip(parts, sent, strict=True):
             self._adopt(part, record)
         self._has_changed = True
-        lane = self.lane.name_for(self._usable[sent_GX[0, COLUMN["replica"]]])
         return self.combine(Pending(x_TD, parts, started, lane, DIRECT))
 
-    def _adopt(self, part: Part, record_X: NDArray[np.int64]) -> None:
-        record = {name: int(record_X[place]) for name, place in COLUMN.items()}
-        replica, number = self._usable[record["replica"]], record["number"]
+    def _adopt(self, part: Part, record: list[int]) -> None:
+        replica, number = self._usable[record[REPLICA]], record[NUMBER]
         unsent = b""
-        if record["sent"] < record["length"]:
+        if record[SENT] < record[LENGTH]:
             message = wire.pack_dispatch(part.layer, part.x_PD, part.gates_PK, part.ids_PK, self.step.id)
-            unsent = (FRAME.layout.pack(number, len(message)) + message)[record["sent"] :]
-        handed = Handed(number, received_of(record_X), unsent, record["state"] == abi.LOST)
-        part.sent.append(Sent(replica, self.lane.adopt(replica, handed), record["sent_at"] / 1e9))
+            unsent = (FRAME.layout.pack(number, len(message)) + message)[record[SENT] :]
+        received = received_of(record[ANSWER], record[RECEIVED])
+        handed = Handed(number, received, unsent, is_lost=record[STATE] == abi.LOST)
+        part.sent.append(Sent(replica, self.lane.adopt(replica, handed), record[SENT_AT] / 1e9))
         part.tried.add(replica.replica_id)
         self._outstanding[replica.replica_id] += 1

@@ -124,6 +124,6 @@ class NativeSteps:
         )  # fmt: skip
 
 
-def received_of(record_X: NDArray[np.int64]) -> bytes:
-    """What has come of the answer's frame to a part. It is there until the thread's next exchange."""
-    return ctypes.string_at(int(record_X[COLUMN["answer"]]), int(record_X[COLUMN["received"]]))
+def received_of(answer: int, received: int) -> bytes:
+    """What has come of the answer's frame to a part, by its record. It is there until the thread's next exchange."""
+    return ctypes.string_at(answer, received) if received else b""
