@@ -135,6 +135,19 @@ def hops() -> str:
     return table(head, rows) + source("hops") + source("hops-haproxy")
 
 
+def dispatch_unix() -> str:
+    name = "dispatch-avx512-bf16"
+    p50 = {(each["kib"], each["lane"]): each["p50_us"] for each in result(name)["figures"]}
+    rows = []
+    for kib in sorted({kib for kib, _ in p50}):
+        ours, zmq = p50[kib, "unix"], p50[kib, "zmq"]
+        streams, ipc = p50[kib, "floor (streams)"], p50[kib, "floor (ipc)"]
+        ratios = f"{number(ours)} ({ours / streams:.1f})", f"{number(zmq)} ({zmq / ipc:.1f})"
+        rows.append([f"{kib} KiB", ratios[0], number(streams), ratios[1], number(ipc)])
+    head = ["p50, us (times bare sockets)", "unix", "bare streams", "zmq, ipc", "bare ipc"]
+    return table(head, rows) + source(name)
+
+
 def dispatch() -> str:
     p50 = {(each["kib"], each["lane"]): each["p50_us"] for each in result("dispatch")["figures"]}
     rows = []
@@ -264,6 +277,7 @@ TABLES: dict[str, Table] = {
     "serving-avx512-bf16": lambda: serving("serving-avx512-bf16"),
     "hops": hops,
     "dispatch": dispatch,
+    "dispatch-avx512-bf16": dispatch_unix,
     "kernels": kernels,
     "attention": attention,
     "quality": quality,
