@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,12 @@ from benchmarks.lanes import INT8, LANES, expert_cluster, local_dispatcher, make
 from benchmarks.limits import Gauge, Limits
 from benchmarks.report import environment, table
 from cluster.models.checkpoint import Checkpoint
+
+# What `unix` is to reach of `local`, by the number of groups.
+AIMS = {
+    1: {"decode 1": 0.90, "decode 8": 0.95, "decode 32": 0.97, "prefill 512": 0.97},
+    2: {"decode 1": 0.80, "decode 8": 0.90, "decode 32": 0.95, "prefill 512": 0.95},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +154,7 @@ def main(
         cases = make_cases(opened.spec, numbers(batches), numbers(prompts), steps, context, compute.dtype.itemsize)
         gauge = Gauge(threads)
         figures = measure(engine, dispatchers, cases, rounds, gauge)
-    show(figures)
+    show(figures, AIMS.get(groups, {}))
     if out:
         settings = {"groups": groups, "replicas": replicas, "context": context, "threads": threads, "dtype": dtype}
         content = {"environment": environment(), "settings": settings, "limits": asdict(gauge.median)}
@@ -159,12 +166,14 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
-def show(figures: list[Figure]) -> None:
+def show(figures: list[Figure], aims: Mapping[str, float]) -> None:
+    """`aims`: what the lane unix is to reach of local, by case."""
     table(
-        ("case", "lane", "tok/s", "ms", "of local", "of the limit", "where the time goes"),
+        ("case", "lane", "tok/s", "ms", "of local", "aim", "of the limit", "where the time goes"),
         [
             (
                 f.case, f.lane, f"{f.tokens_per_second:.1f}", f"{1000 * f.seconds:.1f}", f"{f.ratio:.2f}",
+                f"{aims[f.case]:.2f}" if f.lane == "unix" and f.case in aims else "",
                 f"{f.limit_share:.2f}", _shares(f),
             )
             for f in figures
