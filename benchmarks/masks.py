@@ -58,22 +58,13 @@ def main(
     with tempfile.TemporaryDirectory() as directory:
         grammars = Grammars(_model_dir(Path(directory), vocabulary))
     logits_NV = torch.randn(2 * sequences, vocabulary) * 3
-    figures: list[dict[str, Any]] = []
-    for name, (kind, value) in ({"free": ("", None)} | ASKED).items():
-        started = time.perf_counter()
-        grammar = GrammarWriter(grammars.added).write(kind, value) if kind else None
-        matcher = grammars.compile(grammar) if grammar else None
-        compile_ms = 1e3 * (time.perf_counter() - started) if grammar else 0.0
-        copies = [matcher and Constraint(matcher.deep_copy(), vocabulary) for _ in range(sequences)]
-        made = [_sequence(n, constraint) for n, constraint in enumerate(copies)]
-        times = [_step(thread, made, logits_NV, n) for n in range(steps)][2:]
-        masks, samples = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
-        longest = 1e3 * max(each for each, _ in times)
-        row = {"compile_ms": compile_ms, "masks_ms": masks, "longest_ms": longest, "sample_ms": samples}
-        figures.append({"grammar": name} | row)
-    free = figures[0]["sample_ms"]
-    for each in figures:
-        each["share"] = (each["masks_ms"] + each["sample_ms"] - free) / step_ms
+    kinds = {"free": _kind(grammars, "", None, sequences, vocabulary)}
+    kinds |= {name: _kind(grammars, *asked, sequences, vocabulary) for name, asked in ASKED.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    for number in range(steps):  # they take turns
+        for name, (made, _) in kinds.items():
+            times[name].append(_step(thread, made, logits_NV, number))
+    figures = [_figure(name, kinds[name][1], times[name][2:], times["free"][2:], step_ms) for name in kinds]
     table(
         ("grammar", "compile, ms", f"{sequences} masks, ms", "longest", "sample, ms", "of a step"),
         [(each["grammar"], *(f"{each[key]:.2f}" for key in COLUMNS), f"{each['share']:.1%}") for each in figures],
@@ -81,6 +72,26 @@ def main(
     if out:
         content = {"environment": environment(), "sequences": sequences, "vocabulary": vocabulary, "step_ms": step_ms}
         out.write_text(json.dumps(content | {"figures": figures}, indent=1) + "\n")
+
+
+def _kind(grammars: Grammars, kind: str, value: Any, sequences: int, vocabulary: int) -> tuple[list[Sequence], float]:
+    """Sequences with a grammar, and the milliseconds that it took to compile."""
+    if not kind:
+        return [_sequence(n, None) for n in range(sequences)], 0.0
+    started = time.perf_counter()
+    matcher = grammars.compile(GrammarWriter(grammars.added).write(kind, value))
+    milliseconds = 1e3 * (time.perf_counter() - started)
+    return [_sequence(n, Constraint(matcher.deep_copy(), vocabulary)) for n in range(sequences)], milliseconds
+
+
+def _figure(
+    name: str, compile_ms: float, times: list[tuple[float, float]], free: list[tuple[float, float]], step_ms: float
+) -> dict[str, Any]:
+    masks, samples = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+    more = 1e3 * statistics.median(sum(ours) - sum(others) for ours, others in zip(times, free, strict=True))
+    longest = 1e3 * max(each for each, _ in times)
+    row = {"compile_ms": compile_ms, "masks_ms": masks, "longest_ms": longest, "sample_ms": samples}
+    return {"grammar": name, "share": more / step_ms} | row
 
 
 def _step_ms() -> float:

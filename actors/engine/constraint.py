@@ -62,11 +62,12 @@ def _follow(sequences: "list[Sequence]") -> "dict[Sequence, GrammarError]":
     return failed
 
 
-def apply_masks(logits_RV: Tensor, masks: dict[int, Tensor], staging: Staging) -> None:
-    """Tokens that `masks` (row -> mask_W) do not allow become impossible. In place; one upload."""
+def masked(logits_RV: Tensor, masks: dict[int, Tensor], staging: Staging) -> Tensor:
+    """The logits with tokens that `masks` (row -> mask_W) do not allow made impossible. One upload."""
     # numpy: to unpack the bits of 32 rows takes torch 30 times as long as all the rest.
-    is_allowed_RV = np.ones(logits_RV.shape, dtype=np.uint8)
+    is_banned_RV = np.zeros(logits_RV.shape, dtype=np.uint8)
     for row, mask_W in masks.items():
-        is_allowed_RV[row] = np.unpackbits(mask_W.numpy().view(np.uint8), bitorder="little")[: logits_RV.shape[1]]
-    (is_banned_RV,) = staging.upload(torch.from_numpy(is_allowed_RV == 0))
-    logits_RV.masked_fill_(is_banned_RV, -torch.inf)
+        octets = np.invert(mask_W.numpy().view(np.uint8))
+        is_banned_RV[row] = np.unpackbits(octets, bitorder="little")[: logits_RV.shape[1]]
+    (banned_RV,) = staging.upload(torch.from_numpy(is_banned_RV).view(torch.bool))
+    return logits_RV.masked_fill(banned_RV, -torch.inf)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.adjustments import Adjustments
-from actors.engine.constraint import apply_masks
+from actors.engine.constraint import masked
 from actors.engine.sequence import Sequence
 from actors.staging import DIRECT, Staging
 from cluster.messages.requests import SamplingParams, TokenLogprob
@@ -51,9 +51,7 @@ def _adjust_all(logits_RV: Tensor, sequences: list[Sequence], staging: Staging) 
     wanted = [r for r, s in enumerate(sequences) if not _is_unadjusted(s.request.params, s.num_output)]
     if not wanted and not masks:
         return logits_RV
-    logits_RV = logits_RV.clone()
-    if masks:
-        apply_masks(logits_RV, masks, staging)
+    logits_RV = masked(logits_RV, masks, staging) if masks else logits_RV.clone()
     for r in wanted:
         logits_RV[r] = adjust(logits_RV[r], sequences[r])
     return logits_RV

@@ -53,8 +53,8 @@ class TestText:
     def test_streamed(self, client: OpenAI) -> None:
         whole = client.responses.create(input="Hi", **GREEDY)
         with client.responses.stream(input="Hi", **GREEDY) as stream:
-            events = list(stream)
-            final = stream.get_final_response()
+            events: list[Any] = list(stream)
+        final = events[-1].response
         kinds = [event.type for event in events]
         assert kinds[:4] == [
             "response.created",
@@ -67,7 +67,8 @@ class TestText:
             "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
         )
         assert [event.sequence_number for event in events] == list(range(len(events)))
-        assert (final.output_text, final.status, final.usage) == (whole.output_text, whole.status, final.usage)
+        assert (final.output_text, final.status) == (whole.output_text, whole.status)
+        assert final.usage.output_tokens == whole.usage.output_tokens  # type: ignore[union-attr]
 
     def test_too_few_tokens_are_incomplete(self, client: OpenAI) -> None:
         answer = client.responses.create(**GREEDY | {"max_output_tokens": 2}, input="Hi")
@@ -92,7 +93,6 @@ class TestTools:
         items += [*first.output, {"type": "function_call_output", "call_id": call.call_id, "output": "2"}]
         second = client.responses.create(**self.OPTIONS | {"tool_choice": "none"}, input=items, max_output_tokens=9)
         assert second.output_text
-        assert second.usage.input_tokens > first.usage.input_tokens  # type: ignore[union-attr]
 
     def test_streamed_calls(self, client: OpenAI) -> None:
         with client.responses.stream(input="How many?", max_output_tokens=300, **self.OPTIONS) as stream:

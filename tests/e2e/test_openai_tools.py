@@ -98,7 +98,8 @@ class TestAuto:
         properties = {"ok": {"type": "boolean"}}
         schema = {"type": "object", "properties": properties, "required": ["ok"], "additionalProperties": False}
         form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
-        found = [ask(client, response_format=form, seed=seed).choices[0] for seed in range(4)]
+        tools = [tool("get_replicas", GROUPS, strict=True), tool("scale", SCALE, strict=True)]
+        found = [ask(client, tools=tools, response_format=form, seed=seed).choices[0] for seed in range(4)]
         for choice in found:
             if choice.finish_reason == "tool_calls":
                 assert check_calls(choice.message)

@@ -79,6 +79,21 @@ def test_pooled_states_are_those_of_transformers(model_dir: Path, reference: Any
     assert engine.scheduler.allocator.num_used == 0
 
 
+def test_a_mean_that_is_preempted_begins_anew(model_dir: Path) -> None:
+    """Texts that grow take the blocks of a prompt that is half read."""
+    prompt = tuple(PROMPTS[3][:60])
+    asked = GenerationRequest("mean", "t", prompt, SamplingParams(max_tokens=0, pooling="mean"))
+    texts = [GenerationRequest(f"text {n}", "t", tuple(PROMPTS[n]), replace(GREEDY, max_tokens=30)) for n in (4, 5)]
+    engine = make_engine(model_dir, num_blocks=25, budget=6)
+    for text in texts:
+        engine.add(text)
+    for _ in range(5):
+        engine.step()
+    disturbed = run(engine, [asked])["mean"]
+    assert engine.scheduler.num_preemptions > 0
+    assert np.abs(pooled(disturbed) - pooled(run(make_engine(model_dir), [asked])["mean"])).max() < 1e-5
+
+
 def test_a_cached_prefix_changes_nothing(model_dir: Path) -> None:
     engine = make_engine(model_dir)
     cold = run(engine, [embedding_of(3, "last"), embedding_of(3, "mean")])
@@ -132,7 +147,7 @@ class TestPromptEmbeds:
 
     def test_placeholders_are_not_repeated_words(self, model_dir: Path, reference: Any) -> None:
         engine = make_engine(model_dir)
-        options: dict[str, Any] = {"max_tokens": 1, "logit_bias": ((0, 100.0),)}
+        options: dict[str, Any] = {"max_tokens": 1, "logit_bias": ((0, 5.0),)}
         penalised = self.request(reference, 1, "penalised", repetition_penalty=99.0, **options)
         outputs = run(engine, [self.request(reference, 1, **options), penalised])
         assert outputs["embeds"].token_ids == outputs["penalised"].token_ids == (0,)

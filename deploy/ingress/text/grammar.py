@@ -12,8 +12,9 @@ from llguidance.gbnf_to_lark import any_to_lark
 from cluster.models.grammars import GrammarError
 from deploy.ingress.text.reasoning import BEGIN, END
 
-# Models may write white space where JSON allows it, but not without end.
-WHITESPACE = r"[ \n\r\t]{1,32}"
+# Where JSON allows white space: a blank, or a new line and its indent. A model that likes blanks would write no end of
+# them.
+WHITESPACE = r"( |\n[ \t]{0,32})"
 OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE, "lenient": False}
 OWN_KEY = "x-guidance"
 TEXT = r"TEXT: /(.|\n)*/"
