@@ -345,7 +345,7 @@ def test_a_replica_that_is_out_of_the_ordinary_is_given_up_as_without_the_native
     dispatcher._latency.observe("odd", 7, 0.001)
     step, started = watched(dispatcher), time.monotonic()
     assert torch.equal(dispatcher.exchange(0, *routed), expected)
-    assert failovers(dispatcher) == {ODD[behave]: 1}
+    assert failovers(dispatcher).get(ODD[behave]) == 1
     assert step.num_failovers == 1
     assert time.monotonic() - started < DEADLINE_FLOOR_S + 1.0
     dispatcher._breaker._due["odd"] = float("inf")  # it is not probed: that is another story
@@ -353,7 +353,7 @@ def test_a_replica_that_is_out_of_the_ordinary_is_given_up_as_without_the_native
         watched(dispatcher, 2 + number)
         assert torch.equal(dispatcher.exchange(0, *routed), expected)
     assert went_native(dispatcher), "with those that are left"
-    assert failovers(dispatcher) == {ODD[behave]: 1}
+    assert failovers(dispatcher).get(ODD[behave]) == 1
     assert not any(dispatcher._outstanding.values())
     odd.stop()
 
@@ -412,7 +412,7 @@ def test_a_step_goes_on_behind_the_layer_that_a_replica_has_ended_in(groups: Gro
     engine.model.forward = end_before_the_third_step  # type: ignore[method-assign, assignment]
     results = run(engine, REQUESTS)
     assert [result.token_ids for result in results.values()] == expected
-    assert failovers(dispatcher) == {"disconnected": 1}
+    assert failovers(dispatcher).get("disconnected") == 1
     groups.running.remove(victim)
 
 
@@ -428,9 +428,9 @@ def test_experts_that_have_moved_are_found_by_the_next_map(groups: Groups, conne
     threading.Timer(0.2, lambda: dispatcher.set_map(newer)).start()
     moved = dispatcher.exchange(0, *routed)
     torch.testing.assert_close(moved, expected, atol=0.02, rtol=0.05)
-    assert failovers(dispatcher) == {"not_held": 1}
+    assert failovers(dispatcher).get("not_held") == 1
     torch.testing.assert_close(dispatcher.exchange(0, *routed), expected, atol=0.02, rtol=0.05)
-    assert failovers(dispatcher) == {"not_held": 1}
+    assert failovers(dispatcher).get("not_held") == 1
     assert went_native(dispatcher)
     for number in range(groups.weights.spec.num_layers - 1):
         assert torch.isfinite(dispatcher.exchange(number + 1, *routed)).all(), "other layers are where they were"
