@@ -15,7 +15,7 @@ from cluster.messages.actors import Wanted
 from deploy.ingress.http import read_body, read_request, require_key, service_of
 from deploy.ingress.openai import errors
 from deploy.ingress.openai.fields import refuse
-from deploy.ingress.openai.requests import Strict
+from deploy.ingress.openai.strict import Strict
 from deploy.ingress.service import REFRESH_TIMEOUT_S, Service
 
 T = TypeVar("T")

@@ -32,13 +32,12 @@ from deploy.ingress.openai.errors import (
     overloaded,
     unavailable,
 )
+from deploy.ingress.openai.messages import ChatFields, Message
 from deploy.ingress.openai.parsing import check_content, parse_body
 from deploy.ingress.openai.requests import (
     ChatCompletionRequest,
-    ChatFields,
     CompletionRequest,
     EmbeddingRequest,
-    Message,
 )
 from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
 from deploy.ingress.openai.structured import AskedFormat

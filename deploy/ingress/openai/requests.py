@@ -5,32 +5,30 @@ absent. What OpenAI or vLLM know and Outcrop does not is listed in neutral.py; w
 server's limits is checked in sampling.py.
 """
 
-import itertools
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from cluster.messages.requests import PromptEmbeds
 from deploy.ingress.openai.embeds import as_prompt_embeds
 from deploy.ingress.openai.fields import (
-    as_content,
     as_logit_bias,
     as_prompts,
     as_stop,
     as_stop_token_ids,
-    as_template_kwargs,
     as_token_ids,
     refuse,
 )
+from deploy.ingress.openai.messages import ChatFields, Messages
 from deploy.ingress.openai.neutral import (
     CHAT_NEUTRAL,
     COMPLETION_NEUTRAL,
     EMBEDDING_NEUTRAL,
     ENGINE_NEUTRAL,
-    MESSAGE_NEUTRAL,
     TEMPLATE_NEUTRAL,
     Neutral,
 )
+from deploy.ingress.openai.strict import Strict
 from deploy.ingress.openai.structured import (
     AskedFormat,
     ResponseFormat,
@@ -38,35 +36,15 @@ from deploy.ingress.openai.structured import (
     as_response_format,
     as_structured_outputs,
 )
-from deploy.ingress.openai.tools import ANY_OBJECT, Tool, ToolChoice, as_tool_calls, as_tool_choice, as_tools
+from deploy.ingress.openai.tools import ANY_OBJECT, ToolChoice, as_tool_choice
 
 INT64_MAX = 2**63 - 1
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    NEUTRAL: ClassVar[Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name, accepted in cls.NEUTRAL.items():
-            value = body.get(name)
-            if value is not None and not any(type(value) is type(known) and value == known for known in accepted):
-                raise refuse(name, f"{name} is not supported", "unsupported")
-        known = cls.model_fields.keys() | cls.NEUTRAL.keys()
-        # One field that nobody knows is as good as thousands: pydantic writes an error for each.
-        unknown = itertools.islice((item for item in body.items() if item[0] not in known), 1)
-        return {k: body[k] for k in cls.model_fields if body.get(k) is not None} | dict(unknown)
-
-
 class StreamOptions(Strict):
-    NEUTRAL = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+    NEUTRAL: ClassVar[Neutral] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool = False
 
@@ -83,7 +61,9 @@ class GenerationFields(Strict):
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
     n: int = Field(1, ge=1)
     stop: Annotated[tuple[str, ...], PlainValidator(as_stop, json_schema_input_type=str | list[str])] = ()
-    stop_token_ids: Annotated[list[int], PlainValidator(as_stop_token_ids, json_schema_input_type=list[int])] = []
+    stop_token_ids: Annotated[list[int], PlainValidator(as_stop_token_ids, json_schema_input_type=list[int])] = Field(
+        default_factory=list
+    )
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
@@ -91,7 +71,9 @@ class GenerationFields(Strict):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    logit_bias: Annotated[dict[int, float], PlainValidator(as_logit_bias, json_schema_input_type=dict[str, float])] = {}
+    logit_bias: Annotated[dict[int, float], PlainValidator(as_logit_bias, json_schema_input_type=dict[str, float])] = (
+        Field(default_factory=dict)
+    )
     prompt_logprobs: int | None = Field(None, ge=0)
     response_format: Annotated[
         AskedFormat | None, PlainValidator(as_response_format, json_schema_input_type=ResponseFormat)
@@ -142,10 +124,12 @@ def _refuse_beside(fields: GenerationFields, param: str) -> None:
 class CompletionRequest(GenerationFields):
     NEUTRAL = ENGINE_NEUTRAL | COMPLETION_NEUTRAL
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(as_prompts, json_schema_input_type=Prompt)] = []
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(as_prompts, json_schema_input_type=Prompt)] = Field(
+        default_factory=list
+    )
     prompt_embeds: Annotated[
         list[PromptEmbeds], PlainValidator(as_prompt_embeds, json_schema_input_type=str | list[str])
-    ] = []
+    ] = Field(default_factory=list)
     best_of: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0)
     echo: bool = False
@@ -184,72 +168,6 @@ class CompletionRequest(GenerationFields):
     @property
     def is_echo(self) -> bool:
         return self.echo
-
-
-class Message(Strict):
-    """One message of a conversation. Text parts of `content` are joined by newlines, as vLLM does."""
-
-    NEUTRAL = MESSAGE_NEUTRAL
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(as_content, json_schema_input_type=str | list[dict[str, str]])] = (
-        None
-    )
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: Annotated[
-        tuple[dict[str, Any], ...], PlainValidator(as_tool_calls, json_schema_input_type=list[dict[str, Any]])
-    ] = ()
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _fields_fit_the_role(self) -> "Message":
-        if self.content is None and not self.tool_calls:
-            raise refuse("content", f"content is required in a message of role {self.role!r}", "missing")
-        if self.tool_calls and self.role != "assistant":
-            raise refuse(
-                "tool_calls", f"tool_calls can't be sent with role {self.role!r}: only 'assistant' calls tools"
-            )
-        if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise refuse("tool_call_id", "tool_call_id belongs to messages of role 'tool', and to each of them")
-        return self
-
-    @property
-    def size(self) -> int:
-        """How much there is to render, in characters."""
-        return len(self.content or "") + sum(len(str(call)) for call in self.tool_calls)
-
-    def for_template(self) -> dict[str, Any]:
-        # Templates know no "developer": it is OpenAI's newer name of "system". Not all know content that is not there.
-        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
-        shown["content"] = self.content or ""
-        if self.tool_calls:
-            shown["tool_calls"] = self.tool_calls
-        more = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_content}
-        return shown | {key: value for key, value in more.items() if value is not None}
-
-
-# The first bad one is told: thousands of them would be thousands of errors.
-Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-
-
-class ChatFields(Strict):
-    """How messages become a prompt; the same for a chat completion and for /tokenize."""
-
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template_kwargs: Annotated[
-        dict[str, Any], PlainValidator(as_template_kwargs, json_schema_input_type=dict[str, Any])
-    ] = {}
-    tools: Annotated[tuple[Tool, ...], PlainValidator(as_tools, json_schema_input_type=list[dict[str, Any]])] = ()
-
-    @model_validator(mode="after")
-    def _one_continuation(self) -> "ChatFields":
-        if self.continue_final_message and self.add_generation_prompt:
-            raise refuse(
-                "continue_final_message", "continue_final_message=true needs add_generation_prompt=false beside it"
-            )
-        return self
 
 
 class ChatCompletionRequest(GenerationFields, ChatFields):

@@ -9,7 +9,8 @@ from pydantic import Field, PlainValidator
 from deploy.ingress.openai.errors import APIError
 from deploy.ingress.openai.neutral import RESPONSES_NEUTRAL
 from deploy.ingress.openai.parsing import check_content
-from deploy.ingress.openai.requests import ChatCompletionRequest, Strict
+from deploy.ingress.openai.requests import ChatCompletionRequest
+from deploy.ingress.openai.strict import Strict
 
 MAX_ITEMS = 2000
 NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
