@@ -11,12 +11,16 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.errors import ModelError
 from deploy.ingress.openai.answer_json import dump
+from deploy.ingress.openai.errors import invalid_request, overloaded
 from deploy.ingress.sandbox_main import GRAMMAR, READ, RENDER, SET_UP, TOKENIZER
+
+T = TypeVar("T")
 
 MAX_PROCESSES = 4
 # Of a processor, not of the clock: a busy machine refuses nobody.
@@ -181,3 +185,13 @@ async def _number(stream: asyncio.StreamReader) -> int:
 
 async def _frame(stream: asyncio.StreamReader) -> bytes:
     return await stream.readexactly(await _number(stream))
+
+
+async def sandboxed(work: Awaitable[T], param: str | None = None) -> T:
+    """Raises APIError: 400 where the work is refused or takes too much, 429 where there is no place for it."""
+    try:
+        return await work
+    except SandboxError as error:
+        raise invalid_request(str(error), error.param or param, error.code or "invalid_value") from None
+    except SandboxBusy:
+        raise overloaded() from None

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from cluster.messages.state import ClusterState
 from cluster.metrics import Metrics
 from cluster.models.family import read_spec
 from cluster.policy.blueprint import max_model_len
+from deploy.ingress.answer_forms import AnswerForms
 from deploy.ingress.embedding import embed
 from deploy.ingress.fronts.client import FrontClient
 from deploy.ingress.generation import Generation, Plan
@@ -29,7 +30,6 @@ from deploy.ingress.openai.errors import (
     context_length_exceeded,
     invalid_request,
     model_not_found,
-    overloaded,
     unavailable,
 )
 from deploy.ingress.openai.messages import ChatFields, Message
@@ -40,13 +40,9 @@ from deploy.ingress.openai.requests import (
     EmbeddingRequest,
 )
 from deploy.ingress.openai.sampling import check_limits, check_token_ids, to_sampling_params
-from deploy.ingress.openai.structured import AskedFormat
-from deploy.ingress.sandbox import Sandbox, SandboxBusy, SandboxError, rendering
+from deploy.ingress.sandbox import Sandbox, rendering, sandboxed
 from deploy.ingress.supervisor_link import SupervisorLink
-from deploy.ingress.text.grammar import Thought
-from deploy.ingress.text.reasoning import ReasoningSplitter, is_begun, may_think
 from deploy.ingress.text.tokens import NO_TEMPLATE, Tokenizer, TooManyTokens
-from deploy.ingress.text.tool_calls import find_format
 from deploy.ingress.tracing.request_trace import RequestTrace
 
 T = TypeVar("T")
@@ -68,12 +64,6 @@ NUMBER_CHARS = 10
 # Texts in a request for embeddings, as OpenAI.
 MAX_INPUTS = 2048
 MAX_THREADS = 4
-NO_TOOLS = (
-    "tools: the model's chat template knows none, or calls them in a form that is not known: set tool_call_parser to "
-    "hermes or granite if its answers have that form"
-)
-# Of a processor, for a grammar: usual ones take a millisecond.
-GRAMMAR_CPU_S = 0.5
 
 
 class Service:
@@ -83,8 +73,7 @@ class Service:
         self.config = config
         self.model = read_spec(model_dir)
         self.tokenizer = Tokenizer.load(model_dir, config.chat_template)
-        self._thinks = may_think(self.tokenizer)
-        self.tool_format = find_format(config.tool_call_parser, self.tokenizer)
+        self.forms = AnswerForms(model_dir, self.tokenizer, config.tool_call_parser)
         self.max_model_len = max_model_len(config, self.model)
         self.metrics = Metrics()
         self.supervisor = supervisor
@@ -95,7 +84,6 @@ class Service:
         self._has_been_ready = False
         self._threads = ThreadPoolExecutor(MAX_THREADS, "requests")
         self._bodies = Sandbox("reading the body")
-        self._grammars = Sandbox("the format of the answer", cpu_s=GRAMMAR_CPU_S, model_dir=model_dir)
         template = self.tokenizer.template
         self._templates = Sandbox("messages: rendering the chat template", template.arguments()) if template else None
         self._follow = asyncio.create_task(self._follow_state())
@@ -147,7 +135,7 @@ class Service:
         await self.run(sum(num_ids), lambda: check_limits(request, self.config, self.model.vocab_size))
         started = time.monotonic()
         prompts = await self._prompts(request)
-        grammar = await self._grammar(self._asked(request), self._thought(request, prompts))
+        grammar = await self.forms.grammar(request, prompts[0])
         if trace:
             trace.tokenised(started)
         spelt = SPELT_CHARS * sum(map(len, prompts)) if request.is_echo else 0
@@ -202,7 +190,7 @@ class Service:
         """Stop what was started here."""
         self._follow.cancel()
         await self._bodies.close()
-        await self._grammars.close()
+        await self.forms.close()
         if self._templates:
             await self._templates.close()
 
@@ -214,7 +202,7 @@ class Service:
         """A checked body. Raises APIError."""
         if len(raw) < LARGE_BODY:
             return await self.run(len(raw), lambda: parse_body(raw, model))
-        pieces = await _sandboxed(self._bodies.read_json(raw))
+        pieces = await sandboxed(self._bodies.read_json(raw))
         return await self.run(len(raw), lambda: check_content(join_pieces(pieces), model, b"\\u" in raw))
 
     async def _prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[tuple[int, ...]]:
@@ -238,7 +226,7 @@ class Service:
             "tools": tools,
         }
         asked = await self.run(size, lambda: rendering([message.for_template() for message in messages], **options))
-        text = await _sandboxed(self._templates.render(asked), "messages")
+        text = await sandboxed(self._templates.render(asked), "messages")
         return await self.run(len(text), text.decode)
 
     async def encode(
@@ -264,30 +252,6 @@ class Service:
             raise invalid_request(f"tokens: {len(tokens)} token ids are more than {limit}: send fewer", "tokens")
         await self.run(len(tokens), lambda: check_token_ids(tokens, self.model.vocab_size, "tokens"))
         return await self.run(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
-
-    def _asked(self, request: CompletionRequest | ChatCompletionRequest) -> AskedFormat | None:
-        """What the answer is to look like. Raises APIError (400) if it may call tools, and nobody could read that."""
-        if not isinstance(request, ChatCompletionRequest) or not request.may_call:
-            return request.asked_format
-        if self.tool_format is None:
-            raise invalid_request(NO_TOOLS, "tools", "unsupported_parameter")
-        if not (asked := request.asked_calls):
-            return None
-        form = {"begin": self.tool_format.begin, "end": self.tool_format.end, "is_list": self.tool_format.is_list}
-        return replace(asked, value=asked.value | form)
-
-    def _thought(self, request: CompletionRequest | ChatCompletionRequest, prompts: list[tuple[int, ...]]) -> Thought:
-        """What may come before an answer."""
-        if not self._thinks or not isinstance(request, ChatCompletionRequest):
-            return "no"
-        return "begun" if is_begun(prompts[0], self.tokenizer) else "maybe"
-
-    async def _grammar(self, asked: AskedFormat | None, thought: Thought) -> str | None:
-        """Raises APIError (400) where it can't be compiled, or not in bounds."""
-        if asked is None:
-            return None
-        request = dump({"kind": asked.kind, "value": asked.value, "thought": thought})
-        return await _sandboxed(self._grammars.grammar(request), asked.param)
 
     def _check_fits(self, least: int, param: str) -> None:
         """`least`: as many tokens as there must be."""
@@ -324,10 +288,6 @@ class Service:
             choice_index=n,
         )
         params = replace(params, grammar=grammar)
-        may_call = isinstance(request, ChatCompletionRequest) and request.may_call
-        thoughts = None
-        if self._thinks and isinstance(request, ChatCompletionRequest):
-            thoughts = ReasoningSplitter(is_begun(prompt, self.tokenizer))
         choice = Choice(
             index,
             request,
@@ -336,19 +296,8 @@ class Service:
             self.tokenizer,
             self.model.eos_token_ids,
             echoed,
-            thoughts=thoughts,
-            tool_format=self.tool_format if may_call else None,
-            most_calls=request.most_calls if isinstance(request, ChatCompletionRequest) else None,
+            thoughts=self.forms.splitter(request, prompt),
+            calls=self.forms.call_parser(request),
         )
         embeds = request.prompt_embeds if isinstance(request, CompletionRequest) else []
         return Plan(choice, prompt, params, embeds[index // request.n] if embeds else None)
-
-
-async def _sandboxed(work: Awaitable[T], param: str | None = None) -> T:
-    """Raises APIError: 400 where the work is refused or takes too much, 429 where there is no place for it."""
-    try:
-        return await work
-    except SandboxError as error:
-        raise invalid_request(str(error), error.param or param, error.code or "invalid_value") from None
-    except SandboxBusy:
-        raise overloaded() from None

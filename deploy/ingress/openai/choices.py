@@ -12,7 +12,7 @@ from deploy.ingress.openai.requests import ChatCompletionRequest, CompletionRequ
 from deploy.ingress.text.reasoning import MARKS, ReasoningSplitter
 from deploy.ingress.text.stop_strings import StopChecker
 from deploy.ingress.text.tokens import IncrementalDetokenizer, Tokenizer
-from deploy.ingress.text.tool_calls import ToolCallDelta, ToolCallParser, ToolFormat, join_calls
+from deploy.ingress.text.tool_calls import ToolCallDelta, ToolCallParser, join_calls
 
 # A token with its log-probability takes as long to write as so many characters of text, and more.
 LOGPROB_CHARS = 10
@@ -82,8 +82,7 @@ class Choice:
     """Feed it every RequestOutput of its sequence, in order. `must_abort`: it ended here, but not at the front yet.
 
     `echoed`: what spell_prompt() says, for a request that wants an echo. `thoughts`: tells what a thinking model writes
-    before its answer apart from it. `tool_format`: how the model writes the calls that the request allows, at most
-    `most_calls` of them.
+    before its answer apart from it. `calls` finds those that the request allows.
     """
 
     def __init__(
@@ -96,8 +95,7 @@ class Choice:
         eos_token_ids: Sequence[int] = (),
         echoed: Sequence[str] = (),
         thoughts: ReasoningSplitter | None = None,
-        tool_format: ToolFormat | None = None,
-        most_calls: int | None = None,
+        calls: ToolCallParser | None = None,
     ) -> None:
         self.index = index
         self.prompt_token_ids = tuple(prompt_token_ids)
@@ -111,12 +109,12 @@ class Choice:
         self._eos = frozenset() if request.ignore_eos else frozenset(eos_token_ids)
         self._tokenizer = tokenizer
         self._stop = StopChecker(request.stop, request.include_stop_str_in_output)
-        self._calls = ToolCallParser(tool_format, most_calls) if tool_format else None
+        self._calls = calls
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             skip_special_tokens=request.skip_special_tokens,
             prompt_ids=self.prompt_token_ids,
-            shown=((tool_format.begin, tool_format.end) if tool_format else ()) + (MARKS if thoughts else ()),
+            shown=(calls.marks if calls else ()) + (MARKS if thoughts else ()),
         )
         self._echoed = echoed
         self._thoughts = thoughts

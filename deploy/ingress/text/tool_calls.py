@@ -78,6 +78,11 @@ class ToolCallParser:
         self._deltas: list[ToolCallDelta] = []
         self.num_calls = 0
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What it has to see in a text, even where they are special tokens."""
+        return self._form.begin, self._form.end
+
     def feed(self, text: str) -> tuple[str, tuple[ToolCallDelta, ...]]:
         self._held += text
         while self._held and self._look():
