@@ -88,6 +88,8 @@ class FrontActor:
     async def submit(self, request: GenerationRequest) -> Submitted:
         if request.params.grammar is None:
             return self.loop.submit(request)
+        if refused := self.loop.refusal(request):  # or a front that is full would compile what it does not take
+            return refused
         compiling = asyncio.get_running_loop().run_in_executor(
             self._compiling, self.loop.constraint_of, request.params.grammar
         )

@@ -97,19 +97,29 @@ class FrontLoop:
 
     def submit(self, request: GenerationRequest, constraint: "Constraint | Exception | None" = None) -> Submitted:
         """`constraint` is that of the request's grammar, or why there is none."""
-        assert self.engine is not None
-        if self.mailboxes.get(request.lease) is None or request.request_id in self._aborted:
-            return Submitted(False, "dropped")
-        if self.is_draining:
-            return Submitted(False, "draining")
-        num_waiting = len(self.engine.scheduler.waiting) + len(self._incoming)
-        # What another front has lost was admitted once, and is no more than that one had room for.
-        if num_waiting >= self.spec.engine.max_num_waiting and not request.attempt:
-            return Submitted(False, "full", num_waiting)
+        if refused := self.refusal(request):
+            return refused
+        num_waiting = self._num_waiting
         self._lease_of[request.request_id] = request.lease
         self._incoming.append((request, constraint))
         self._wake.set()
         return Submitted(True, num_waiting=num_waiting)
+
+    @property
+    def _num_waiting(self) -> int:
+        assert self.engine is not None
+        return len(self.engine.scheduler.waiting) + len(self._incoming)
+
+    def refusal(self, request: GenerationRequest) -> Submitted | None:
+        """Why the request can't be taken now; None if it can."""
+        if self.mailboxes.get(request.lease) is None or request.request_id in self._aborted:
+            return Submitted(False, "dropped")
+        if self.is_draining:
+            return Submitted(False, "draining")
+        # What another front has lost was admitted once, and is no more than that one had room for.
+        if self._num_waiting >= self.spec.engine.max_num_waiting and not request.attempt:
+            return Submitted(False, "full", self._num_waiting)
+        return None
 
     def constraint_of(self, grammar: str) -> "Constraint | Exception":
         """In a thread of its own, one call at a time. An exception is what its request ends with."""

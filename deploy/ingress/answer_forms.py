@@ -1,5 +1,6 @@
 """What an answer is to look like, and how it is read: grammar, thoughts, calls of tools. For one model."""
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class AnswerForms:
         if not (asked := self._asked(request)):
             return None
         arguments = {"kind": asked.kind, "value": asked.value, "thought": self._thought(request, prompt)}
-        return await sandboxed(self._sandbox.grammar(dump(arguments)), asked.param)
+        return await sandboxed(self._sandbox.grammar(await asyncio.to_thread(dump, arguments)), asked.param)
 
     def splitter(self, request: Body, prompt: tuple[int, ...]) -> ReasoningSplitter | None:
         """Tells thoughts apart; None where there are none."""
@@ -67,4 +68,4 @@ class AnswerForms:
         """What may come before an answer."""
         if not self._thinks or not isinstance(request, ChatCompletionRequest):
             return "no"
-        return "begun" if is_begun(prompt, self._tokenizer) else "maybe"
+        return "begun" if is_begun(prompt, self._tokenizer, request.continue_final_message) else "maybe"

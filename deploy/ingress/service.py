@@ -218,14 +218,18 @@ class Service:
         """Raises APIError (400)."""
         if self._templates is None:
             raise invalid_request(NO_TEMPLATE, "messages")
-        size = sum(MESSAGE_CHARS + message.size for message in messages) + sum(len(str(tool)) for tool in tools)
+        size = sum(MESSAGE_CHARS + len(message.content or "") for message in messages)
+        # How much there is in tools, calls and variables is not counted: to count is as long as to write.
+        is_nested = tools or fields.chat_template_kwargs or any(message.tool_calls for message in messages)
         options = {
             "add_generation_prompt": fields.add_generation_prompt,
             "continue_final_message": fields.continue_final_message,
             "variables": fields.chat_template_kwargs,
             "tools": tools,
         }
-        asked = await self.run(size, lambda: rendering([message.for_template() for message in messages], **options))
+        asked = await self.run(
+            LONG if is_nested else size, lambda: rendering([message.for_template() for message in messages], **options)
+        )
         text = await sandboxed(self._templates.render(asked), "messages")
         return await self.run(len(text), text.decode)
 

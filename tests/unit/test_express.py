@@ -482,7 +482,7 @@ def test_a_replica_that_joins_shares_the_messages_and_one_that_leaves_gets_none(
 
 def busy_kernels() -> threading.Thread:
     """One call of the kernels computes at a time: while this one lasts, others wait."""
-    nothing = torch.zeros(1 << 32, dtype=torch.uint8)  # pages that are only read take no memory
+    nothing = torch.zeros(1 << 31, dtype=torch.uint8)  # pages that are only read take no memory
     busy = threading.Thread(target=lambda: native.loaded().outcrop_read(1, nothing.data_ptr(), len(nothing)))
     busy.start()
     return busy

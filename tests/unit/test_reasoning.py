@@ -57,13 +57,21 @@ def test_what_is_sure_is_told_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "expected"),
-    [("user: hi\n<think>\n", True), ("hi\n<think>\n\n</think>\n\n", False), ("hi", False), ("</think><think>", True)],
+    [
+        ("user: hi\n<think>\n", True),
+        ("hi\n<think>\n\n</think>\n\n", False),
+        ("hi", False),
+        ("</think><think>", True),
+        ("say <think>\nnow", False),
+    ],
 )
 def test_the_prompt_tells_whether_a_thought_has_begun(tmp_path: Path, prompt: str, expected: bool) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if false %}</think>{% endif %}"
     tokenizer = Tokenizer.load(tiny_tokenizers.write(tiny_tokenizers.byte_level(), tmp_path, template))
     assert may_think(tokenizer)
-    assert is_begun(tokenizer.encode(prompt, add_special_tokens=False), tokenizer) == expected
+    tokens = tokenizer.encode(prompt, add_special_tokens=False)
+    assert is_begun(tokens, tokenizer) == expected
+    assert is_begun(tokens, tokenizer, continues_message=True) == (expected or prompt.startswith("say"))
 
 
 THOUGHT = "<think>\nI count.\n</think>\n\nThree."

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from benchmarks.byte_tokenizer import CHAT_TEMPLATE
+from deploy.ingress.openai.choices import ChoiceDelta, merge
 from deploy.ingress.openai.errors import APIError
 from deploy.ingress.openai.parsing import parse_body
 from deploy.ingress.openai.requests import ChatCompletionRequest
+from deploy.ingress.openai.response_events import ResponsesResponder
+from deploy.ingress.openai.response_requests import ResponsesRequest
 from deploy.ingress.text.chat_template import ChatTemplate
 from deploy.ingress.text.tokens import Tokenizer
 from deploy.ingress.text.tool_calls import FORMATS, ToolCallParser, find_format, join_calls
@@ -97,6 +100,25 @@ def test_arguments_come_before_they_are_complete() -> None:
     assert (second.id, second.name, second.arguments) == (None, None, "12")
 
 
+def test_blanks_are_looked_at_once() -> None:
+    """A model that repeats them must not take longer with each."""
+    parser = ToolCallParser(HERMES)
+    for text in ("\n" * 6, '<tool_call>{"name": "f", "arguments": {}}</tool_call>'):
+        parser.feed(text)
+        for _ in range(20):
+            parser.feed("\n" * 6)
+            assert not parser._held
+    assert parser.feed("Text")[0] == "\n" * 120 + "Text"
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "7", "[" * 200_000 + "]" * 200_000])
+def test_arguments_that_are_no_object_are_no_call(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}'
+    content, calls = parse(ToolCallParser(HERMES), [text])
+    assert not calls
+    assert content.startswith("<tool_call>")
+
+
 def test_later_calls_than_allowed_are_dropped() -> None:
     text = TEXTS["two"][1]
     assert parse(ToolCallParser(HERMES, most=1), list(text)) == ("", [("f", ARGUMENTS)])
@@ -130,6 +152,14 @@ def chat(**fields: Any) -> ChatCompletionRequest:
     return parse_body(json.dumps({"messages": [ASKED]} | fields).encode(), ChatCompletionRequest)
 
 
+def called_with(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+def with_parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "code"}]}, "tools", "must look like"),
     ({"tools": [TOOL, TOOL]}, "tools", "two functions are named 'f'"),
@@ -148,6 +178,17 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "messages.0.tool_calls",
         "no JSON object",
     ),
+    *(
+        ({"messages": [called_with(arguments)]}, "messages.0.tool_calls", told)
+        for arguments, told in (
+            ('{"a": NaN}', "NaN is not a JSON number"),
+            ('{"a": "\\ud800"}', "surrogate"),
+            ('{"a": %s}' % ("[" * 60 + "]" * 60), "nests more than 50"),
+            ('{"a": "%s"}' % ("x" * 100_001), "more than 100000 characters"),
+        )
+    ),
+    ({"tools": [with_parameters({"enum": [0] * 100_001})]}, "tools", "more than 100000 characters"),
+    ({"chat_template_kwargs": {"a": [0] * 100_001}}, "chat_template_kwargs", "more than 100000 characters"),
 ]
 
 
@@ -186,3 +227,40 @@ def test_a_turn_renders_as_transformers_renders_it(tmp_path: Path) -> None:
 def test_who_may_not_call_is_not_told_of_tools() -> None:
     assert chat(tools=[TOOL], tool_choice="none").shown_tools == []
     assert chat(tools=[TOOL]).shown_tools == [TOOL]
+
+
+@pytest.mark.parametrize("number", ["1e999", "9" * 500])
+def test_numbers_that_json_cannot_hold_are_refused(number: str) -> None:
+    for field in ('"chat_template_kwargs": {"a": %s}', '"structured_outputs": {"json": {"const": %s}}'):
+        with pytest.raises(APIError, match="number that is too large") as caught:
+            parse_body(
+                b'{"messages": [{"role": "user", "content": "Hi"}], %s}' % (field % number).encode(),
+                ChatCompletionRequest,
+            )
+        assert caught.value.status == 400
+
+
+def test_a_response_ends_a_call_before_the_text_behind_it() -> None:
+    """A reader that is behind gets both at once."""
+    request = parse_body(b'{"input": "Hi"}', ResponsesRequest)
+    responder, calls = ResponsesResponder(request, "m", "r"), ToolCallParser(HERMES)
+    deltas = []
+    for text in ('<tool_call>{"name": "f", "arguments": {"a":', " 1}}</tool_call>", "Done."):
+        content, new = calls.feed(text)
+        deltas.append(ChoiceDelta(0, content, tool_calls=new))
+    events = responder.events(deltas[0]) + responder.events(merge(deltas[1:]))
+    told = [json.loads(line[6:]) for line in events.decode().splitlines() if line.startswith("data: ")]
+    done = next(event for event in told if event["type"] == "response.function_call_arguments.done")
+    assert done["arguments"] == '{"a": 1}'
+    assert [item.text for item in responder._items] == ['{"a": 1}', "Done."]
+
+
+def test_what_responses_do_not_know_is_not_ignored() -> None:
+    for fields, param in (
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"text": {"verbosity": "high"}}, "text"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
+    ):
+        with pytest.raises(APIError) as caught:
+            parse_body(json.dumps({"input": "Hi"} | fields).encode(), ResponsesRequest).as_chat()
+        assert (caught.value.status, caught.value.param) == (400, param)

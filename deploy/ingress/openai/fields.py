@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+from deploy.ingress.openai.bounded import bounded
+
 MAX_STOP_CHARS = 1000
 MAX_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
@@ -50,6 +52,7 @@ def as_template_kwargs(value: Any) -> dict[str, Any]:
         raise ValueError("must be an object")
     if taken := value.keys() & TEMPLATE_FIELDS:
         raise ValueError(f"{min(taken)} is a field of the request, or made of its fields: send it there")
+    bounded(value)
     return value
 
 

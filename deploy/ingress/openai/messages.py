@@ -38,11 +38,6 @@ class Message(Strict):
             raise refuse("tool_call_id", "tool_call_id belongs to messages of role 'tool', and to each of them")
         return self
 
-    @property
-    def size(self) -> int:
-        """How much there is to render, in characters."""
-        return len(self.content or "") + sum(len(str(call)) for call in self.tool_calls)
-
     def for_template(self) -> dict[str, Any]:
         # Templates know no "developer": it is OpenAI's newer name of "system". Not all know content that is not there.
         shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}

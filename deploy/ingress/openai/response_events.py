@@ -77,14 +77,20 @@ class ResponsesResponder:
         return f"event: {kind}\ndata: ".encode() + dump(event) + b"\n\n"
 
     def _take(self, delta: ChoiceDelta) -> Iterator[bytes]:
-        """Events of what is new: text goes on with the last item, if that is a text; each call is an item."""
+        """Events of what is new: text goes on with the last item, if that is a text; each call is an item. The rest of
+        a call that has begun comes before text, and text before new calls.
+        """
+        going_on = [call for call in delta.tool_calls if call.id is None]
+        for call in going_on if self._items and self._items[-1].call else ():
+            yield from self._add(call.arguments, "response.function_call_arguments.delta")
         if delta.text:
             if not self._items or self._items[-1].call:
                 yield from self._open(_Item(f"msg_{self.request_id}_{len(self._items)}"))
             yield from self._add(delta.text, "response.output_text.delta")
         for call in delta.tool_calls:
-            if call.id is not None:
-                yield from self._open(_Item(f"fc_{self.request_id}_{len(self._items)}", call))
+            if call.id is None:
+                continue
+            yield from self._open(_Item(f"fc_{self.request_id}_{len(self._items)}", call))
             if call.arguments:
                 yield from self._add(call.arguments, "response.function_call_arguments.delta")
         if delta.finish_reason:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from deploy.ingress.openai.errors import APIError
 from deploy.ingress.openai.neutral import RESPONSES_NEUTRAL
@@ -69,6 +69,13 @@ def as_response_tools(value: Any) -> list[dict[str, Any]]:
     return value
 
 
+def as_metadata(value: dict[str, str]) -> dict[str, str]:
+    """OpenAI's limits."""
+    if len(value) > 16 or any(len(key) > 64 or len(text) > 512 for key, text in value.items()):
+        raise ValueError("must have at most 16 keys of up to 64 characters, and texts of up to 512")
+    return value
+
+
 @contextmanager
 def renamed() -> Iterator[None]:
     """Errors of the chat completion, as those of the request that it answers."""
@@ -100,7 +107,7 @@ class ResponsesRequest(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     stream: bool = False
     store: Literal[False] | None = None
-    metadata: dict[str, str] = Field(default_factory=dict)
+    metadata: Annotated[dict[str, str], AfterValidator(as_metadata)] = Field(default_factory=dict)
     user: str | None = None
     seed: int | None = None
 
@@ -113,7 +120,7 @@ class ResponsesRequest(Strict):
             "tools": [_chat_tool(tool) for tool in self.tools],
             "response_format": self._response_format(),
         }
-        if self.tools:
+        if self.tools or self.tool_choice not in ("auto", "none"):
             asked |= {"tool_choice": _chat_choice(self.tool_choice), "parallel_tool_calls": self.parallel_tool_calls}
         same = ("model", "temperature", "top_p", "seed", "user", "stream")
         with renamed():
@@ -122,8 +129,11 @@ class ResponsesRequest(Strict):
     def _response_format(self) -> Any:
         """`text.format` as `response_format` of a chat completion."""
         form = self.text.get("format")
-        if unknown := {*self.text} - {"format", "verbosity"} or (self.text.get("verbosity") not in (None, "medium")):
-            raise APIError(400, f"text: {unknown} is not supported: only format", param="text", code="invalid_value")
+        if unknown := sorted({*self.text} - {"format", "verbosity"}):
+            message = f"text.{unknown[0][:60]} is not supported: only format"
+            raise APIError(400, message, param="text", code="unsupported_parameter")
+        if self.text.get("verbosity") not in (None, "medium"):
+            raise APIError(400, "text.verbosity is not supported", param="text", code="unsupported_parameter")
         if isinstance(form, dict) and form.get("type") == "json_schema":
             return {"type": "json_schema", "json_schema": {key: form[key] for key in form if key != "type"}}
         return form

@@ -3,15 +3,14 @@
 Here is checked what can be without the model; what a grammar means, and what it costs, shows in a sandbox.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import TypedDict
 
-MAX_CHARS = 100_000
-MAX_DEPTH = 50
+from deploy.ingress.openai.bounded import MAX_CHARS, bounded, parsed
+
 MAX_CHOICES = 5000
 MAX_TAGS = 64
 KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
@@ -89,13 +88,9 @@ def _named_schema(value: Any) -> dict[str, Any]:
 
 def as_schema(value: Any) -> dict[str, Any]:
     """A JSON schema, or the text of one."""
-    schema = _parsed(value)
+    schema = bounded(_parsed(value))
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema must be an object")
-    if _depth(schema) > MAX_DEPTH:
-        raise ValueError(f"the schema nests more than {MAX_DEPTH} levels deep")
-    if len(json.dumps(schema, ensure_ascii=False)) > MAX_CHARS:
-        raise ValueError(f"the schema has more than {MAX_CHARS} characters")
     return schema
 
 
@@ -103,19 +98,9 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(_text(value))
-    except (ValueError, RecursionError) as error:
+        return parsed(_text(value))
+    except ValueError as error:
         raise ValueError(f"it is not valid JSON: {error}") from None
-
-
-def _depth(value: Any) -> int:
-    """Levels of lists and objects, counted no further than MAX_DEPTH. Without recursion."""
-    depth, level = 0, [value]
-    while level and depth <= MAX_DEPTH:
-        inner = (list(item.values()) if isinstance(item, dict) else item for item in level)
-        level = [item for items in inner for item in items if isinstance(item, dict | list)]
-        depth += 1
-    return depth
 
 
 def _text(value: Any) -> str:
@@ -149,9 +134,9 @@ def _tags(value: Any, field: str) -> dict[str, Any]:
     if not triggers or not all(isinstance(each, str) and each for each in triggers):
         raise ValueError("triggers must be a list of texts")
     tags = [{"begin": tag["begin"], "schema": as_schema(tag["schema"]), "end": tag["end"]} for tag in structures]
-    if len(json.dumps(tags)) > MAX_CHARS:
-        raise ValueError(f"structural_tag has more than {MAX_CHARS} characters")
-    return {"tags": tags, "triggers": triggers}
+    found = {"tags": tags, "triggers": triggers}
+    bounded(found)
+    return found
 
 
 def _is_tag(value: Any) -> bool:

@@ -1,9 +1,9 @@
 """Tools in requests (`tools`, `tool_choice`) and calls in messages, checked and made ready for a chat template."""
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deploy.ingress.openai.bounded import bounded, parsed
 from deploy.ingress.openai.structured import as_schema
 
 MAX_TOOLS = 128
@@ -42,7 +42,7 @@ def as_tools(value: Any) -> tuple[Tool, ...]:
 def _as_tool(value: Any) -> Tool:
     if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
         raise ValueError('a tool must look like {"type": "function", "function": {"name": ..., "parameters": {...}}}')
-    function = value["function"]
+    function = bounded(value)["function"]
     unknown = {*value} - {"type", "function"} | {*function} - {"name", "description", "parameters", "strict"}
     if unknown:
         raise ValueError(f"a tool has the key {min(map(str, unknown))[:60]!r}, which is not supported")
@@ -88,9 +88,9 @@ def _as_call(value: Any) -> dict[str, Any]:
 def _arguments(function: dict[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments")
     try:
-        read = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
-    except (ValueError, RecursionError):
-        read = None
+        read = parsed(arguments) if isinstance(arguments, str) and arguments.strip() else bounded(arguments or {})
+    except ValueError as error:
+        raise ValueError(f"the arguments of {function['name']!r:.70} can't be used: {error}") from None
     if not isinstance(read, dict):
         raise ValueError(f"the arguments of {function['name']!r:.70} are no JSON object")
     return read

@@ -123,7 +123,7 @@ class GrammarWriter:
 
 def _quoted(text: str) -> str:
     """A text as Lark writes it."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _json(schema: Schema) -> str:

@@ -101,13 +101,15 @@ class JsonCall:
             return
         try:
             value = None if self._value[0] == "{" else json.loads(self._value)
-        except ValueError:
+        except (ValueError, RecursionError):
             self._end(is_good=False)
             return
         if self._key == '"name"' and isinstance(value, str):
             self.name = value
         elif self._is_arguments and isinstance(value, str):
             self._pending += value
+        elif self._is_arguments and value is not None:
+            self._end(is_good=False)
 
     def _end(self, is_good: bool) -> None:
         self.is_over = True

@@ -18,10 +18,13 @@ def may_think(tokenizer: Tokenizer) -> bool:
     return tokenizer.template is not None and END in tokenizer.template.source
 
 
-def is_begun(prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether the prompt has begun a thought, which the model goes on with."""
+def is_begun(prompt_token_ids: Sequence[int], tokenizer: Tokenizer, continues_message: bool = False) -> bool:
+    """Whether the prompt has begun a thought, which the model goes on with. Where it goes on with a message, the mark
+    need not be the last thing in it; elsewhere a mark further up is somebody's text.
+    """
     tail = tokenizer.decode(prompt_token_ids[-TAIL:], skip_special_tokens=False)
-    return tail.rpartition(BEGIN)[1] != "" and END not in tail.rpartition(BEGIN)[2]
+    _, mark, behind = tail.rpartition(BEGIN)
+    return mark != "" and (END not in behind if continues_message else not behind.strip())
 
 
 class ReasoningSplitter:

@@ -70,7 +70,7 @@ class ToolCallParser:
         self._most = most
         self._look = self._look_for_mark
         self._held = ""  # text that can't be told apart yet
-        self._blanks = ""  # that are content only if content follows
+        self._blanks: list[str] = []  # that are content only if content follows
         self._has_said = False
         self._raw = ""  # what would be content if no call came of it
         self._call: JsonCall | None = None
@@ -94,8 +94,8 @@ class ToolCallParser:
         if self._look != self._look_behind_call and not (self._call and self._call.is_begun):
             self._say(self._raw + self._held)
         if not self.num_calls:
-            self._content.append(self._blanks)
-        self._held = self._raw = self._blanks = ""
+            self._content += self._blanks
+        self._held, self._raw, self._blanks = "", "", []
         return self._take()[0]
 
     def _take(self) -> tuple[str, tuple[ToolCallDelta, ...]]:
@@ -104,12 +104,10 @@ class ToolCallParser:
         return told
 
     def _say(self, text: str) -> None:
-        text, self._blanks = self._blanks + text, ""
+        self._blanks.append(text)
         if self._has_said or text.strip(BLANKS):
-            self._content.append(text)
-            self._has_said = True
-        else:
-            self._blanks = text
+            self._content += self._blanks
+            self._blanks, self._has_said = [], True
 
     # Each looks at what is held, and returns whether there may be more to see.
 
@@ -144,7 +142,7 @@ class ToolCallParser:
         if call.is_over and not call.name:
             self._give_up()
         elif call.is_over:
-            self._call, self._look, self._blanks, self._has_said = None, self._look_behind_call, "", False
+            self._call, self._look, self._blanks, self._has_said = None, self._look_behind_call, [], False
         return call.is_over
 
     def _tell(self, call: JsonCall, arguments: str) -> None:
@@ -157,6 +155,10 @@ class ToolCallParser:
     def _look_behind_call(self) -> bool:
         """Between calls stand blanks, commas, brackets and marks."""
         begin, end = self._form.begin, self._form.end
+        if not self._held.strip(BLANKS):
+            self._blanks.append(self._held)
+            self._held = ""
+            return False
         is_list = "[" in self._raw[: self._raw.find("{")]
         rest = self._held.lstrip(BLANKS + ",]" if is_list else BLANKS)
         if is_list and rest.startswith("{"):
