@@ -1,7 +1,8 @@
 """A roofline (Williams, Waterman, Patterson, 2009): what the machine can do at all, and what a step must do at least.
 
 A step must read the weights that it needs once, and its sequences' keys and values, and multiply. It can't take less
-than the longer of the two, at the speed of a plain parallel read and of a large product, in bfloat16 where the CPU multiplies it.
+than the longer of the two, at the speed of a plain parallel read and of a large product (in bfloat16
+where the CPU multiplies it).
 """
 
 import statistics
