@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [--threads 2]
 
 Shape of 1b-a400m: 32 experts of width 512, hidden 1024, top-8 of random routing, random bfloat16 weights. The limits
-are measured in the same run (limits.py): a plain parallel read, a large float32 product. Medians; all take turns.
+are measured in the same run (limits.py): a plain parallel read, a large product. Medians; all take turns.
 """
 
 import json
