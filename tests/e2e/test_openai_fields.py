@@ -17,10 +17,12 @@ PROMPT = "Experts are stateless services."
 EOS = 0
 NUM_TOKENS = 20
 
-# Parameters of create() that travel in the URL or header, or are tested in test_openai_client.py / _logprobs.py.
+# Parameters of create() that travel in the URL or header, or are tested in test_openai_client.py, _logprobs.py and
+# _tools.py.
 ELSEWHERE = {
     "self", "extra_headers", "extra_query", "extra_body", "timeout", "model", "prompt", "messages", "stream",
     "stream_options", "user", "n", "max_tokens", "max_completion_tokens", "echo", "logprobs", "top_logprobs",
+    "response_format", "tools", "tool_choice",
 }  # fmt: skip
 EFFECTS = {"temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias", "best_of"}
 REFUSED_COMPLETION: dict[str, Any] = {"suffix": "the end", "best_of": 2}
@@ -36,12 +38,9 @@ REFUSED_CHAT: dict[str, Any] = {
     "prompt_cache_options": {"a": 1},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "high",
-    "response_format": {"type": "json_object"},
     "safety_identifier": "s",
     "service_tier": "flex",
     "store": True,
-    "tool_choice": "required",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
     "verbosity": "low",
     "web_search_options": {},
 }

@@ -61,7 +61,7 @@ BREACHES: list[tuple[str, str, Any, str]] = [
     (SERVICE, f"{FRONT}.resources.outcrop_front", "one", "custom_resources_are_readable"),
     (SERVICE, f"{HEAD}.template.metadata.labels.app\\.kubernetes\\.io/name", "outcrop", "kuberay_finds_its_pods"),
     (SERVICE, f"{HEAD}.template.metadata.annotations", {}, "settings_start_a_new_cluster"),
-    (SERVICE, f"{HEAD}.{RAY}.env.4.value", "30", "the_head_closes_at_once"),
+    (SERVICE, f"{HEAD}.{RAY}.env.5.value", "30", "the_head_closes_at_once"),
     (SERVICE, f"{FRONT}.labels.outcrop-role", "front node", "labels_are_labels"),
     (SERVICE, f"{FRONT}.rayStartParams.labels", "a=b", "labels_are_labels"),
     (SERVICE, f"{FRONT}.replicas", 9, "groups_make_sense"),
@@ -94,7 +94,7 @@ BREACHES: list[tuple[str, str, Any, str]] = [
     (SERVICE, f"{INGRESS}.{POD}.terminationGracePeriodSeconds", 345, "pods_that_serve_drain"),
     (SERVICE, f"{FRONT}.{RAY}.lifecycle", GONE, "drains_outlive_the_head"),
     (SERVICE, f"{FRONT}.{RAY}.lifecycle.preStop.exec.command", ["outcrop-linger", "60"], "drains_outlive_the_head"),
-    (SERVICE, f"{EXPERTS}.{RAY}.env.5.value", "60", "drains_outlive_the_head"),
+    (SERVICE, f"{EXPERTS}.{RAY}.env.6.value", "60", "drains_outlive_the_head"),
     (SERVICE, f"{SPEC}.rayVersion", "2.59.0", "ray_is_the_version_that_is_installed"),
     (SERVICE, "spec.rayClusterDeletionDelaySeconds", GONE, "two_clusters_serve_for_a_while"),
     (
