@@ -99,5 +99,6 @@ class LaneServer(ABC):
         self._stop.set()
         self._wake()
         self._thread.join(5)
-        self._close()
+        if not self._thread.is_alive():  # or it may still compute by what would be closed under it
+            self._close()
         self._directory.remove()

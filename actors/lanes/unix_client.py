@@ -102,9 +102,12 @@ class UnixLane(LinkedLane[UnixLink]):
         return ticket
 
     def _ready(self, links: Iterable[UnixLink], timeout_s: float) -> list[UnixLink]:
-        """Also sends on to all others what they have not taken yet."""
+        return self._poll(links, (), timeout_s)
+
+    def _poll(self, links: Iterable[UnixLink], others: Iterable[UnixLink], timeout_s: float) -> list[UnixLink]:
+        """Also sends on to others what they have not taken yet."""
         asked = {link.socket.fileno(): link for link in links}
-        owing = {link.socket.fileno(): link for link in tuple(self._links.values()) if link.is_owing}
+        owing = {link.socket.fileno(): link for link in others}
         poller = select.poll()
         for number in asked | owing:
             wanted = select.POLLIN if number in asked else 0
@@ -116,7 +119,9 @@ class UnixLane(LinkedLane[UnixLink]):
         return [asked[number] for number in ready if number in asked]
 
     def _read(self, links: list[UnixLink], timeout_s: float) -> None:
-        for link in self._ready(links, timeout_s):
+        # Only here, in the thread that exchanges: a stream is written by one thread, while others may shake hands.
+        owing = [link for link in tuple(self._links.values()) if link.is_owing]
+        for link in self._poll(links, owing, timeout_s):
             link.take_in()
 
 

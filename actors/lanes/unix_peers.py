@@ -4,6 +4,7 @@ import logging
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,9 @@ from actors.lanes.stream import Stream, StreamError
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 256
+# While no file is left, whoever knocks goes on knocking.
+REFUSED_S = 0.05
+BACKLOG = 4096  # a front that is not let in at once stays with a slower lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,7 @@ def accepted(listener: socket.socket) -> Stream | None:
         stream = Stream(listener.accept()[0])
     except OSError as error:  # it has gone again, or no file is left
         logger.warning("a front was not let in: %s", error)
+        time.sleep(REFUSED_S)
         return None
     if (user := stream.peer_uid()) in (0, os.geteuid()):
         return stream

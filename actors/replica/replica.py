@@ -38,6 +38,7 @@ class Replica:
         self.serving = _serving(store)
         self._num_tokens = 0
         self._published = self.serving.computed() if self.serving else None
+        self._publishing = threading.Lock()
         self._last_steps: dict[int, StepId] = {}  # by front, those that the log has a line of
         self._computing = threading.Lock()
         self._began: float | None = None
@@ -56,8 +57,9 @@ class Replica:
         """Bring the metrics up to date with what was computed without Python."""
         if self.serving is None or self._published is None:
             return
-        before, now = self._published, self.serving.computed()
-        self._published = now
+        with self._publishing:  # reports may be asked for side by side
+            before, now = self._published, self.serving.computed()
+            self._published = now
         counts = [b - a for a, b in zip(before.at_most, now.at_most, strict=True)]
         group = str(self.spec.group)
         self.metrics.observe_all("expert_compute_seconds", counts, now.seconds - before.seconds, group=group)

@@ -20,8 +20,8 @@ from actors.lanes import wire
 from actors.lanes.auto import AutoLane
 from actors.lanes.lane import LaneError, LaneTimeout
 from actors.lanes.links import HELLO
-from actors.lanes.stream import MAX_PATH
-from actors.lanes.unix_client import UnixLane
+from actors.lanes.stream import MAX_PATH, Stream
+from actors.lanes.unix_client import UnixLane, UnixLink
 from actors.lanes.unix_peers import Peers
 from actors.lanes.unix_server import UnixServer
 from cluster.expert_map import ReplicaAddress
@@ -321,3 +321,19 @@ def test_auto_goes_over_unix_on_this_host(running: Running) -> None:
     ticket, _ = lane.receive([lane.send(running.address, MESSAGE)], 5)
     assert ticket[0] is lane.fast[0]
     lane.close()
+
+
+def test_what_a_replica_has_not_taken_is_sent_on_by_the_thread_that_exchanges() -> None:
+    """While another thread shakes hands, a stream must not be written twice."""
+    ours, theirs = sockets.socketpair()
+    lane, link = UnixLane(), UnixLink(Stream(ours), "")
+    link.is_connected = True
+    lane._links["expert-g0-r0"] = link
+    link.socket.unsent += b"abc"
+    assert lane._ready([], 0) == []
+    assert link.socket.unsent == b"abc"
+    lane._read([], 0)
+    assert not link.socket.unsent
+    assert theirs.recv(9) == b"abc"
+    link.close()
+    theirs.close()
