@@ -142,7 +142,7 @@ class CompletionRequest(GenerationFields):
             raise refuse("prompt_embeds", "prompt_embeds can't be sent together with prompt: send one")
         if self.prompt_embeds and self.n > 1:  # each choice takes the tensor along
             raise refuse("n", f"n={self.n} can't be used with prompt_embeds: send a request for each choice")
-        for field in ("echo", "prompt_logprobs", "return_token_ids"):
+        for field in ("echo", "prompt_logprobs"):
             if self.prompt_embeds and getattr(self, field) not in (None, False):
                 raise refuse(field, f"{field} can't be used with prompt_embeds: there are no tokens to report")
         return self
