@@ -123,7 +123,7 @@ NUM_BODIES = 3
 def test_streams_go_on_while_millions_of_token_ids_come(http: httpx.Client, server: Server) -> None:
     ids = b'{"tokens": [' + b"7," * 2_500_000 + b"7]}"
     body = GOOD | {"max_tokens": 2000, "stream": True}
-    sent, longest = threading.Event(), 0.0
+    sent, gaps = threading.Event(), list[float]()
 
     def send() -> None:
         for _ in range(NUM_BODIES):
@@ -139,11 +139,12 @@ def test_streams_go_on_while_millions_of_token_ids_come(http: httpx.Client, serv
         while not sent.is_set():
             asked = time.monotonic()
             next(lines)
-            longest = max(longest, time.monotonic() - asked)
+            gaps.append(time.monotonic() - asked)
         sender.join()
         took = time.monotonic() - started
-    # An event loop that reads a body at one stretch lets the stream wait for most of the time that a body takes.
-    assert longest < took / NUM_BODIES / 2
+    # An event loop that reads a body at one stretch lets the stream wait for most of the time that a body takes, with
+    # each of them. Once or twice a busy machine does, too.
+    assert sorted(gaps)[-NUM_BODIES] < took / NUM_BODIES / 2
 
 
 @pytest.mark.parametrize(
