@@ -102,6 +102,13 @@ class Decoder(BaseModel):
         if self.num_experts_per_tok > num_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than {name}={num_experts}")
 
+    def check_layers(self, *names: str) -> None:
+        """Raises ValueError where a key that lists layers has another number of them."""
+        for name in names:
+            told = getattr(self, name)
+            if told is not None and len(told) != self.num_hidden_layers:
+                raise ValueError(f"{name} tells of {len(told)} layers: num_hidden_layers={self.num_hidden_layers}")
+
     def plain_layers(self, window: int | None = None) -> tuple[LayerSpec, ...]:
         """Layers that are all alike."""
         return (LayerSpec(window=window, rope_theta=self.rope_parameters.rope_theta),) * self.num_hidden_layers
@@ -130,6 +137,17 @@ class Decoder(BaseModel):
             "dtype": self.dtype,
         }
         return ModelSpec(family=family, **common | own)
+
+
+class LocalExperts(Decoder):
+    """Of families that call the number of their experts so."""
+
+    num_local_experts: int = Field(8, gt=0, le=32_767)  # ids travel in 16 bits
+
+    @model_validator(mode="after")
+    def _has_enough_experts(self) -> "LocalExperts":
+        self.check_top_k("num_local_experts", self.num_local_experts)
+        return self
 
 
 MODEL_NAMES = {

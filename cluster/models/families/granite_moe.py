@@ -5,17 +5,16 @@ Names and defaults follow transformers' GraniteMoeConfig.
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cluster.models.decoder import ATTENTION_NAMES, MODEL_NAMES, Decoder
+from cluster.models.decoder import ATTENTION_NAMES, MODEL_NAMES, LocalExperts
 from cluster.models.family import Family
 from cluster.models.spec import ModelSpec
 
 
-class Config(Decoder):
+class Config(LocalExperts):
     """config.json."""
 
-    num_local_experts: int = Field(8, gt=0, le=32_767)  # ids travel in 16 bits
     attention_bias: bool = False
     embedding_multiplier: float = 1.0
     logits_scaling: float = Field(1.0, gt=0)
@@ -23,11 +22,6 @@ class Config(Decoder):
     attention_multiplier: float = 1.0
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
-
-    @model_validator(mode="after")
-    def _has_enough_experts(self) -> "Config":
-        self.check_top_k("num_local_experts", self.num_local_experts)
-        return self
 
     def spec(self, family: str, **own: Any) -> ModelSpec:
         multipliers = {

@@ -24,10 +24,7 @@ class Config(granite_moe_shared.Config):
 
     @model_validator(mode="after")
     def _tells_of_each_layer(self) -> "Config":
-        for name in ("layer_types", "layer_rope_theta"):
-            told = getattr(self, name)
-            if told is not None and len(told) != self.num_hidden_layers:
-                raise ValueError(f"{name} tells of {len(told)} layers: num_hidden_layers={self.num_hidden_layers}")
+        self.check_layers("layer_types", "layer_rope_theta")
         if any(theta != 0 and theta <= 1 for theta in self.layer_rope_theta or ()):
             raise ValueError(f"layer_rope_theta={self.layer_rope_theta!r:.100}: each must be 0 or more than 1")
         return self

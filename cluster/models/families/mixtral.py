@@ -5,31 +5,25 @@ Names and defaults follow transformers' MixtralConfig.
 
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cluster.models.decoder import ATTENTION_NAMES, EXPERT_NAMES, MODEL_NAMES, Decoder
+from cluster.models.decoder import ATTENTION_NAMES, EXPERT_NAMES, MODEL_NAMES, LocalExperts
 from cluster.models.family import Family
 from cluster.models.spec import ModelSpec, RouterRule
 
 
-class Config(Decoder):
+class Config(LocalExperts):
     """config.json. A `sliding_window` is that of all layers. Noise of the router is for training."""
 
     HAS_KV_DEFAULT: ClassVar[bool] = False
     NEUTRAL_HERE: ClassVar[frozenset[str]] = frozenset({"router_jitter_noise"})
     ROPE_THETA: ClassVar[float] = 1e6
 
-    num_local_experts: int = Field(8, gt=0, le=32_767)  # ids travel in 16 bits
     sliding_window: int | None = Field(None, gt=0)
     max_position_embeddings: int = Field(131_072, gt=0)
     rms_norm_eps: float = Field(1e-5, gt=0)
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
-
-    @model_validator(mode="after")
-    def _has_enough_experts(self) -> "Config":
-        self.check_top_k("num_local_experts", self.num_local_experts)
-        return self
 
     def spec(self, family: str, **own: Any) -> ModelSpec:
         return super().spec(

@@ -28,10 +28,8 @@ class Config(qwen3_moe.SparseConfig):
 
     @model_validator(mode="after")
     def _tells_of_each_layer(self) -> "Config":
-        kinds = self.layer_types
-        if kinds is not None and len(kinds) != self.num_hidden_layers:
-            raise ValueError(f"layer_types tells of {len(kinds)} layers: num_hidden_layers={self.num_hidden_layers}")
-        if not self.use_sliding_window and "sliding_attention" in (kinds or ()):
+        self.check_layers("layer_types")
+        if not self.use_sliding_window and "sliding_attention" in (self.layer_types or ()):
             raise ValueError("layer_types has sliding_attention, and use_sliding_window is not set: set both or none")
         return self
 

@@ -32,10 +32,8 @@ def bounded(value: Any) -> Any:
 def _size(item: Any) -> int:
     """Characters of an item, with one for each that a list or an object holds. Raises ValueError."""
     if isinstance(item, str):
-        try:
-            item.encode()
-        except UnicodeEncodeError:
-            raise ValueError("it holds half of a surrogate pair (such as \\ud800), which is not text") from None
+        if not is_text(item):
+            raise ValueError("it holds half of a surrogate pair (such as \\ud800), which is not text")
         return len(item)
     if isinstance(item, float) and not math.isfinite(item):
         raise ValueError("it holds a number that is too large")
@@ -47,10 +45,19 @@ def parsed(text: str) -> Any:
     if len(text) > MAX_CHARS:
         raise ValueError(f"it has more than {MAX_CHARS} characters")
     try:
-        return bounded(json.loads(text, parse_constant=_refuse_constant))
+        return bounded(json.loads(text, parse_constant=refuse_constant))
     except RecursionError:
         raise ValueError(f"it nests more than {MAX_DEPTH} levels deep") from None
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def is_text(text: str) -> bool:
+    """Half of a surrogate pair is legal JSON but no text: no tokenizer can take it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")

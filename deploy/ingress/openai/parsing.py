@@ -4,11 +4,12 @@ import difflib
 import json
 import reprlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from deploy.ingress.openai.bounded import is_text, refuse_constant
 from deploy.ingress.openai.errors import APIError, invalid_request
 
 T = TypeVar("T", bound=BaseModel)
@@ -45,7 +46,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         raise invalid_request("The body is empty: send a JSON object", code="invalid_json")
     try:
-        content = json.loads(raw.decode("utf-8"), parse_int=_number, parse_constant=_refuse_constant)
+        content = json.loads(raw.decode("utf-8"), parse_int=_number, parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         raise invalid_request(
             f"The body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
@@ -64,25 +65,13 @@ def _number(digits: str) -> int | float:
     return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def _refuse_surrogates(content: dict[str, Any]) -> None:
-    """Half of a surrogate pair is legal JSON but no text: no tokenizer can take it."""
+    """Raises APIError (400), see is_text."""
     for path, text in _strings(content):
-        if not _is_text(text):
+        if not is_text(text):
             shown = _shown(path).encode("utf-8", "backslashreplace").decode()
             message = f"{shown} holds half of a surrogate pair (such as \\ud800), which is not text"
             raise invalid_request(message, param=shown)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _strings(content: dict[str, Any]) -> Iterator[tuple[list[str | int], str]]:
