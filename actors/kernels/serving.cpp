@@ -18,6 +18,7 @@ namespace {
 
 constexpr size_t HEADS = sizeof(Frame) + sizeof(DispatchHead), ANSWER_HEADS = sizeof(Frame) + sizeof(PartialHead);
 constexpr size_t FIRST_READ = 1 << 14;
+constexpr size_t MOST_TOGETHER = 8192;  // tokens: beyond, nothing is gained, and memory grows with the fronts
 
 // Bytes that have come from a front. They begin so that a dispatch's numbers are aligned.
 class Inbox {
@@ -75,6 +76,7 @@ class Inbox {
 struct Peer {
   Inbox in;
   std::vector<char> unsent;
+  size_t flushed = 0;  // bytes of `unsent` that have left meanwhile
   bool is_gone = false;
 };
 
@@ -151,13 +153,20 @@ struct Serving {
     int odd = -1;
     size_t i = 1;
     for (auto& [fd, peer] : peers_)
-      if (!look(fd, peer, watched_[i++].revents != 0, by_layer) && odd < 0) odd = fd;
-    for (auto& [layer, waiting] : by_layer) compute(threads, layer, waiting, odd);
+      if (!look(fd, peer, watched_[i++].revents != 0, by_layer)) odd = next_odd(odd, fd);
+    for (auto& [layer, waiting] : by_layer)
+      for (size_t first = 0; first < waiting.size();) first = compute(threads, layer, waiting, first, odd);
     for (auto peer = peers_.begin(); peer != peers_.end();)
       if (peer->second.is_gone) close(peer->first), peer = peers_.erase(peer);
       else ++peer;
     if (odd >= 0 && peers_.count(odd)) return hold(odd, arrival);
     return watched_[0].revents ? KNOCKED : -1;
+  }
+
+  // Of two peers with a frame for Python, the one whose turn it is: they follow each other.
+  int next_odd(int one, int other) const {
+    if (one < 0 || (one > last_odd_) != (other > last_odd_)) return one > last_odd_ ? one : other;
+    return std::min(one, other);
   }
 
   // Reads, and takes a frame that is ordinary. False if there is one that is not: it stays.
@@ -196,17 +205,20 @@ struct Serving {
     return length == sizeof head + head.tokens * row;
   }
 
-  // Messages of one layer, computed together. One that asks for an expert that is not here stays, and becomes `odd`.
-  void compute(long threads, long layer, std::vector<Waiting>& waiting, int& odd) {
+  // Messages of one layer from `first` on, computed together as far as MOST_TOGETHER allows. One that asks for an expert
+  // that is not here stays, and may become `odd`. Returns the first that has not been looked at.
+  size_t compute(long threads, long layer, std::vector<Waiting>& waiting, size_t first, int& odd) {
     std::lock_guard<std::mutex> guard(computing_);
     const HeldLayer& held = layers_[layer];
     rows_.clear();
     std::vector<Waiting> here;
-    for (const Waiting& message : waiting) {
+    for (; first < waiting.size(); ++first) {
+      const Waiting& message = waiting[first];
+      if (!here.empty() && rows_.size() / K_ + message.head.tokens > MOST_TOGETHER) break;
       if (add_rows(message, held)) here.push_back(message);
-      else if (odd < 0) odd = message.fd;
+      else odd = next_odd(odd, message.fd);
     }
-    if (here.empty()) return;
+    if (here.empty()) return first;
     const int64_t T = rows_.size() / K_, began = now_ns();
     __atomic_store_n(&counts.began_at, began, __ATOMIC_RELAXED);
     bf16* y = y_.at_least<bf16>(T * D_);
@@ -220,6 +232,7 @@ struct Serving {
       answer(message, y, took);
       y += message.head.tokens * D_;
     }
+    return first;
   }
 
   // The rows of the experts that a message asks for. False, and nothing is added, if one is not held.
@@ -274,15 +287,16 @@ struct Serving {
   bool flush(int fd, Peer& peer) {
     if (peer.unsent.empty()) return true;
     Outgoing out;
-    out.add(peer.unsent.data(), peer.unsent.size());
+    out.add(peer.unsent.data() + peer.flushed, peer.unsent.size() - peer.flushed);
     const bool is_there = out.send(fd);
-    peer.unsent.erase(peer.unsent.begin(), peer.unsent.begin() + out.sent);
+    peer.flushed += out.sent;
+    if (out.is_done()) peer.unsent.clear(), peer.flushed = 0;
     return is_there;
   }
 
   // A frame for Python: it stays in place until the next call.
   int hold(int fd, Arrival& arrival) {
-    const Inbox& in = peers_[held_ = fd].in;
+    const Inbox& in = peers_[held_ = last_odd_ = fd].in;
     const Frame frame = in.frame();
     arrival = {fd, int64_t(frame.number), int64_t(frame.length), in.data() + sizeof frame};
     return CAME;
@@ -304,7 +318,7 @@ struct Serving {
   std::vector<int64_t> rows_;
   Scratch x_, gates_, y_;
   std::atomic<bool> is_stopped_{false};
-  int held_ = -1;
+  int held_ = -1, last_odd_ = -1;  // whose frame Python has now, or had last
 };
 
 EXPORT Serving* outcrop_serving_new(int is_int8, int isa, long L, long num_experts, long D, long F, long K,

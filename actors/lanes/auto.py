@@ -12,6 +12,8 @@ from cluster.expert_map import ReplicaAddress
 # A lane and its own ticket.
 Ticket = tuple[Lane, Any]
 TURN_S = 0.005
+# A replica whose fast lane does not reach it is greeted there so often, while it is served over the other one.
+GREET_AGAIN_S = 5.0
 
 
 class AutoLane(Lane):
@@ -21,7 +23,9 @@ class AutoLane(Lane):
         """`fast`: a replica is reached by the first of these lanes that has an endpoint of it for this host."""
         self.fast = tuple(fast)
         self.fallback = fallback
-        self._greetings: dict[str, tuple[LinkedLane[Any], Any]] = {}  # to replicas that their fast lane does not reach
+        # To replicas that their fast lane does not reach: the last greeting, and when.
+        self._greetings: dict[str, tuple[LinkedLane[Any], Any]] = {}
+        self._greeted_at: dict[str, float] = {}
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         replicas = tuple(replicas)
@@ -42,12 +46,30 @@ class AutoLane(Lane):
         return next((lane for lane in self.fast if lane.is_connected(replica.replica_id)), self.fallback)
 
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
-        greeted = self._greetings.get(replica.replica_id)
-        if greeted and greeted[0].is_alive(greeted[1]):
-            del self._greetings[replica.replica_id]
         self.close_retired()
         lane = self._lane(replica)
+        if lane is self.fallback and (fast := self._choose(replica)):
+            self._greet(fast, replica)
+            lane = self._lane(replica)
         return lane, lane.send(replica, message)
+
+    def _greet(self, fast: LinkedLane[Any], replica: ReplicaAddress) -> None:
+        """See whether the last greeting was answered, which connects the lane; now and then, greet anew."""
+        name, now = replica.replica_id, time.monotonic()
+        greeted = self._greetings.pop(name, None)
+        if greeted and greeted[0].is_alive(greeted[1]):
+            return
+        if greeted and now - self._greeted_at[name] < GREET_AGAIN_S:
+            self._greetings[name] = greeted
+        elif now - self._greeted_at.get(name, 0.0) >= GREET_AGAIN_S:
+            with contextlib.suppress(LaneError):
+                self._keep_greeting(fast, replica, now)
+
+    def _keep_greeting(self, fast: LinkedLane[Any], replica: ReplicaAddress, now: float) -> Any:
+        self._greeted_at[replica.replica_id] = now
+        greeting = fast.probe(replica)
+        self._greetings[replica.replica_id] = fast, greeting
+        return greeting
 
     def receive(self, tickets: Sequence[Ticket], timeout_s: float) -> tuple[Ticket, bytes | memoryview]:
         by_lane: dict[Lane, list[Any]] = {}
@@ -95,12 +117,11 @@ class AutoLane(Lane):
         if fast is None:
             return self.fallback, self.fallback.probe(replica)
         try:
-            greeting = fast.probe(replica)
+            if fast.is_connected(replica.replica_id):
+                return fast, fast.probe(replica)
+            greeting = self._keep_greeting(fast, replica, time.monotonic())
         except LaneError:
             return self.fallback, self.fallback.probe(replica)
-        if fast.is_connected(replica.replica_id):
-            return fast, greeting
-        self._greetings[replica.replica_id] = fast, greeting
         with contextlib.suppress(LaneError):
             return self.fallback, self.fallback.probe(replica)
         return fast, greeting

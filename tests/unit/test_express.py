@@ -509,20 +509,24 @@ def test_a_replica_says_since_when_it_computes(groups: Groups, connect: Connect)
 
 
 @native_only
-def test_fronts_that_wait_for_the_same_layer_share_a_computation(groups: Groups, connect: Connect) -> None:
+@pytest.mark.parametrize(("num_tokens", "computations"), [(3, 2), (3000, 3)])
+def test_fronts_that_wait_for_the_same_layer_share_a_computation(
+    groups: Groups, connect: Connect, num_tokens: int, computations: int
+) -> None:
+    """As many as make sense in one: what is gathered takes memory."""
     expert_map = groups.start(1)
     (one,), fronts = groups.running, [connect(expert_map, RemoteDispatcher) for _ in range(4)]
-    expected = [front.exchange(0, *message(groups, 3, number)) for number, front in enumerate(fronts)]
+    expected = [front.exchange(0, *message(groups, num_tokens, number)) for number, front in enumerate(fronts)]
     before = samples_of(one)
     busy = busy_kernels()
     blocker = fronts[0].dispatch(0, *message(groups, 3))
     wait_until(lambda: one.replica.stuck_seconds)
-    pending = [front.dispatch(0, *message(groups, 3, number)) for number, front in enumerate(fronts[1:], 1)]
+    pending = [front.dispatch(0, *message(groups, num_tokens, number)) for number, front in enumerate(fronts[1:], 1)]
     assert busy.is_alive(), "or they did not have to wait"
     fronts[0].combine(blocker)
     for front, open_, sum_TD in zip(fronts[1:], pending, expected[1:], strict=True):
         assert torch.equal(front.combine(open_), sum_TD), "a token's sum does not depend on the tokens beside it"
-    assert samples_of(one) - before == 2
+    assert samples_of(one) - before == computations
 
 
 def samples_of(one: Group) -> float:

@@ -161,6 +161,26 @@ def test_fronts_that_wait_for_the_same_layer_share_a_batch(
     assert echo.batches == ([1, 3] if isinstance(running.server._peers, Peers) else [1, 1, 1, 1])
 
 
+@pytest.mark.parametrize("running", ["native"], indirect=True)
+def test_fronts_that_ask_for_what_is_out_of_the_ordinary_take_turns(
+    running: Running,
+    echo: Echo,  # noqa: F811
+) -> None:
+    """The loop in Python takes in all that has come from everybody before it computes."""
+    eager, modest = running.raw(), running.raw()
+    for raw in (eager, modest):  # both are let in
+        raw.sendall(frame(0, HELLO))
+        assert read_frame(raw) == (0, b"r0")
+    echo.gate.clear()
+    for number in range(20):
+        eager.sendall(frame(number, MESSAGE))
+    assert echo.entered.wait(5)
+    modest.sendall(frame(0, wire.pack_dispatch(0, X.repeat(2, 1), X[:, :2].repeat(2, 1), X[:, :2].repeat(2, 1))))
+    echo.gate.set()
+    assert read_frame(modest)[0] == 0
+    assert len(echo.batches) <= 4, "before most of the others"
+
+
 def test_a_message_of_any_pieces_is_put_together_and_greetings_between_are_answered(running: Running) -> None:
     stream = b"".join((frame(1, MESSAGE), frame(2, HELLO), frame(3, LARGE_MESSAGE), frame(4, MESSAGE)))
     shuffle, at = random.Random(0), 0

@@ -536,6 +536,24 @@ def test_auto_probes_over_the_lane_that_gets_through_and_returns_to_zmq_when_tha
             auto.send(target, MESSAGE)
 
 
+def test_auto_greets_again_though_nobody_probes(
+    lane: ZmqLane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that answers over the other lane is not given up, so that nobody has a reason to probe it."""
+    monkeypatch.setattr("actors.lanes.auto.GREET_AGAIN_S", 0.05)
+    auto = AutoLane((lane,), Everywhere())
+    with Greeters(tmp_path, ["someone else"]) as greeters:
+        (target,) = greeters.replicas
+        auto.connect([target])
+        auto.send(target, MESSAGE)
+        assert auto.name_for(target) == "everywhere"
+    with Greeters(tmp_path, ["r0"]):
+        deadline = time.monotonic() + 5
+        while auto.name_for(target) != "zmq":
+            assert time.monotonic() < deadline
+            auto.send(target, MESSAGE)
+
+
 def test_auto_connects_the_other_lane_even_if_zmq_fails(lane: ZmqLane, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(replicas: Iterable[ReplicaAddress]) -> None:
         raise OSError("too many open files")
