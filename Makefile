@@ -53,7 +53,7 @@ chaos-long: $(VENV)/.installed-dev  ## Half an hour of random faults, and what i
 	CHAOS_SECONDS=1800 $(BIN)/python -m pytest tests/chaos/test_endurance.py -s -m long
 
 $(CHECKPOINTS)/$(SHAPE)/config.json: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.make_checkpoint $(SHAPE) $(CHECKPOINTS)/$(SHAPE)
+	$(BIN)/python -m benchmarks.make_checkpoint $(SHAPE) $(CHECKPOINTS)/$(SHAPE) $(if $(LAYERS),--layers $(LAYERS))
 
 bench: $(CHECKPOINTS)/$(SHAPE)/config.json  ## Random weights of the shape $(SHAPE): lanes, dispatch, HTTP (half an hour)
 	$(BIN)/python -m benchmarks.dispatch --out benchmarks/results/dispatch.json
@@ -77,6 +77,7 @@ $(PEERS)/transformers/.installed:
 
 bench-peers: $(CHECKPOINTS)/$(SHAPE)/config.json $(PEERS)/vllm/.installed $(PEERS)/transformers/.installed  ## Against vLLM and transformers
 	$(BIN)/python -m benchmarks.peers $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/peers.json
+	$(BIN)/python -m benchmarks.bench_client $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/bench-client.json
 
 gpu-check: $(VENV)/.installed  ## Prove the path of GPUs on this machine (about five minutes): docs/gpu.md
 	$(BIN)/python -m benchmarks.gpu_check --out benchmarks/results/gpu-check.json

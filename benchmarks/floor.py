@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +18,31 @@ import zmq
 from cluster.messages.actors import LaneKeys
 
 
-class BareSockets:
+class Bare(ABC):
     """Looks like a dispatcher to the benchmark: `dispatch` sends the same bytes to all, `combine` waits for all."""
 
+    _sockets: Sequence[Any]
+    body = b""
+
+    @abstractmethod
+    def dispatch(self, *_: Any) -> None: ...
+
+    @abstractmethod
+    def combine(self, _: None) -> None: ...
+
+    def exchange(self, *_: Any) -> None:
+        self.dispatch()
+        self.combine(None)
+
+    def close(self) -> None:
+        for each in self._sockets:
+            each.close()
+
+
+class BareSockets(Bare):
     def __init__(self, endpoints: list[str], keys: LaneKeys | None) -> None:
         self._context = zmq.Context()
         self._sockets = [self._connect(endpoint, keys) for endpoint in endpoints]
-        self.body = b""
 
     def _connect(self, endpoint: str, keys: LaneKeys | None) -> zmq.Socket[bytes]:
         dealer = self._context.socket(zmq.DEALER)
@@ -42,24 +61,18 @@ class BareSockets:
         for each in self._sockets:
             each.recv_multipart(copy=False)
 
-    def exchange(self, *_: Any) -> None:
-        self.dispatch()
-        self.combine(None)
-
     def close(self) -> None:
-        for each in self._sockets:
-            each.close()
+        super().close()
         self._context.term()
 
 
-class BareStreams:
+class BareStreams(Bare):
     """The same over stream sockets. As many bytes come back: each peer has been told how many."""
 
     def __init__(self, paths: list[str]) -> None:
         self._sockets = [socket.socket(socket.AF_UNIX) for _ in paths]
         for each, path in zip(self._sockets, paths, strict=True):
             each.connect(path)
-        self.body = b""
 
     def dispatch(self, *_: Any) -> None:
         for each in self._sockets:
@@ -68,14 +81,6 @@ class BareStreams:
     def combine(self, _: None) -> None:
         for each in self._sockets:
             read_exactly(each, len(self.body))
-
-    def exchange(self, *_: Any) -> None:
-        self.dispatch()
-        self.combine(None)
-
-    def close(self) -> None:
-        for each in self._sockets:
-            each.close()
 
 
 def read_exactly(stream: socket.socket, length: int) -> bytearray:

@@ -20,7 +20,7 @@ Generate = Callable[[list[list[int]], int], Any]
 
 
 def outcrop(checkpoint: str, dtype: str, stack: ExitStack) -> Generate:
-    """A front in this process and two groups of experts over the zmq lane, as `outcrop serve` has them."""
+    """A front in this process and two groups of experts over the unix lane, as `outcrop serve` has them."""
     os.environ["OMP_WAIT_POLICY"] = "passive"
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from benchmarks.lanes import expert_cluster, make_engine
@@ -35,7 +35,7 @@ def outcrop(checkpoint: str, dtype: str, stack: ExitStack) -> Generate:
     from actors.compute import Compute
 
     engine = make_engine(Checkpoint.open(path), Compute.choose("cpu", dtype), 16 * 1024, 2048)
-    engine.dispatcher = cluster.dispatcher("zmq", engine.metrics)
+    engine.dispatcher = cluster.dispatcher("unix", engine.metrics)
     stack.callback(engine.dispatcher.lane.close)
 
     def generate(prompts: list[list[int]], tokens: int) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving CHECKPOINT [--streams 1,8,32]
 
-Starts `outcrop serve` and an offline engine with replicas of its own, both over the zmq lane, and gives each in turn
+Starts `outcrop serve` and an offline engine with replicas of its own, both over the unix lane, and gives each in turn
 the same requests. Prints throughput, time to first token, inter-token latency, and throughput as a ratio to the
 offline engine's.
 """
@@ -31,7 +31,8 @@ from benchmarks.report import environment, table
 from cluster.models.checkpoint import Checkpoint
 from deploy.cli.load_test import Results, percentile, stream_all
 
-START_S = 180
+START_S = 300
+NAME = "bench"  # under which the model is served
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +46,18 @@ class Figure:
     itl_p95_ms: float
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def serving(checkpoint: Path, groups: int, dtype: str) -> Iterator[str]:
     """`outcrop serve` as a process of its own; yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "deploy.cli.main", "serve", str(checkpoint), "--port", str(port), "--dtype", dtype]
-    command += ["--groups", str(groups), "--lane", "zmq", "--served-model-name", "bench", "--no-enable-prefix-caching"]
+    command += ["--groups", str(groups), "--served-model-name", NAME, "--no-enable-prefix-caching"]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OUTCROP_"))} | {"RAY_ADDRESS": "local"}
     server = subprocess.Popen(command, env=environ)
     try:
@@ -132,7 +137,7 @@ def main(
         from actors.compute import Compute
 
         engine = make_engine(Checkpoint.open(checkpoint), Compute.choose("cpu", dtype), 16 * 1024, 512)
-        engine.dispatcher = cluster.dispatcher("zmq", engine.metrics)
+        engine.dispatcher = cluster.dispatcher("unix", engine.metrics)
         figures = [measure(url, engine, n, prompt, tokens, rounds) for n in map(int, streams.split(","))]
         engine.dispatcher.lane.close()
     table(

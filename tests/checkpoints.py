@@ -22,22 +22,21 @@ class TinyModel:
     family: str = "granitemoe"
 
 
-BASE: dict[str, Any] = {
+# What all tiny models have, of whatever family.
+SHAPE: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 32,
     "intermediate_size": 16,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 256,
-    "attention_multiplier": 0.5,
-    "logits_scaling": 4.0,
     "bos_token_id": END_ID,
     "eos_token_id": END_ID,
     "pad_token_id": END_ID,
 }
+GRANITEMOE = SHAPE | {"num_local_experts": 8, "attention_multiplier": 0.5, "logits_scaling": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -98,7 +97,7 @@ def write_checkpoint(model: TinyModel, out: Path, seed: int = 0) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    base = BASE if model.family == "granitemoe" else {}
+    base = GRANITEMOE if model.family == "granitemoe" else {}
     config = AutoConfig.for_model(model.family, **base | model.config)
     reference = AutoModelForCausalLM.from_config(config)
     for name, weight in reference.named_parameters():

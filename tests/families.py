@@ -4,31 +4,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.byte_tokenizer import END_ID
-from tests.checkpoints import TinyModel
+from tests.checkpoints import GRANITEMOE, SHAPE, YARN, TinyModel
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "bos_token_id": END_ID,
-    "eos_token_id": END_ID,
-    "pad_token_id": END_ID,
-}
-GRANITE = SHAPE | {"num_local_experts": 8, "attention_multiplier": 0.5, "logits_scaling": 4.0}
-SHARED = GRANITE | {"shared_intermediate_size": 24}
-SWA = GRANITE | {"sliding_window": 8, "num_hidden_layers": 4}
-QWEN3 = SHAPE | {"num_experts": 8, "moe_intermediate_size": 12, "head_dim": 16, "norm_topk_prob": True}
-QWEN2 = SHAPE | {"num_experts": 8, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
-MIXTRAL = SHAPE | {"num_local_experts": 8}
-OLMOE = SHAPE | {"num_experts": 8}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+SHARED = GRANITEMOE | ROPE | {"shared_intermediate_size": 24}
+SWA = GRANITEMOE | ROPE | {"sliding_window": 8, "num_hidden_layers": 4}
+QWEN3 = SHAPE | ROPE | {"num_experts": 8, "moe_intermediate_size": 12, "head_dim": 16, "norm_topk_prob": True}
+QWEN2 = SHAPE | ROPE | {"num_experts": 8, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+MIXTRAL = SHAPE | ROPE | {"num_local_experts": 8}
+OLMOE = SHAPE | ROPE | {"num_experts": 8}
 
 
 def _models(family: str, base: dict[str, Any], **changes: Any) -> dict[str, TinyModel]:

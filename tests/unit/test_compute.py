@@ -10,7 +10,7 @@ from actors.compute import Compute, describe
 from actors.kernels import native
 from cluster.errors import ConfigError, ModelError
 from cluster.messages.actors import ExpertDtype, KernelChoice
-from tests.checkpoints import BASE
+from tests.checkpoints import GRANITEMOE
 from tests.specs import spec_of
 
 AVX2_TESTED, AVX512_TESTED = "native, avx2 (tested on hardware)", "native, avx512_bf16 (tested on hardware)"
@@ -147,6 +147,6 @@ def test_why_there_is_no_gpu_is_told_as_it_is(
     ],
 )
 def test_what_a_model_is_computed_with(changes: dict[str, Any], told: list[str]) -> None:
-    spec = spec_of(BASE | changes)
+    spec = spec_of(GRANITEMOE | changes)
     lines = list(describe(Compute.choose("cpu", "bfloat16"), "auto", spec))
     assert [line.partition(": ")[2] for line in lines] == told

@@ -12,11 +12,11 @@ from cluster.errors import ModelError
 from cluster.models.families.granite_moe import Config
 from cluster.models.family import read_spec
 from cluster.models.spec import ModelSpec
-from tests.checkpoints import BASE, LLAMA3, LONGROPE, YARN
+from tests.checkpoints import GRANITEMOE, LLAMA3, LONGROPE, YARN
 
 
 def read(tmp_path: Path, generation: dict[str, Any] | None = None, **changes: Any) -> ModelSpec:
-    raw = BASE | {"model_type": "granitemoe"} | changes
+    raw = GRANITEMOE | {"model_type": "granitemoe"} | changes
     (tmp_path / "config.json").write_text(json.dumps(raw))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
@@ -33,7 +33,7 @@ def test_published_spelling(tmp_path: Path):
 
 
 def test_defaults_are_those_of_transformers():
-    ours, theirs = Config.model_validate(BASE), TransformersConfig(**BASE)
+    ours, theirs = Config.model_validate(GRANITEMOE), TransformersConfig(**GRANITEMOE)
     same = [name for name in Config.model_fields if hasattr(theirs, name)]
     same = [name for name in same if name not in ("rope_parameters", "dtype")]
     assert len(same) > 15
@@ -55,8 +55,8 @@ def test_defaults_are_those_of_transformers():
     ],
 )
 def test_rope_is_found_where_transformers_finds_it(rope: dict[str, Any]):
-    config = Config.model_validate(BASE | rope)
-    reference = TransformersConfig(**BASE | copy.deepcopy(rope))  # it changes the dictionaries that it is given
+    config = Config.model_validate(GRANITEMOE | rope)
+    reference = TransformersConfig(**GRANITEMOE | copy.deepcopy(rope))  # it changes the dictionaries that it is given
     reference.standardize_rope_params()  # as the model does before it computes frequencies
     theirs = {name: value for name, value in reference.rope_parameters.items() if name != "type"}
     ours = config.rope_parameters.model_dump(exclude_unset=True) | {"rope_theta": config.rope_parameters.rope_theta}

@@ -8,10 +8,10 @@ from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeRotaryE
 
 from actors.model.rope import FREQUENCIES, Rotary, apply_rotary
 from cluster.models.spec import ModelSpec
-from tests.checkpoints import BASE, LLAMA3, LONGROPE, YARN
+from tests.checkpoints import GRANITEMOE, LLAMA3, LONGROPE, YARN
 from tests.specs import spec_of
 
-SHAPE = BASE | {"hidden_size": 32, "num_attention_heads": 4}
+SHAPE = GRANITEMOE | {"hidden_size": 32, "num_attention_heads": 4}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1.5e6},
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},

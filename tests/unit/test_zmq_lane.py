@@ -536,9 +536,7 @@ def test_auto_probes_over_the_lane_that_gets_through_and_returns_to_zmq_when_tha
             auto.send(target, MESSAGE)
 
 
-def test_auto_greets_again_though_nobody_probes(
-    lane: ZmqLane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_greets_again_though_nobody_probes(lane: ZmqLane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica that answers over the other lane is not given up, so that nobody has a reason to probe it."""
     monkeypatch.setattr("actors.lanes.auto.GREET_AGAIN_S", 0.05)
     auto = AutoLane((lane,), Everywhere())
