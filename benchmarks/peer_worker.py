@@ -1,8 +1,8 @@
 """One engine in a process of its own: reads a case per line from stdin, answers with seconds.
 
-Runs in the peers' virtual environments as well, so it imports nothing of this project but for the engine `outcrop`.
+Runs in the peers' virtual environments as well, so it imports nothing of this project but for the engines of `outcrop`.
 
-    python benchmarks/peer_worker.py outcrop|vllm|transformers CHECKPOINT DTYPE
+    python benchmarks/peer_worker.py outcrop|outcrop-local|vllm|transformers CHECKPOINT DTYPE
     <- {"prompts": [[1, 2], [3, 4]], "tokens": 9}    -> {"seconds": 0.5}
 """
 
@@ -21,22 +21,35 @@ Generate = Callable[[list[list[int]], int], Any]
 
 def outcrop(checkpoint: str, dtype: str, stack: ExitStack) -> Generate:
     """A front in this process and two groups of experts over the unix lane, as `outcrop serve` has them."""
+    return _outcrop(checkpoint, dtype, stack, groups=2)
+
+
+def outcrop_local(checkpoint: str, dtype: str, stack: ExitStack) -> Generate:
+    """All experts in the front."""
+    return _outcrop(checkpoint, dtype, stack, groups=0)
+
+
+def _outcrop(checkpoint: str, dtype: str, stack: ExitStack, groups: int) -> Generate:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from benchmarks.lanes import expert_cluster, make_engine
+    from benchmarks.lanes import expert_cluster, local_dispatcher, make_engine
     from cluster.messages.requests import GenerationRequest, SamplingParams
     from cluster.models.checkpoint import Checkpoint
 
     path = Path(checkpoint)
-    cluster = stack.enter_context(expert_cluster(path, 2, 1, dtype))
+    cluster = stack.enter_context(expert_cluster(path, groups, 1, dtype)) if groups else None
     from actors.process.limits import limit_threads
 
     limit_threads(os.cpu_count() or 1)
     from actors.compute import Compute
 
-    engine = make_engine(Checkpoint.open(path), Compute.choose("cpu", dtype), 16 * 1024, 2048)
-    engine.dispatcher = cluster.dispatcher("unix", engine.metrics)
-    stack.callback(engine.dispatcher.lane.close)
+    opened, compute = Checkpoint.open(path), Compute.choose("cpu", dtype)
+    engine = make_engine(opened, compute, 16 * 1024, 2048)
+    if cluster:
+        engine.dispatcher = cluster.dispatcher("unix", engine.metrics)
+        stack.callback(engine.dispatcher.lane.close)
+    else:
+        engine.dispatcher = local_dispatcher(opened, compute)
 
     def generate(prompts: list[list[int]], tokens: int) -> None:
         for number, prompt in enumerate(prompts):
@@ -89,7 +102,7 @@ def main(engine: str, checkpoint: str, dtype: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # engines like to print; the answers have the real standard output for themselves
     with ExitStack() as stack:
-        start = {"outcrop": outcrop, "vllm": vllm, "transformers": transformers}[engine]
+        start = {"outcrop": outcrop, "outcrop-local": outcrop_local, "vllm": vllm, "transformers": transformers}[engine]
         generate = start(checkpoint, dtype, stack)
         print(json.dumps({"ready": True}), file=answers, flush=True)
         for line in sys.stdin:

@@ -1,7 +1,7 @@
 """Other engines on the same checkpoint and machine: decode at several batch sizes, and a prefill.
 
     make bench-peers    (sets up their virtual environments under checkpoints/peers first)
-    python -m benchmarks.peers CHECKPOINT [--peers vllm,transformers]
+    python -m benchmarks.peers CHECKPOINT [--peers vllm,transformers,outcrop-local]
 
 Each engine lives in a process of its own; they take turns (A B C A B C), so that what else the machine does hits all.
 Decode is what further tokens cost: the time for 1 + steps tokens less the time for one. Ratios are medians of ratios
@@ -94,7 +94,8 @@ def main(
     with ExitStack() as stack:
         workers = {OURS: Worker(OURS, sys.executable, checkpoint, dtype, stack)}
         for peer in filter(None, peers.split(",")):
-            workers[peer] = Worker(peer, str(venvs / peer / "bin" / "python"), checkpoint, dtype, stack)
+            python = sys.executable if peer.startswith(OURS) else str(venvs / peer / "bin" / "python")
+            workers[peer] = Worker(peer, python, checkpoint, dtype, stack)
         for worker in workers.values():
             worker.seconds(prompts_of(1, PROMPT), 2)
         figures = [figure for case, run in cases.items() for figure in measure(case, run, workers, rounds)]
