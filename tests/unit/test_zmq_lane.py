@@ -35,6 +35,7 @@ class Echo:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.num_tokens: list[int] = []  # of each dispatch
         self.entered = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
@@ -43,6 +44,7 @@ class Echo:
         self.entered.set()
         self.gate.wait(5)
         self.batches.append(len(dispatches))
+        self.num_tokens += [len(d.x_TD) for d in dispatches]
         return [wire.pack_partial(d.x_TD, 0.0) for d in dispatches]
 
 
