@@ -6,6 +6,8 @@ PORT ?= 8000
 
 CHECKPOINTS := checkpoints
 SHAPE ?= 1b-a400m
+# LAYERS=4 cuts a model that is too large for the machine.
+LAYERS ?=
 
 .PHONY: help serve test test-long tools lint format chaos chaos-long bench bench-peers gpu-check clean
 
@@ -63,6 +65,8 @@ bench: $(CHECKPOINTS)/$(SHAPE)/config.json  ## Random weights of the shape $(SHA
 	$(BIN)/python -m benchmarks.serving $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/serving.json
 
 PEERS := $(CHECKPOINTS)/peers
+# Results of other shapes stand beside those of the first.
+OF_SHAPE := $(if $(filter 1b-a400m,$(SHAPE)),,-$(SHAPE))
 
 $(PEERS)/vllm/.installed:
 	$(PYTHON) -m venv $(PEERS)/vllm
@@ -75,9 +79,9 @@ $(PEERS)/transformers/.installed:
 	$(PEERS)/transformers/bin/python -m pip install --quiet 'torch==2.13.0' 'transformers==5.23.*'
 	touch $@
 
-bench-peers: $(CHECKPOINTS)/$(SHAPE)/config.json $(PEERS)/vllm/.installed $(PEERS)/transformers/.installed  ## Against vLLM and transformers
-	$(BIN)/python -m benchmarks.peers $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/peers.json
-	$(BIN)/python -m benchmarks.bench_client $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/bench-client.json
+bench-peers: $(CHECKPOINTS)/$(SHAPE)/config.json $(PEERS)/vllm/.installed $(PEERS)/transformers/.installed  ## Against vLLM and transformers: SHAPE=qwen3-30b-a3b LAYERS=4, for example
+	$(BIN)/python -m benchmarks.peers $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/peers$(OF_SHAPE).json
+	$(BIN)/python -m benchmarks.bench_client $(CHECKPOINTS)/$(SHAPE) --out benchmarks/results/bench-client$(OF_SHAPE).json
 
 gpu-check: $(VENV)/.installed  ## Prove the path of GPUs on this machine (about five minutes): docs/gpu.md
 	$(BIN)/python -m benchmarks.gpu_check --out benchmarks/results/gpu-check.json
