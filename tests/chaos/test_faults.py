@@ -88,6 +88,7 @@ def test_ids_that_clients_send_are_never_keys(server: Server, expected: list[lis
     check(server, expected, "kill one front of two, n=2", FAULTS["kill one front of two"], num_choices=2)
 
 
+@pytest.mark.long
 def test_faults_in_short_succession(server: Server, expected: list[list[int]]) -> None:
     def break_many(server: Server) -> None:
         cut(server, 2)

