@@ -221,6 +221,8 @@ class FrontLoop:
     def _take_in(
         self, engine: "Engine", request: GenerationRequest, constraint: "Constraint | Exception | None"
     ) -> None:
+        from actors.engine.engine import failure
+
         try:
             if isinstance(constraint, Exception):
                 raise constraint
@@ -228,8 +230,7 @@ class FrontLoop:
         except Exception as error:
             logger.exception("a request was not taken in", extra={"request_ids": [request.label]})
             engine.abort(request.request_id)
-            reason = f"{type(error).__name__}: {error}"
-            self._deliver([RequestOutput(request.request_id, finish_reason="error", error=reason)])
+            self._deliver([failure(request.request_id, error)])
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         by_lease: dict[str, list[RequestOutput]] = defaultdict(list)

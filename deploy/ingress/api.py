@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from deploy.ingress.cluster_api import cluster_routes, seen
 from deploy.ingress.failures import count, handle_failures, unexpected
 from deploy.ingress.fronts.client import Overloaded, Unavailable
-from deploy.ingress.generation import Generation, GenerationFailed, GenerationGivenUp
+from deploy.ingress.generation import Generation, GenerationFailed, GenerationGivenUp, GenerationRefused
 from deploy.ingress.http import read_request, require_key, service_of
 from deploy.ingress.openai import errors
 from deploy.ingress.openai.answer_json import Rows, dump
@@ -189,6 +189,8 @@ async def _events(service: Service, generation: Generation, responder: Responder
 def _error_of(error: GenerationFailed, response_id: str) -> errors.APIError:
     if isinstance(error, GenerationGivenUp):
         return errors.unavailable("The front of this request was lost, and no other one has come in time")
+    if isinstance(error, GenerationRefused):
+        return errors.invalid_request(f"The answer can't be held to the form that was asked for: {error}")
     return errors.internal(response_id)
 
 

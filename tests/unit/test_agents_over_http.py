@@ -71,6 +71,18 @@ async def say(open_api: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     return start
 
 
+async def test_a_grammar_that_fails_on_its_way_is_the_request_s_fault(say: Say) -> None:
+    client, front = await say()
+    front.after["submit"] = lambda request: front.say(request, end="error", error="too many states", is_refusal=True)
+    asked: Any = {"model": "demo", "messages": ASKED, "extra_body": {"structured_outputs": {"regex": "a+"}}}
+    with pytest.raises(openai.BadRequestError, match="form that was asked for: too many states"):
+        await client.chat.completions.create(**asked)
+    with pytest.raises(openai.APIError, match="too many states") as told:
+        async for _ in await client.chat.completions.create(**asked, stream=True):
+            pass
+    assert told.value.type == "invalid_request_error"
+
+
 class TestTools:
     async def test_whole(self, say: Say) -> None:
         client, front = await say(f"Let me look.\n{CALLS}")
