@@ -134,7 +134,7 @@ class ToolCallParser:
         assert call is not None
         arguments, used = call.feed(self._held)
         self._raw, self._held = self._raw + self._held[:used], self._held[used:]
-        if call.name is not None and (self._most is None or call.is_begun or self.num_calls < self._most):
+        if call.is_certain and (self._most is None or call.is_begun or self.num_calls < self._most):
             self._tell(call, arguments)
         if call.is_over and not call.name:
             self._give_up()
