@@ -145,7 +145,7 @@ async def _whole(service: Service, generation: Generation, responder: Responder,
     finally:
         generation.close()
     usage = Usage.of(generation.choices, n)
-    content = await service.run(size, lambda: dump(responder.response(deltas, usage)))
+    content = await service.run(size + responder.echo_size, lambda: dump(responder.response(deltas, usage)))
     return Response(content, media_type="application/json")
 
 
@@ -168,12 +168,13 @@ class _EventStream(EventSourceResponse):
 
 async def _events(service: Service, generation: Generation, responder: Responder, n: int) -> AsyncIterator[bytes]:
     try:
-        if opening := responder.opening():
+        if opening := await service.run(responder.echo_size, responder.opening):
             yield opening
         async for delta in generation.deltas():
             if told := await service.run(delta.size, partial(responder.events, delta)):
                 yield told
-        yield responder.closing(Usage.of(generation.choices, n))
+        usage = Usage.of(generation.choices, n)
+        yield await service.run(responder.echo_size, partial(responder.closing, usage))
     except GenerationFailed as error:
         logger.error("request failed in its stream: %s", error, extra={"request_id": responder.request_id})
         failure = _error_of(error, responder.id)
