@@ -43,7 +43,7 @@ def as_input(value: Any) -> list[dict[str, Any]]:
 
 def _as_message(item: Any) -> dict[str, Any]:
     kind = item.get("type", "message") if isinstance(item, dict) else None
-    if kind in ITEM_KEYS:
+    if isinstance(kind, str) and kind in ITEM_KEYS:
         _check_keys(item, ITEM_KEYS[kind], f"an item of type {kind}")
     if kind == "message" and "role" in item:
         return {"role": item["role"], "content": _content(item.get("content"))}
