@@ -99,7 +99,7 @@ class Engine:
             self.sequences.clear()
             self.scheduler.clear()
             self._look_at_itself(error)
-            return [_failure(sequence, error) for sequence in everyone]
+            return [failure(sequence.request.request_id, error) for sequence in everyone]
 
     def _step(self) -> list[RequestOutput]:
         started = time.monotonic()
@@ -228,7 +228,7 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> RequestOutput:
         if sequence.finish_reason is None:
             self._finish(sequence, "error")
-        return _failure(sequence, error)
+        return failure(sequence.request.request_id, error)
 
     def _routed(self, sequence: Sequence) -> RoutedExperts:
         """The experts of the tokens computed since the last report. A sequence's last token is never computed."""
@@ -263,5 +263,8 @@ class Engine:
         self.scheduler.check_integrity()
 
 
-def _failure(sequence: Sequence, error: Exception) -> RequestOutput:
-    return RequestOutput(sequence.request.request_id, finish_reason="error", error=f"{type(error).__name__}: {error}")
+def failure(request_id: str, error: Exception) -> RequestOutput:
+    """What a sequence ends with that can't be finished, or not be begun."""
+    if isinstance(error, GrammarError):
+        return RequestOutput(request_id, finish_reason="error", error=str(error), is_refusal=True)
+    return RequestOutput(request_id, finish_reason="error", error=f"{type(error).__name__}: {error}")

@@ -30,6 +30,8 @@ SETTLE_S = 30.0
 EXPIRE_PERIOD_S = 1.0
 # A request may be so late behind its abort: an ingress waits for 10 s for the answer to one.
 ABORTED_S = 30.0
+# Of prompts that come as embeddings and wait: a token of such a prompt takes a thousand times the memory of an id.
+MAX_WAITING_EMBEDS_BYTES = 256 * 2**20
 # An engine that fails this often in a row will not recover.
 MAX_FAILED_TURNS = 20
 FAILED_TURN_PAUSE_S = 0.1
@@ -117,9 +119,20 @@ class FrontLoop:
         if self.is_draining:
             return Submitted(False, "draining")
         # What another front has lost was admitted once, and is no more than that one had room for.
-        if self._num_waiting >= self.spec.engine.max_num_waiting and not request.attempt:
+        is_full = self._num_waiting >= self.spec.engine.max_num_waiting or self._is_full_of_embeds(request)
+        if is_full and not request.attempt:
             return Submitted(False, "full", self._num_waiting)
         return None
+
+    def _is_full_of_embeds(self, request: GenerationRequest) -> bool:
+        """A single prompt is always taken, however large."""
+        if request.prompt_embeds is None:
+            return False
+        assert self.engine is not None
+        waiting = [each.request for each in list(self.engine.scheduler.waiting)]
+        waiting += [each for each, _ in list(self._incoming)]
+        held = sum(len(each.prompt_embeds.data) for each in waiting if each.prompt_embeds)
+        return held > 0 and held + len(request.prompt_embeds.data) > MAX_WAITING_EMBEDS_BYTES
 
     def constraint_of(self, grammar: str) -> "Constraint | Exception":
         """In a thread of its own, one call at a time. An exception is what its request ends with."""
@@ -221,6 +234,8 @@ class FrontLoop:
     def _take_in(
         self, engine: "Engine", request: GenerationRequest, constraint: "Constraint | Exception | None"
     ) -> None:
+        from actors.engine.engine import failure
+
         try:
             if isinstance(constraint, Exception):
                 raise constraint
@@ -228,8 +243,7 @@ class FrontLoop:
         except Exception as error:
             logger.exception("a request was not taken in", extra={"request_ids": [request.label]})
             engine.abort(request.request_id)
-            reason = f"{type(error).__name__}: {error}"
-            self._deliver([RequestOutput(request.request_id, finish_reason="error", error=reason)])
+            self._deliver([failure(request.request_id, error)])
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         by_lease: dict[str, list[RequestOutput]] = defaultdict(list)

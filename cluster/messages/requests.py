@@ -133,7 +133,8 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What a step added to one sequence. Prompt log-probabilities come with the first output of a request; on their way
-    those of a long prompt come in parts, which hold nothing else, before it. `embedding` is float32.
+    those of a long prompt come in parts, which hold nothing else, before it. `embedding` is float32. An `error` is the
+    request's own fault if `is_refusal`: its grammar has gone beyond the limits.
 
     `routed_experts` are those of the tokens computed since the last output: the ingress may end a sequence at any.
     """
@@ -146,6 +147,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     routed_experts: RoutedExperts | None = None
     error: str | None = None
+    is_refusal: bool = False
     timing: Timing | None = None
     is_part: bool = False
     embedding: bytes | None = None

@@ -7,6 +7,7 @@ the same bounds, so that no front meets a grammar that was not checked. Knows no
 
 import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -19,6 +20,9 @@ MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_ERROR_CHARS = 300
 # It travels to a front with each choice.
 MAX_CHARS = 400_000
+# What is kept compiled. A large grammar takes 300 times the memory of its text.
+MAX_KEPT = 64
+MAX_KEPT_CHARS = MAX_CHARS
 TOKEN = re.compile(r"<[^<>\s]+>")
 # Fuel is spent at 50,000 (initial) and 14,000 (step) per millisecond; a state takes up to 2 kB. A mask of a usual
 # grammar takes some microseconds, the most expensive one 4 ms: other sequences of its step wait for it.
@@ -51,13 +55,23 @@ class Grammars:
             self._tokenizer = LLTokenizer(source, n_vocab=spec.vocab_size, eos_token=list(spec.eos_token_ids) or None)
         except Exception as error:  # llguidance raises bare exceptions
             raise ModelError(f"{path} can't be used for structured output: {error}") from None
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()  # the one that was used last stands last
 
     def compile(self, grammar: str) -> LLMatcher:
         """A matcher that has seen no token. `grammar` is llguidance's own form: Lark, or JSON. Lets go of the
-        interpreter's lock. Raises GrammarError.
+        interpreter's lock. One call at a time. Raises GrammarError.
+
+        Compiled once, as long as it is among those that are kept: a copy takes microseconds.
         """
         if len(grammar) > MAX_CHARS:
             raise GrammarError("it is too large")
+        matcher = self._kept.pop(grammar, None) or self._compiled(grammar)
+        self._kept[grammar] = matcher
+        while len(self._kept) > MAX_KEPT or sum(map(len, self._kept)) > MAX_KEPT_CHARS:
+            self._kept.popitem(last=False)
+        return matcher.deep_copy()
+
+    def _compiled(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, grammar, limits=LIMITS, log_level=0)
         check(matcher)
         return matcher

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from deploy.ingress.cluster_api import cluster_routes, seen
 from deploy.ingress.failures import count, handle_failures, unexpected
 from deploy.ingress.fronts.client import Overloaded, Unavailable
-from deploy.ingress.generation import Generation, GenerationFailed, GenerationGivenUp
+from deploy.ingress.generation import Generation, GenerationFailed, GenerationGivenUp, GenerationRefused
 from deploy.ingress.http import read_request, require_key, service_of
 from deploy.ingress.openai import errors
 from deploy.ingress.openai.answer_json import Rows, dump
@@ -145,7 +145,7 @@ async def _whole(service: Service, generation: Generation, responder: Responder,
     finally:
         generation.close()
     usage = Usage.of(generation.choices, n)
-    content = await service.run(size, lambda: dump(responder.response(deltas, usage)))
+    content = await service.run(size + responder.echo_size, lambda: dump(responder.response(deltas, usage)))
     return Response(content, media_type="application/json")
 
 
@@ -168,12 +168,13 @@ class _EventStream(EventSourceResponse):
 
 async def _events(service: Service, generation: Generation, responder: Responder, n: int) -> AsyncIterator[bytes]:
     try:
-        if opening := responder.opening():
+        if opening := await service.run(responder.echo_size, responder.opening):
             yield opening
         async for delta in generation.deltas():
             if told := await service.run(delta.size, partial(responder.events, delta)):
                 yield told
-        yield responder.closing(Usage.of(generation.choices, n))
+        usage = Usage.of(generation.choices, n)
+        yield await service.run(responder.echo_size, partial(responder.closing, usage))
     except GenerationFailed as error:
         logger.error("request failed in its stream: %s", error, extra={"request_id": responder.request_id})
         failure = _error_of(error, responder.id)
@@ -189,6 +190,8 @@ async def _events(service: Service, generation: Generation, responder: Responder
 def _error_of(error: GenerationFailed, response_id: str) -> errors.APIError:
     if isinstance(error, GenerationGivenUp):
         return errors.unavailable("The front of this request was lost, and no other one has come in time")
+    if isinstance(error, GenerationRefused):
+        return errors.invalid_request(f"The answer can't be held to the form that was asked for: {error}")
     return errors.internal(response_id)
 
 

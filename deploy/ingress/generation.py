@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.messages.requests import PromptEmbeds, SamplingParams
+from cluster.messages.requests import PromptEmbeds, RequestOutput, SamplingParams
 from cluster.metrics import Metrics
 from deploy.ingress.fronts.client import FrontClient
 from deploy.ingress.fronts.output_stream import OutputStream
@@ -32,6 +32,10 @@ async def run_here(size: int, work: Callable[[], ChoiceDelta]) -> ChoiceDelta:
 
 class GenerationGivenUp(GenerationFailed):
     """Its front was lost, and none has come back in time: it may succeed later."""
+
+
+class GenerationRefused(GenerationFailed):
+    """The request itself is why; the message says what it has to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,7 @@ class Generation:
             if self._trace:
                 self._trace.observe(choice.index, stream, output)
             if output.error is not None:
-                arrived.put_nowait(self._failure(output.error, stream.is_given_up))
+                arrived.put_nowait(self._failure(output, stream.is_given_up))
                 return
             last = self._observe(last, bool(output.token_ids))
             delta = await self._run(choice.effort(output), partial(choice.feed, output))
@@ -144,11 +148,13 @@ class Generation:
                 break
         stream.close()
 
-    def _failure(self, error: str, is_given_up: bool) -> GenerationFailed:
+    def _failure(self, output: RequestOutput, is_given_up: bool) -> GenerationFailed:
         if is_given_up:
-            return GenerationGivenUp(error)  # counted as any other 503
+            return GenerationGivenUp(output.error)  # counted as any other 503
+        if output.is_refusal:
+            return GenerationRefused(output.error)  # no fault of ours: not counted, as any other 400
         self._metrics.inc("requests_failed_total", reason="engine")
-        return GenerationFailed(error)
+        return GenerationFailed(output.error)
 
     def _finished(self, choice: Choice, reason: str, front: str) -> None:
         seconds = time.monotonic() - self._started

@@ -4,6 +4,7 @@ says what it is told to: tokens of a text, one after the other.
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from openai import AsyncOpenAI
 from benchmarks.byte_tokenizer import CHAT_TEMPLATE
 from cluster.messages.requests import GenerationRequest, RequestOutput
 from deploy.ingress.fronts import client as front_client
+from deploy.ingress.openai.response_events import ResponsesResponder
 from tests.unit.fake_front import FakeFront, fronts_state
 from tests.unit.fake_supervisor import Open
 
@@ -69,6 +71,18 @@ async def say(open_api: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         return AsyncOpenAI(api_key="k", base_url="http://127.0.0.1:8000/v1", http_client=http, max_retries=0), front
 
     return start
+
+
+async def test_a_grammar_that_fails_on_its_way_is_the_request_s_fault(say: Say) -> None:
+    client, front = await say()
+    front.after["submit"] = lambda request: front.say(request, end="error", error="too many states", is_refusal=True)
+    asked: Any = {"model": "demo", "messages": ASKED, "extra_body": {"structured_outputs": {"regex": "a+"}}}
+    with pytest.raises(openai.BadRequestError, match="form that was asked for: too many states"):
+        await client.chat.completions.create(**asked)
+    with pytest.raises(openai.APIError, match="too many states") as told:
+        async for _ in await client.chat.completions.create(**asked, stream=True):
+            pass
+    assert told.value.type == "invalid_request_error"
 
 
 class TestTools:
@@ -161,6 +175,35 @@ class TestResponses:
         last = await client.responses.create(input=[*items, *first.output, *results], **options)
         assert last.output_text == "Done."
 
+    async def test_thoughts_are_counted(self, say: Say) -> None:
+        thought = "<think>Who asks?</think>"
+        client, front = await say(f"{thought}Hello.", template=f"{CHAT_TEMPLATE}{{# </think> #}}")
+        whole = await client.responses.create(model="demo", input="Hi")
+        assert whole.output_text == "Hello."
+        assert whole.usage is not None
+        counted = whole.usage.output_tokens_details.reasoning_tokens
+        assert counted == len(front.encode(thought)) < whole.usage.output_tokens
+        front.text = "Hello."
+        whole = await client.responses.create(model="demo", input="Hi")
+        assert whole.usage is not None
+        assert whole.usage.output_tokens_details.reasoning_tokens == 0
+
+    async def test_what_repeats_tools_holds_up_nobody(self, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+        written = []
+        real = ResponsesResponder._whole
+
+        def whole(*args: Any) -> Any:
+            written.append(threading.current_thread() is threading.main_thread())
+            return real(*args)
+
+        monkeypatch.setattr(ResponsesResponder, "_whole", whole)
+        client, _ = await say("Hello.")
+        for stream in (False, True):
+            answer: Any = await client.responses.create(model="demo", input="Hi", tools=FLAT_TOOLS, stream=stream)
+            if stream:
+                assert [event.type async for event in answer][-1] == "response.completed"
+        assert written == [False] * 4
+
     @pytest.mark.parametrize(
         ("fields", "param"),
         [
@@ -170,6 +213,9 @@ class TestResponses:
             ({"input": [{"role": "robot", "content": "Hi"}]}, "input"), ({"text": {"format": {"type": "xml"}}}, "text"),
             ({"max_output_tokens": 10**6}, "max_output_tokens"), ({"input": "Hi " * 4000}, "input"),
             ({"input": [{"type": "function_call_output", "output": "1"}]}, "input"),
+            ({"input": [{"role": "user", "content": "Hi", "name": "me"}]}, "input"),
+            ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi", "x": 1}]}]}, "input"),
+            ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "", "x": 1}]}, "input"),
         ],
     )  # fmt: skip
     async def test_what_is_refused_is_named(self, say: Say, fields: dict[str, Any], param: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from actors.front import loop as front_loop
 from actors.front.loop import FrontLoop
-from cluster.messages.requests import GenerationRequest, RequestOutput, SamplingParams
+from cluster.messages.requests import GenerationRequest, PromptEmbeds, RequestOutput, SamplingParams
 
 MAX_WAITING = 2
 
@@ -188,3 +188,23 @@ async def test_a_step_that_does_not_end_shows() -> None:
         await until(lambda: loop.stuck_seconds > before + front_loop.IDLE_WAIT_S)
         held.set()
         await until(lambda: loop.stuck_seconds < before + front_loop.IDLE_WAIT_S)
+
+
+async def test_prompts_that_come_as_embeddings_wait_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_loop, "MAX_WAITING_EMBEDS_BYTES", 100)
+    engine, held = FakeEngine(), threading.Event()
+    engine.fail["step"] = lambda: held.wait(5)
+
+    def embeds(size: int) -> PromptEmbeds:
+        return PromptEmbeds((1, size // 4), "float32", bytes(size))
+
+    async with running(engine) as loop:
+        loop.submit(request("r"))
+        await until(lambda: engine.has_work)
+        assert loop.submit(request("a", prompt_embeds=embeds(160))).accepted, "one is always taken"
+        assert loop.submit(request("b", prompt_embeds=embeds(4))).reason == "full"
+        assert loop.submit(request("d")).accepted
+        assert loop.submit(request("c", prompt_embeds=embeds(160), attempt=1)).accepted, "it was admitted elsewhere"
+        held.set()
+        await until(lambda: not loop._incoming)
+        assert loop.submit(request("e", prompt_embeds=embeds(4))).accepted

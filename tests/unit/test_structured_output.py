@@ -279,9 +279,40 @@ class TestOneSequence:
             real(list(emitted))
 
         constraint.follow = until_it_breaks  # type: ignore[method-assign,assignment]
-        answers.run()
+        outputs = [output for _ in range(100) for output in answers.step()]
+        [failed] = [output for output in outputs if output.error]
+        assert (failed.request_id, failed.error, failed.is_refusal) == ("wild", "too many states", True)
         assert (answers.reasons["wild"], len(answers.tokens["wild"])) == ("error", 20)
         assert (answers.reasons["free"], len(answers.tokens["free"])) == ("length", 60)
+
+
+class TestGrammarsAreCompiledOnce:
+    def compiled(self, monkeypatch: pytest.MonkeyPatch, model_dir: Path, texts: list[str]) -> list[str]:
+        """Those that were really compiled."""
+        grammars, done = Grammars(model_dir), list[str]()
+        real = grammars._compiled
+        monkeypatch.setattr(grammars, "_compiled", lambda grammar: (done.append(grammar), real(grammar))[1])
+        for text in texts:
+            grammars.compile(text)
+        return done
+
+    def test_while_they_are_kept(self, monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
+        monkeypatch.setattr("cluster.models.grammars.MAX_KEPT", 2)
+        a, b, c = (f'start: "{letter}"\n' for letter in "abc")
+        assert self.compiled(monkeypatch, model_dir, [a, a, b, a, c, a, b]) == [a, b, c, b]
+
+    def test_and_no_more_than_so_much_text_is_kept(self, monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
+        monkeypatch.setattr("cluster.models.grammars.MAX_KEPT_CHARS", 40)
+        a, long = 'start: "a"\n', f'start: "{"b" * 25}"\n'
+        assert self.compiled(monkeypatch, model_dir, [a, long, long, a]) == [a, long, a]
+
+    def test_what_one_sequence_has_said_no_other_one_has(self, grammars: Grammars) -> None:
+        grammar = 'start: "a" "b"\n'
+        one, other = grammars.compile(grammar), grammars.compile(grammar)
+        fresh = other.compute_bitmask()
+        assert one.consume_token(next(token for token in range(2000) if fresh[token // 8] >> token % 8 & 1))
+        assert one.compute_bitmask() != fresh
+        assert other.compute_bitmask() == grammars.compile(grammar).compute_bitmask() == fresh
 
 
 SCHEMAS: dict[str, Any] = {

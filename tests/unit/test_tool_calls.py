@@ -17,6 +17,7 @@ from deploy.ingress.openai.requests import ChatCompletionRequest
 from deploy.ingress.openai.response_events import ResponsesResponder
 from deploy.ingress.openai.response_requests import ResponsesRequest
 from deploy.ingress.text.chat_template import ChatTemplate
+from deploy.ingress.text.json_call import JsonCall
 from deploy.ingress.text.tokens import Tokenizer
 from deploy.ingress.text.tool_calls import FORMATS, ToolCallParser, find_format, join_calls
 from tests import tiny_tokenizers
@@ -38,6 +39,7 @@ TEXTS: dict[str, tuple[Any, str, str, Calls]] = {
     "arguments first": (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "f"}', "", [("f", '{"a": 1}')]),
     "arguments as text": (HERMES, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}', "", [("f", '{"a": 1}')]),
     "arguments null": (HERMES, '<tool_call>{"name": "f", "arguments": null}', "", [("f", "{}")]),
+    "arguments blank": (HERMES, '<tool_call>{"name": "f", "arguments": ""}', "", [("f", "{}")]),
     "parameters": (HERMES, '<tool_call>{"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
     "text behind": (HERMES, f"<tool_call>{CALL}</tool_call> Done.", " Done.", [("f", ARGUMENTS)]),
     "cut off": (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
@@ -111,12 +113,23 @@ def test_blanks_are_looked_at_once() -> None:
     assert parser.feed("Text")[0] == "\n" * 120 + "Text"
 
 
-@pytest.mark.parametrize("arguments", ["[1]", "7", "[" * 200_000 + "]" * 200_000])
-def test_arguments_that_are_no_object_are_no_call(arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ["[1]", "7", "0", '"seven"', '"[1]"', "[" * 200_000 + "]" * 200_000])
+@pytest.mark.parametrize("size", [7, 10_000_000])
+def test_arguments_that_are_no_object_are_no_call(arguments: str, size: int) -> None:
+    """However they come: a call that a client has seen begin can't be taken back."""
     text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}'
-    content, calls = parse(ToolCallParser(HERMES), [text])
+    content, calls = parse(ToolCallParser(HERMES), [text[at : at + size] for at in range(0, len(text), size)])
     assert not calls
-    assert content.startswith("<tool_call>")
+    assert content == text
+
+
+@pytest.mark.parametrize("begin", ['{"arguments": {"a": "', '{"name": "f", "arguments": "', '{"', '{"a": "'])
+def test_long_calls_are_read_in_pieces(begin: str) -> None:
+    """Nothing that grows with a call is copied with each of its characters."""
+    call = JsonCall()
+    call.feed(begin + "x" * 50_000)
+    texts = [value for value in vars(call).values() if isinstance(value, str)]
+    assert max(map(len, texts)) < 100
 
 
 def test_later_calls_than_allowed_are_dropped() -> None:

@@ -3,6 +3,7 @@
 Joins the detokeniser, the stop strings and the bookkeeping of log-probabilities. Knows no JSON and no transport.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -118,9 +119,16 @@ class Choice:
         )
         self._echoed = echoed
         self._thoughts = thoughts
+        self._starts: list[int] = []  # where the text of each token begins, if some of them may be a thought
         self._is_started = False
         self._offset = 0
         self._routed: list[RoutedExperts] = []
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of a thought, the tokens of its marks among them."""
+        end = self._thoughts.end if self._thoughts else 0
+        return len(self._starts) if end is None else bisect_left(self._starts, end)
 
     def effort(self, output: RequestOutput) -> int:
         """How long feed() takes with it, in the unit of ChoiceDelta.size: prompts are echoed, routed experts joined."""
@@ -139,6 +147,8 @@ class Choice:
         shown, new_rows = self._take(output)
         rest = self._rest() if output.finish_reason else ""
         self._finish(output)
+        if self._thoughts:
+            self._starts += [row.text_offset - len(text) for row in new_rows]
         reasoning, answer = self._split(shown + rest)
         shown, calls = self._tell_calls(answer)
         return ChoiceDelta(

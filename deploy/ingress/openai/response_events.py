@@ -14,6 +14,8 @@ from deploy.ingress.text.tool_calls import ToolCallDelta
 
 Json = dict[str, Any]
 
+LONG = 1_000_000
+
 
 @dataclass(slots=True)
 class _Item:
@@ -55,6 +57,12 @@ class ResponsesResponder:
         for _ in self._take(delta):
             pass
         return self._whole(usage)
+
+    @property
+    def echo_size(self) -> int:
+        """Of the request and of what has been told, in characters. Tools and formats count as long: they may be."""
+        request, told = self.request, sum(len(item.text) for item in self._items)
+        return told + len(request.instructions or "") + (LONG if request.tools or request.text else 0)
 
     def opening(self) -> bytes:
         return b"".join(
@@ -171,6 +179,6 @@ def _usage(usage: Usage) -> Json:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

@@ -14,6 +14,13 @@ from deploy.ingress.openai.strict import Strict
 
 MAX_ITEMS = 2000
 NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
+# What items and their parts may say. Of these, ids, statuses and the like tell nothing that a prompt could show.
+ITEM_KEYS = {
+    "message": {"type", "role", "content", "id", "status"},
+    "function_call": {"type", "call_id", "name", "arguments", "id", "status"},
+    "function_call_output": {"type", "call_id", "output", "id", "status"},
+}
+PART_KEYS = {"type", "text", "annotations", "logprobs"}
 TEXT_PARTS = ("input_text", "output_text", "text")
 
 
@@ -36,6 +43,8 @@ def as_input(value: Any) -> list[dict[str, Any]]:
 
 def _as_message(item: Any) -> dict[str, Any]:
     kind = item.get("type", "message") if isinstance(item, dict) else None
+    if isinstance(kind, str) and kind in ITEM_KEYS:
+        _check_keys(item, ITEM_KEYS[kind], f"an item of type {kind}")
     if kind == "message" and "role" in item:
         return {"role": item["role"], "content": _content(item.get("content"))}
     if kind == "function_call":
@@ -48,6 +57,13 @@ def _as_message(item: Any) -> dict[str, Any]:
     )
 
 
+def _check_keys(value: dict[str, Any], known: set[str], what: str) -> None:
+    """null counts as absent."""
+    unknown = min((str(key) for key, item in value.items() if item is not None and key not in known), default=None)
+    if unknown is not None:
+        raise ValueError(f"{what} has the key {unknown[:60]!r}, which is not supported")
+
+
 def _content(value: Any) -> Any:
     if not isinstance(value, list):
         return value
@@ -55,6 +71,7 @@ def _content(value: Any) -> Any:
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
             kind = part.get("type") if isinstance(part, dict) else None
             raise ValueError(f"a content part of type {kind!r:.60} is not supported: only {', '.join(TEXT_PARTS)}")
+        _check_keys(part, PART_KEYS, "a content part")
     return [{"type": "text", "text": part.get("text")} for part in value]
 
 

@@ -31,6 +31,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @classmethod
     def of(cls, choices: Sequence[Choice], n: int) -> "Usage":
@@ -39,6 +40,7 @@ class Usage:
             sum(len(choice.prompt_token_ids) for choice in choices[::n]),
             sum(choice.num_tokens for choice in choices),
             sum(choice.num_cached_tokens for choice in choices[::n]),
+            sum(choice.num_reasoning_tokens for choice in choices),
         )
 
     def as_json(self) -> Json:
@@ -66,6 +68,11 @@ class _Responder:
     @property
     def id(self) -> str:
         return f"{self.id_prefix}-{self.request_id}"
+
+    @property
+    def echo_size(self) -> int:
+        """How much beginning and end of a stream repeat, in characters."""
+        return 0
 
     def opening(self) -> bytes:
         """What a stream begins with."""

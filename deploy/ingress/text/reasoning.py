@@ -28,7 +28,9 @@ def is_begun(prompt_token_ids: Sequence[int], tokenizer: Tokenizer, continues_me
 
 
 class ReasoningSplitter:
-    """Feed it text; get what is new of the thought and of the answer. Blanks around a thought belong to neither."""
+    """Feed it text; get what is new of the thought and of the answer. Blanks around a thought belong to neither.
+    `end`: how many characters came before the answer, the thought's marks among them; None while that is not known.
+    """
 
     def __init__(self, is_begun: bool) -> None:
         self._look = self._think if is_begun else self._begin
@@ -36,10 +38,13 @@ class ReasoningSplitter:
         self._thought: list[str] = []
         self._answer: list[str] = []
         self._has_thought = False
+        self._num_fed = 0
+        self.end: int | None = None
 
     def feed(self, text: str, is_last: bool) -> tuple[str, str]:
         """(thought, answer)"""
         self._held += text
+        self._num_fed += len(text)
         while self._look(is_last):
             pass
         told = "".join(self._thought), "".join(self._answer)
@@ -55,7 +60,7 @@ class ReasoningSplitter:
             return True
         if BEGIN.startswith(text) and not is_last:
             return False
-        self._look = self._say
+        self._look, self.end = self._say, 0
         return True
 
     def _think(self, is_last: bool) -> bool:
@@ -68,7 +73,7 @@ class ReasoningSplitter:
         self._tell(shown)
         self._held = blanks + rest
         if mark:
-            self._look = self._skip_blanks
+            self._look, self.end = self._skip_blanks, self._num_fed - len(rest)
         return bool(mark)
 
     def _tell(self, text: str) -> None:

@@ -5,7 +5,7 @@ model's own JSON. Text that begins like a call and is none is content. Knows no 
 """
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deploy.ingress.text.json_call import BLANKS, JsonCall
 from deploy.ingress.text.tokens import Tokenizer
@@ -53,13 +53,10 @@ class ToolCallDelta:
 
 def join_calls(deltas: tuple[ToolCallDelta, ...]) -> tuple[ToolCallDelta, ...]:
     """One for each call."""
-    calls: dict[int, ToolCallDelta] = {}
-    for new in deltas:
-        old = calls.get(new.index, ToolCallDelta(new.index))
-        calls[new.index] = ToolCallDelta(
-            new.index, old.arguments + new.arguments, old.id or new.id, old.name or new.name
-        )
-    return tuple(calls.values())
+    calls: dict[int, list[ToolCallDelta]] = {}
+    for delta in deltas:
+        calls.setdefault(delta.index, []).append(delta)
+    return tuple(replace(parts[0], arguments="".join(part.arguments for part in parts)) for parts in calls.values())
 
 
 class ToolCallParser:
@@ -137,7 +134,7 @@ class ToolCallParser:
         assert call is not None
         arguments, used = call.feed(self._held)
         self._raw, self._held = self._raw + self._held[:used], self._held[used:]
-        if call.name is not None and (self._most is None or call.is_begun or self.num_calls < self._most):
+        if call.is_certain and (self._most is None or call.is_begun or self.num_calls < self._most):
             self._tell(call, arguments)
         if call.is_over and not call.name:
             self._give_up()
