@@ -22,6 +22,15 @@ class Fleet:
 
 
 @dataclass(frozen=True, slots=True)
+class Busy:
+    """Shares: of a front's time, of a replica's, of a front's KV cache."""
+
+    front: float
+    experts: float
+    kv_cache: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A layout, what clients see at the traffic that is asked for, and how much it bears within the goals. `left`:
     requests per second that are still borne when any one actor, or any one node, is lost; 0 if something is missing
@@ -35,6 +44,7 @@ class Plan:
     left_without_actor: float
     left_without_node: float
     holds: bool
+    most_running: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -46,6 +56,19 @@ class Plan:
         """Of new tokens, at the traffic that is asked for. None without prices."""
         per_hour = self.layout.cost_per_hour
         return None if per_hour is None else 1e6 * per_hour / (3600 * self.now.rate * self.traffic.output_len)
+
+    @property
+    def busy(self) -> Busy:
+        """At the traffic that is asked for."""
+        step, layout = self.now.step, self.layout
+        computing = min(1.0, self.now.running)  # with fewer sequences than one, a front computes now and then
+        servers = 1 if layout.is_local or layout.is_shared else layout.replicas
+        experts = layout.fronts * step.experts / servers if not layout.is_local else step.experts
+        return Busy(
+            computing * (step.front + step.head) / step.total,
+            min(1.0, computing * experts / step.total),
+            self.now.running / self.most_running,
+        )
 
 
 def layouts(model: ServedModel, fleets: Sequence[Fleet], lane: PlannedLane | None = None) -> Iterator[Layout]:
@@ -93,11 +116,13 @@ class Judge:
     _most: dict[Layout, Operation] = field(default_factory=dict, repr=False)
 
     def __call__(self, layout: Layout) -> Plan:
-        now = Serving(self.model, layout, self.traffic).under(self.goals)
+        serving = Serving(self.model, layout, self.traffic)
+        now = serving.under(self.goals)
         one, node = self._left(layout.after_actors()), self._left(layout.after_node())
         lost = self.goals.survive
         survives = lost == 0 or (one if lost == 1 else self._left(layout.after_actors(lost))) >= now.rate
-        return Plan(layout, self.traffic, now, self.most(layout), one, node, holds=not now.limit and survives)
+        holds = not now.limit and survives
+        return Plan(layout, self.traffic, now, self.most(layout), one, node, holds, serving.most_running)
 
     def most(self, layout: Layout) -> Operation:
         """At the most traffic that it bears within the goals."""
