@@ -141,8 +141,8 @@ def show(plans: list[Plan]) -> None:
         table.add_row(*_row(each))
     Console(width=max(132, console.width), highlight=False).print(table)
     console.print(
-        "TTFT, TPOT (ms) and busy (front, experts, KV cache): at this traffic. most: new tokens/s within the goals, and "
-        "what limits them. lost: of these, without any one actor / node. cost: of a million new tokens",
+        "TTFT, TPOT (ms) and busy (front, experts, KV cache): at this traffic. most: new tokens/s within the goals, "
+        "and what limits them. lost: of these, without any one actor / node. cost: of a million new tokens",
         soft_wrap=True,
     )
 

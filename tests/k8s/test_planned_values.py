@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from deploy.cli.main import app
 from tests.k8s import rules, schema, serve_config
 from tests.k8s.manifests import ROOT, chart, needs_helm, one, ray_groups, title
+from tests.k8s.packing import offer
 
 QWEN = "Qwen/Qwen3-30B-A3B"
 # Layouts of each form: fronts alone, one pod with GPUs, pods with a GPU each, two kinds of them, and a machine without.
@@ -41,9 +42,6 @@ def test_values_of_a_plan_pass_the_checks_of_manifests(config: Path, tmp_path: P
     if schema.CRDS.is_dir():
         assert {title(each): wrong for each in found if (wrong := schema.errors(each))} == {}
     wanted = yaml.safe_load(values.read_text())["settings"]
-    gpus = sum(
-        group.get("replicas", 0) * int(group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0))
-        for _, group in ray_groups(one(found, "RayService"))
-    )  # fmt: skip
+    gpus = sum(group.get("replicas", 0) * int(offer(group)["GPU"]) for _, group in ray_groups(one(found, "RayService")))
     replicas = 0 if wanted["lane"] == "local" else wanted["groups"] * wanted["replicas"]
     assert gpus == wanted["fronts"] + replicas
