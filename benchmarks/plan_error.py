@@ -182,7 +182,7 @@ def _measure_http(checkpoint: Path) -> dict[str, float]:
     from deploy.cli.load_test import stream_all
 
     found = {}
-    with serving(checkpoint, 2, "bfloat16", "auto") as url:
+    with serving(checkpoint, 2, "bfloat16") as url:
         asyncio.run(stream_all(url, [prompt_of(i, HTTP_PROMPT) for i in range(2)], 4))
         for streams in STREAMS:
             prompts = [prompt_of(i, HTTP_PROMPT) for i in range(HTTP_REQUESTS * streams)]

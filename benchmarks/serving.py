@@ -53,11 +53,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(checkpoint: Path, groups: int, dtype: str, lane: str = "auto") -> Iterator[str]:
+def serving(checkpoint: Path, groups: int, dtype: str) -> Iterator[str]:
     """`outcrop serve` as a process of its own; yields its address."""
     port = free_port()
     command = [sys.executable, "-m", "deploy.cli.main", "serve", str(checkpoint), "--port", str(port), "--dtype", dtype]
-    command += ["--groups", str(groups), "--lane", lane, "--served-model-name", NAME, "--no-enable-prefix-caching"]
+    command += ["--groups", str(groups), "--served-model-name", NAME, "--no-enable-prefix-caching"]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OUTCROP_"))} | {"RAY_ADDRESS": "local"}
     server = subprocess.Popen(command, env=environ)
     try:
