@@ -1,6 +1,6 @@
 """Fills the tables of docs/benchmarks.md from benchmarks/results: `python -m benchmarks.tables [--check]`.
 
-Each table says when and by which command its figures were measured.
+Each table says when and by which command its figures were measured. The file is long because every table stands in it.
 """
 
 import functools

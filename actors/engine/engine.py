@@ -1,6 +1,7 @@
 """The engine of a front: schedule -> step -> postprocess, over and over.
 
 Single-threaded: whoever owns an Engine calls it from one thread. It knows no Ray; the dispatcher reaches the experts.
+The file is long because a step and all that can end a sequence in it are one story.
 """
 
 import logging

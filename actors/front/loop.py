@@ -1,4 +1,7 @@
-"""The thread that owns a front's engine: takes requests in, steps, hands outputs to the mailboxes. Knows no Ray."""
+"""The thread that owns a front's engine: takes requests in, steps, hands outputs to the mailboxes. Knows no Ray.
+
+The file is long because all that other threads may ask of the engine stands in it.
+"""
 
 import asyncio
 import logging

@@ -3,6 +3,7 @@
 GatherPlan is plain torch and runs anywhere: it copies the keys and values that a sequence needs out of their blocks.
 NativePlan reads blocks where they lie instead, on a CPU.
 VarlenPlan is PyTorch's flash attention with block tables; it has not been run on a GPU yet.
+The file is long because the three stand side by side: what one does, the others must.
 A plan is made once per step; every layer then calls `attend`. New tokens are in the cache before they attend.
 
 Shapes: T tokens, S sequences, N cached tokens of a sequence, B blocks, P slots of a block, H query heads, G key/value

@@ -1,4 +1,7 @@
-"""The HTTP routes. Bodies are checked by deploy/ingress/openai, work is done by Service; here is only HTTP."""
+"""The HTTP routes. Bodies are checked by deploy/ingress/openai, work is done by Service; here is only HTTP.
+
+The file is long because every route of models and generations stands in it.
+"""
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -34,8 +37,9 @@ from deploy.ingress.openai.response_requests import ResponsesRequest, renamed
 from deploy.ingress.openai.responses import ChatResponder, CompletionResponder, Usage
 from deploy.ingress.openapi import document
 from deploy.ingress.request_id import RequestId
-from deploy.ingress.service import LONG, Service
+from deploy.ingress.service import Service
 from deploy.ingress.web_safety import WebSafety
+from deploy.ingress.work import LONG
 from deploy.page import HEADERS, PAGE, SAFE_HEADERS, content_security_policy
 from deploy.page.reference import reference_page
 
@@ -90,7 +94,7 @@ async def chat_completions(request: Request) -> Response:
 @keyed_routes.post("/responses")
 async def responses(request: Request) -> Response:
     body = await read_request(request, ResponsesRequest)
-    chat = await service_of(request).run(LONG, body.as_chat)
+    chat = await service_of(request).work.run(LONG, body.as_chat)
     with renamed():
         return await _answer(
             request, chat, lambda _, __, model, request_id: ResponsesResponder(body, model, request_id)
@@ -145,7 +149,7 @@ async def _whole(service: Service, generation: Generation, responder: Responder,
     finally:
         generation.close()
     usage = Usage.of(generation.choices, n)
-    content = await service.run(size + responder.echo_size, lambda: dump(responder.response(deltas, usage)))
+    content = await service.work.run(size + responder.echo_size, lambda: dump(responder.response(deltas, usage)))
     return Response(content, media_type="application/json")
 
 
@@ -168,13 +172,13 @@ class _EventStream(EventSourceResponse):
 
 async def _events(service: Service, generation: Generation, responder: Responder, n: int) -> AsyncIterator[bytes]:
     try:
-        if opening := await service.run(responder.echo_size, responder.opening):
+        if opening := await service.work.run(responder.echo_size, responder.opening):
             yield opening
         async for delta in generation.deltas():
-            if told := await service.run(delta.size, partial(responder.events, delta)):
+            if told := await service.work.run(delta.size, partial(responder.events, delta)):
                 yield told
         usage = Usage.of(generation.choices, n)
-        yield await service.run(responder.echo_size, partial(responder.closing, usage))
+        yield await service.work.run(responder.echo_size, partial(responder.closing, usage))
     except GenerationFailed as error:
         logger.error("request failed in its stream: %s", error, extra={"request_id": responder.request_id})
         failure = _error_of(error, responder.id)
@@ -240,26 +244,26 @@ async def tokenize(request: Request) -> Response:
     service, body = service_of(request), await read_request(request, TokenizeRequest)
     service.check_model(body.model)
     if body.messages is not None:
-        text = await service.render(body, body.messages, [tool.shown for tool in body.tools])
+        text = await service.work.render(body, body.messages, [tool.shown for tool in body.tools])
         with_special = bool(body.add_special_tokens)
     else:
         text, with_special = body.prompt or "", body.add_special_tokens is not False
-    tokens = await service.encode(text, with_special, most=max(MAX_LISTED, service.max_model_len))
+    tokens = await service.work.encode(text, with_special, most=max(MAX_LISTED, service.max_model_len))
 
     def answer() -> bytes:
         strings = Rows(tokens, service.tokenizer.id_to_token) if body.return_token_strs else None
         told = {"count": len(tokens), "max_model_len": service.max_model_len}
         return dump(told | {"tokens": Rows(tokens, int), "token_strs": strings})
 
-    return Response(await service.run(len(tokens), answer), media_type="application/json")
+    return Response(await service.work.run(len(tokens), answer), media_type="application/json")
 
 
 @open_routes.post("/detokenize", dependencies=[Depends(require_key)])
 async def detokenize(request: Request) -> Response:
     service, body = service_of(request), await read_request(request, DetokenizeRequest)
     service.check_model(body.model)
-    text = await service.decode(body.tokens)
-    return Response(await service.run(len(text), lambda: dump({"prompt": text})), media_type="application/json")
+    text = await service.work.decode(body.tokens)
+    return Response(await service.work.run(len(text), lambda: dump({"prompt": text})), media_type="application/json")
 
 
 @open_routes.get("/version")

@@ -101,7 +101,7 @@ async def scale(request: Request) -> dict[str, Any]:
 async def rebalance(request: Request) -> dict[str, Any]:
     """Answers when it is done, or why nothing was to do."""
     service, raw = service_of(request), await read_body(request)
-    body = await service.parse(raw if raw.strip() else b"{}", RebalanceRequest)
+    body = await service.work.parse(raw if raw.strip() else b"{}", RebalanceRequest)
     if service.config.lane == "local":
         raise errors.invalid_request("lane='local' has all experts in the front: there is nothing to rebalance")
     _check_running(service)

@@ -33,7 +33,7 @@ def require_key(request: Request) -> None:
 
 async def read_request(request: Request, model: type[T]) -> T:
     """The checked body. Raises APIError."""
-    return await service_of(request).parse(await read_body(request), model)
+    return await service_of(request).work.parse(await read_body(request), model)
 
 
 async def read_body(request: Request) -> bytes:

@@ -11,6 +11,7 @@ import pytest
 
 from deploy.ingress import api
 from deploy.ingress import service as service_module
+from deploy.ingress import work as work_module
 from deploy.ingress.openai import sampling
 from deploy.ingress.openai.requests import CompletionRequest, TokenizeRequest
 from deploy.ingress.service import Service
@@ -44,7 +45,7 @@ THREADED: dict[str, tuple[str, Any, Any, str]] = {
     "messages": (
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": "x"}] * 20},
-        service_module,
+        work_module,
         "rendering",
     ),
     "an answer": ("/detokenize", {"tokens": [5] * 1000}, api, "dump"),
@@ -85,7 +86,7 @@ class TestNobodyWaits:
         text = "The quick brown fox jumps over the lazy dog. " * 20_000
         ids = service.tokenizer.encode(text)
         arguments = {"encode": lambda: service.tokenizer.encode(text), "decode": lambda: service.tokenizer.decode(ids)}
-        result, turns = await turns_during(service.run(len(ids), arguments[work]))
+        result, turns = await turns_during(service.work.run(len(ids), arguments[work]))
         assert result == {"encode": ids, "decode": text}[work]
         assert turns > 8
 
@@ -94,7 +95,7 @@ class TestNobodyWaits:
         self, open_api: Open, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         path, body, module, function = THREADED[name]
-        monkeypatch.setattr(service_module, "LONG", 1000)
+        monkeypatch.setattr(work_module, "LONG", 1000)
         http = await open_api()
         threads = threads_of(monkeypatch, module or http.service.tokenizer, function)  # type: ignore[attr-defined]
         await http.post(path, json=body)
@@ -129,12 +130,12 @@ class TestNobodyWaits:
         """Read in pieces as at once: nested lists, odd characters, numbers of any size."""
         service: Service = (await open_api()).service  # type: ignore[attr-defined]
         prompts = [list(range(50_000)), [2**70], [7] * 60_000]
-        found = await service.parse(json.dumps({"prompt": prompts, "n": 1}).encode(), CompletionRequest)
+        found = await service.work.parse(json.dumps({"prompt": prompts, "n": 1}).encode(), CompletionRequest)
         assert found.prompt == prompts
         texts = ['naïve 東京 😀 \u2028\0"\\'] * 30_000
-        found = await service.parse(json.dumps({"prompt": texts}, ensure_ascii=False).encode(), CompletionRequest)
+        found = await service.work.parse(json.dumps({"prompt": texts}, ensure_ascii=False).encode(), CompletionRequest)
         assert found.prompt == texts
         messages = [{"role": "user", "content": [{"type": "text", "text": "x" * 300_000}] * 2}]
-        read = await service.parse(json.dumps({"messages": messages}).encode(), TokenizeRequest)
+        read = await service.work.parse(json.dumps({"messages": messages}).encode(), TokenizeRequest)
         assert read.messages is not None
         assert len(read.messages[0].content) == 600_001

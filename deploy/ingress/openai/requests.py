@@ -2,7 +2,7 @@
 
 A value of the wrong type is refused, never converted. A field that is not here is refused by name; null counts as
 absent. What OpenAI or vLLM know and Outcrop does not is listed in neutral.py; what depends on the model or on the
-server's limits is checked in sampling.py.
+server's limits is checked in sampling.py. The file is long because every field of every endpoint stands in it.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
