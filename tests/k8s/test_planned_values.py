@@ -11,6 +11,7 @@ from deploy.cli.main import app
 from tests.k8s import rules, schema, serve_config
 from tests.k8s.manifests import ROOT, chart, needs_helm, one, ray_groups, title
 from tests.k8s.packing import offer
+from tests.unit.planning_profiles import profile
 
 QWEN = "Qwen/Qwen3-30B-A3B"
 # Layouts of each form: fronts alone, one pod with GPUs, pods with a GPU each, two kinds of them, and a machine without.
@@ -18,6 +19,8 @@ ASKED = {
     "local": ("--hardware", "h100:8", "--survive", "1"),
     "one-pod": ("--hardware", "h100:8", "--lane", "unix"),
     "pods": ("--hardware", "a100:8", "--lane", "zmq", "--tpot", "400", "--rate", "0.1", "--survive", "1"),
+    "machine": ("--hardware", "box.json", "--lane", "unix", "--tpot", "5000", "--rate", "0.01", "--ttft", "60000"),
+    "machines": ("--hardware", "box.json:4", "--lane", "zmq", "--tpot", "5000", "--rate", "0.01", "--ttft", "60000"),
     "two-kinds": ("--hardware", "h100:2", "--hardware", "l40s:4", "--lane", "zmq", "--tpot", "500", "--rate", "0.1"),
 }
 pytestmark = needs_helm
@@ -31,7 +34,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
-def test_values_of_a_plan_pass_the_checks_of_manifests(config: Path, tmp_path: Path, asked: tuple[str, ...]) -> None:
+def test_values_of_a_plan_pass_the_checks_of_manifests(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("box.json").write_text(profile("box", memory_gib=200.0).model_dump_json(exclude_none=True))
     values = tmp_path / "values.yaml"
     given = ("plan", str(config), "--rate", "1", "--tpot", "50", *asked, "--serve-as", QWEN)
     done = CliRunner().invoke(app, [*given, "--helm-values", str(values)])
@@ -44,4 +51,4 @@ def test_values_of_a_plan_pass_the_checks_of_manifests(config: Path, tmp_path: P
     wanted = yaml.safe_load(values.read_text())["settings"]
     gpus = sum(group.get("replicas", 0) * int(offer(group)["GPU"]) for _, group in ray_groups(one(found, "RayService")))
     replicas = 0 if wanted["lane"] == "local" else wanted["groups"] * wanted["replicas"]
-    assert gpus == wanted["fronts"] + replicas
+    assert gpus == (wanted["fronts"] + replicas if wanted["device"] == "cuda" else 0)
