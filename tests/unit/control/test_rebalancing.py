@@ -4,10 +4,11 @@ import asyncio
 
 import pytest
 
+from benchmarks.in_process import WorkingActor
 from cluster.control.actors import ActorError, DeadActorError, UnreachableActorError
 from cluster.control.supervisor import Supervisor
 from cluster.messages.state import ExpertsReport
-from tests.unit.control.fake_actors import FakeActors, WorkingActor, fleet_of, supervising, until, watch_of
+from tests.unit.control.fake_actors import FakeActors, fleet_of, supervising, until, watch_of
 
 # By expert, in every layer: groups of 0-3 and 4-7 are far from balance.
 HOT = (90, 80, 70, 60, 1, 2, 3, 4)
