@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.control.actors import DeadActorError
-from cluster.expert_map import ExpertMap
+from cluster.expert_map import ExpertMap, MapChange, newest
 from cluster.messages.actors import (
     ActorReport,
     FrontSpec,
@@ -80,7 +80,7 @@ class WorkingActor(Actor):
         self.answers |= {
             "load": self.ready,
             "progress": LoadProgress(5, 5),
-            "start": lambda expert_map, legacy, _: self._take(expert_map, legacy),
+            "start": lambda news, legacy, _: self._take(news, legacy),
             "set_expert_map": self._take,
             "set_experts": self._hold,
             "drain": self._drain,
@@ -88,8 +88,8 @@ class WorkingActor(Actor):
             "identity": lambda: Identity(self.spec, self.ready, self.expert_map, self.legacy, self.is_draining),
         }
 
-    def _take(self, expert_map: ExpertMap, legacy: Legacy) -> ReadyReport:
-        self.expert_map, self.legacy = expert_map, legacy
+    def _take(self, news: ExpertMap | MapChange, legacy: Legacy | None) -> ReadyReport:
+        self.expert_map, self.legacy = newest(self.expert_map, news), legacy or self.legacy
         return self.ready
 
     def _hold(self, layer: int, experts: tuple[int, ...]) -> int:

@@ -124,7 +124,7 @@ class ExpertActor:
         if self.replica:
             self.replica.publish_counters()
         self.metrics.raise_to("lane_dropped_messages_total", sum(server.num_dropped for server in self.servers))
-        return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.samples(), stuck_seconds=stuck)
+        return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.recorded(), stuck_seconds=stuck)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

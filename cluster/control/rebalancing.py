@@ -64,7 +64,7 @@ class Rebalancer:
             fleet.expert_map.homes,
             slots_per_layer=fleet.blueprint.slots_per_layer,
             bytes_per_expert=fleet.blueprint.bytes_per_expert,
-            replicas=[len(fleet.replicas(group, "ready")) for group in range(fleet.expert_map.num_groups)],
+            replicas=[len(members) for members in fleet.ready_by_group().values()],
             **({"threshold": 1.0, "min_gain": 0.0} if force else {"threshold": self._config.rebalance_threshold}),
         )
 

@@ -50,15 +50,17 @@ class Watch:
         self._is_over = False
 
     async def run(self) -> None:
-        """Each part on its own: an error in one must not keep the others from their work."""
-        parts = (self.collect, self._publish, self._heal, self._autoscale, self._rebalance_if_due, self.judge)
         while not self._is_over:
-            for part in parts:
-                try:
-                    await part()
-                except Exception:
-                    logger.exception("watching goes on after an unexpected error")
+            await self.round()
             await asyncio.sleep(WATCH_PERIOD_S)
+
+    async def round(self) -> None:
+        """Each part on its own: an error in one must not keep the others from their work."""
+        for part in (self.collect, self._publish, self._heal, self._autoscale, self._rebalance_if_due, self.judge):
+            try:
+                await part()
+            except Exception:
+                logger.exception("watching goes on after an unexpected error")
 
     def end(self) -> None:
         self._is_over = True
