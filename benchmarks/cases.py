@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from benchmarks.lanes import INT8
-from benchmarks.limits import Cost, step_cost
 from cluster.models.spec import ModelSpec
+from cluster.planning.cost import Cost, step_cost
 
 # Tokens of a step at most: longer prompts take several.
 BUDGET = 512

@@ -24,10 +24,11 @@ from actors.compute import Compute
 from actors.experts.layer_experts import LayerExperts
 from actors.experts.store import ExpertStore
 from actors.kernels import native
-from benchmarks.limits import Gauge, experts_cost
+from benchmarks.limits import Gauge
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.report import environment, table
 from cluster.models.family import parse_config
+from cluster.planning.cost import experts_cost
 
 SPEC = parse_config(SHAPES["1b-a400m"])
 EXPERTS, HIDDEN, WIDTH, TOP_K = SPEC.num_experts, SPEC.hidden_size, SPEC.expert_size, SPEC.top_k

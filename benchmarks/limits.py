@@ -11,22 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.models.spec import ModelSpec
+from cluster.planning.cost import Cost
 
 READ_BYTES = 32 * 3 * 1024 * 512 * 2  # the experts of a layer of 1b-a400m: more than caches hold
 MATMUL = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    num_bytes: float
-    flops: float
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.num_bytes + other.num_bytes, self.flops + other.flops)
-
-    def times(self, number: int) -> "Cost":
-        return Cost(number * self.num_bytes, number * self.flops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,33 +65,3 @@ def _seconds(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def experts_cost(spec: ModelSpec, num_tokens: int, num_touched: float, itemsize: int) -> Cost:
-    """Experts of a layer, of which `num_touched` have tokens."""
-    expert = 3 * spec.hidden_size * spec.expert_size
-    return Cost(num_touched * expert * itemsize, 2 * num_tokens * spec.top_k * expert)
-
-
-def step_cost(
-    spec: ModelSpec, lengths: list[tuple[int, int]], itemsize: int, expert_itemsize: int | None = None
-) -> Cost:
-    """A step of sequences with (new tokens, context with them), one row of logits each; experts chosen evenly. Windows
-    of layers are left out: with them a step could be faster.
-    """
-    num_tokens, num_experts = sum(new for new, _ in lengths), spec.num_experts
-    queries, keys = (n * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads))
-    dense = spec.hidden_size * (2 * queries + 2 * keys + num_experts)
-    touched = num_experts * (1 - (1 - spec.top_k / num_experts) ** num_tokens)
-    read = sum(context for _, context in lengths)
-    pairs = sum(new * (context - (new - 1) / 2) for new, context in lengths)  # of a query and a key
-    moe = experts_cost(spec, num_tokens, touched, expert_itemsize or itemsize)
-    attention = Cost((dense + 2 * read * keys) * itemsize, 2 * num_tokens * dense + 4 * pairs * queries)
-    head = spec.vocab_size * spec.hidden_size
-    mlps = (
-        3
-        * spec.hidden_size
-        * (spec.num_expert_layers * spec.shared_size + (spec.num_layers - spec.num_expert_layers) * spec.dense_size)
-    )
-    rest = Cost((head + mlps) * itemsize, 2 * len(lengths) * head + 2 * num_tokens * mlps)
-    return moe.times(spec.num_expert_layers) + attention.times(spec.num_layers) + rest
