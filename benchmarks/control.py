@@ -17,8 +17,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
+from zlib import crc32
 
 import httpx
 import numpy as np
@@ -65,6 +67,8 @@ class Served(WorkingActor):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.metrics = Metrics()
+        self.ready = replace(self.ready, node=node_of(spec))
+        self.answers["load"] = self.ready
         if isinstance(spec, ReplicaSpec):
             group = str(spec.group)
             self.metrics.observe("expert_compute_seconds", 0.001, group=group)
@@ -83,6 +87,11 @@ class Served(WorkingActor):
         counts = (100 * self._num_reports * self._load).astype(np.int64) if is_front else ()
         samples = self.metrics.samples() if is_front else self.metrics.recorded()
         return ActorReport(self.name, version, 64, samples, counts, "zmq" if is_front else "")
+
+
+def node_of(spec: Spec) -> str:
+    """Fronts have nodes of their own, replicas share them."""
+    return spec.actor_id if isinstance(spec, FrontSpec) else f"node-{crc32(spec.actor_id.encode()) % 128}"
 
 
 class Apart(ActorsHere):
@@ -164,10 +173,10 @@ class Cluster:
         return 1000 * statistics.median(taken)
 
     async def publish(self) -> None:
-        """One replica has left: the next version goes to every front."""
-        fleet = self.watch.fleet
-        fleet.expert_map = fleet.expert_map.with_replicas(fleet.expert_map.replicas[1:])
-        await fleet.publish()
+        """One replica leaves, or comes back: the next version goes to every front."""
+        member = self.watch.fleet.of_kind("expert")[0]
+        member.enter("draining" if member.state == "ready" else "ready")
+        await self.watch.fleet.publish()
 
     async def plan(self) -> None:
         await self.supervisor.rebalance(dry_run=True, force=True)
@@ -215,7 +224,8 @@ async def measure(model: Path, fronts: int, replicas: int, profiled: str | None)
     }
     figures: dict[str, float] = {"fronts": fronts, "replicas": GROUPS * replicas}
     for name, (run, repeat) in work.items():
-        await run()
+        if name != "rebalance":  # after the first one there is nothing left to move
+            await run()
         figures[name] = await cluster.cpu_ms(run, repeat, name == profiled)
     started = time.perf_counter()
     figures["takeover_cpu"] = await cluster.cpu_ms(cluster.take_over, 1, profiled == "takeover")

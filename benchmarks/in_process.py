@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,7 @@ class Actor:
             "set_expert_map",
             "settle",
             "report",
+            "reports",
             "identity",
             "drain",
         )
@@ -76,6 +78,7 @@ class WorkingActor(Actor):
         self.expert_map: ExpertMap | None = None
         self.legacy: Legacy | None = None
         self.is_draining = False
+        self.peers: Mapping[str, Actor] = {}
         self.expert_counts: tuple[tuple[int, ...], ...] = ()
         self.answers |= {
             "load": self.ready,
@@ -85,6 +88,7 @@ class WorkingActor(Actor):
             "set_experts": self._hold,
             "drain": self._drain,
             "report": self._report,
+            "reports": self._ask_peers,
             "identity": lambda: Identity(self.spec, self.ready, self.expert_map, self.legacy, self.is_draining),
         }
 
@@ -101,6 +105,14 @@ class WorkingActor(Actor):
     def _report(self) -> ActorReport:
         version = self.expert_map.version if self.expert_map else 0
         return ActorReport(self.name, version, 0, expert_counts=self.expert_counts)
+
+    async def _ask_peers(self, names: tuple[str, ...]) -> tuple[ActorReport | None, ...]:
+        """Waits for nobody: who is silent or dead is known by having no answer to give."""
+        known = [self.peers.get(name) for name in names]
+        can_answer = [actor is not None and callable(actor.answers.get("report")) for actor in known]
+        return tuple(
+            [await a.answer("report") if a and can else None for a, can in zip(known, can_answer, strict=True)]
+        )
 
     def _drain(self) -> None:
         self.is_draining = True
@@ -126,6 +138,8 @@ class ActorsHere:
     def create(self, spec: Spec, resources: ResourcePlan) -> Actor:
         self.created.append(spec.actor_id)
         actor = self.actors[spec.actor_id] = self.make(spec)
+        if isinstance(actor, WorkingActor):
+            actor.peers = self.actors
         return actor
 
     async def call(self, handle: Actor, method: str, *args: Any, timeout: float | None = None) -> Any:
