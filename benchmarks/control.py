@@ -4,7 +4,7 @@
 
 64 groups, 94 layers of 128 experts, and members that are objects of this process (benchmarks/in_process.py), each with
 the report of one that has served. Arguments of calls are pickled and answers are read from their pickled form, as for
-Ray; what Ray itself spends is measured apart (`--ray`). CPU of the members is not counted. Medians.
+Ray; what Ray itself spends comes on top. CPU of the members is not counted. Medians.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ from cluster.control.supervisor import Supervisor
 from cluster.control.watch import Watch
 from cluster.messages.actors import ActorReport, FrontSpec, Machine, ReplicaSpec
 from cluster.metrics import Metrics
+from deploy.ingress import cluster_api
 from deploy.ingress.api import create_api
 from deploy.ingress.service import Service
 
@@ -240,6 +241,7 @@ def main(
     profile: Annotated[str | None, typer.Option(help="profile this work at the largest size")] = None,
 ) -> None:
     logging.disable(logging.WARNING)
+    cluster_api.REFRESH_TIMEOUT_S = 60.0  # this process is the supervisor, too, and others may use the machine
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(MODEL, Path(directory))
         sizes = SIZES[-1:] if profile else SIZES

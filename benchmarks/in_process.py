@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cluster.control.actors import DeadActorError
+from cluster.control.actors import ActorError, DeadActorError
 from cluster.expert_map import ExpertMap, MapChange, newest
 from cluster.messages.actors import (
     ActorReport,
@@ -45,7 +45,10 @@ class Actor:
         if isinstance(answer, Exception):
             raise answer
         if callable(answer):
-            answer = answer(*given)
+            try:
+                answer = answer(*given)
+            except ValueError as error:  # what happens in another process comes here in the terms of the seam
+                raise ActorError(str(error)) from None
         return await answer if inspect.isawaitable(answer) else answer
 
     def was_asked(self, method: str) -> int:
@@ -128,6 +131,9 @@ class ActorsHere:
         self.actors: dict[str, Actor] = {}
         self.ended: list[str] = []
         self.created: list[str] = []
+
+    def __getitem__(self, name: str) -> Actor:
+        return self.actors[name]
 
     def make(self, spec: Spec) -> Actor:
         return WorkingActor(spec)

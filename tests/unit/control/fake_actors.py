@@ -46,9 +46,6 @@ class FakeActors(ActorsHere):
         self.model = model
         self.make: Callable[[Spec], Actor] = loading_for_ever  # type: ignore[method-assign]
 
-    def __getitem__(self, name: str) -> Actor:
-        return self.actors[name]
-
     @property
     def blueprint(self) -> Blueprint:
         return draw_blueprint(self.config, Checkpoint.open(self.model), str(self.model), THEN, KEYS)
