@@ -50,25 +50,23 @@ class EchoReplica:
 
     def __init__(self, replica_id: str, keys: LaneKeys) -> None:
         from actors.lanes.zmq_server import ZmqServer
+        from actors.probe.echo import echo
 
         self.replica_id = replica_id
-        self.servers: list[Any] = [ZmqServer(replica_id, self._answer, keys, "127.0.0.1", "/tmp")]
+        self._answer = echo
+        self.servers: list[Any] = [ZmqServer(replica_id, echo, keys, "127.0.0.1", "/tmp")]
 
     def start(self, num_experts: int, kibs: list[int]) -> tuple[tuple[str, str], ...]:
         """Endpoints; those of the unix lane by payload, as its loop knows one hidden size."""
         from actors.lanes.unix_server import UnixServer
+        from actors.probe.echo import without_arithmetic
 
         endpoints = self.servers[0].start()
         for kib in kibs:
-            server = UnixServer(self.replica_id, self._answer, "/tmp", _without_arithmetic(num_experts, hidden(kib)))
+            server = UnixServer(self.replica_id, self._answer, "/tmp", without_arithmetic(num_experts, hidden(kib)))
             self.servers.append(server)
             endpoints += ((f"unix {kib}", dict(server.start())["unix"]),)
         return endpoints
-
-    def _answer(self, dispatches: list[Any]) -> list[bytes]:
-        from actors.lanes import wire
-
-        return [wire.pack_partial(dispatch.x_TD, 0.0) for dispatch in dispatches]
 
     def run_experts(self, frame: bytes) -> bytes:
         from actors.lanes import wire
@@ -82,22 +80,6 @@ class EchoReplica:
 
 def hidden(kib: int) -> int:
     return kib * 1024 // TOKENS // 2
-
-
-def _without_arithmetic(num_experts: int, hidden_size: int) -> Any:
-    """The native loop with experts that are said to be here and have no weights: what they yield is zero."""
-    import torch
-
-    from actors.kernels import native
-    from actors.kernels.serving import NativeServing, Shape
-
-    if not native.instruction_sets():
-        return None
-    gate_up, down = torch.empty(0, 2, hidden_size).bfloat16(), torch.empty(0, hidden_size, 1).bfloat16()
-    nothing = native.NativeExperts.of(gate_up, down, native.fastest())
-    serving = NativeServing(Shape(1, num_experts, hidden_size, TOP_K), nothing, (1.0,))
-    serving.set_layer(0, range(num_experts), nothing)
-    return serving
 
 
 def start_echo(groups: int, keys: LaneKeys, kibs: list[int]) -> tuple[Cluster, list[Any]]:

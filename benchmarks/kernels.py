@@ -24,7 +24,7 @@ from actors.compute import Compute
 from actors.experts.layer_experts import LayerExperts
 from actors.experts.store import ExpertStore
 from actors.kernels import native
-from benchmarks.limits import Gauge
+from actors.probe.limits import Gauge
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.report import environment, table
 from cluster.models.family import parse_config

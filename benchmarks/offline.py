@@ -3,7 +3,7 @@
     python -m benchmarks.offline CHECKPOINT [--lanes local,object_ref,zmq] [--batches 1,8,32] [--groups 2]
 
 Every figure is a median over rounds in which the lanes take turns; ratios are medians of ratios within a round. Each
-round also measures what the machine can do at all (benchmarks/limits.py).
+round also measures what the machine can do at all (actors/probe/limits.py).
 """
 
 import json
@@ -19,9 +19,9 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch: fronts and replicas c
 
 import typer
 
+from actors.probe.limits import Gauge, Limits
 from benchmarks.cases import BUDGET, Case, make_cases
 from benchmarks.lanes import INT8, LANES, expert_cluster, local_dispatcher, make_engine
-from benchmarks.limits import Gauge, Limits
 from benchmarks.report import environment, table
 from cluster.models.checkpoint import Checkpoint
 

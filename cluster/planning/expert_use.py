@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import ConfigError
@@ -14,13 +13,16 @@ from cluster.policy.expert_load import balancedness
 from cluster.policy.placement import place
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertUse:
     """`counts[layer][expert]` are (token, choice) pairs, of the layers that have experts; None: all alike."""
 
     num_experts: int
     top_k: int
     counts: tuple[tuple[int, ...], ...] | None = None
+    # What was worked out already: a search asks for the same numbers again and again.
+    _touched: dict[float, float] = field(default_factory=dict, repr=False)
+    _placed: dict[int, float] = field(default_factory=dict, repr=False)
 
     @classmethod
     def even(cls, spec: ModelSpec) -> "ExpertUse":
@@ -42,7 +44,9 @@ class ExpertUse:
         """Experts of a layer that get one of so many tokens, on average over layers. At least top_k for one token."""
         if self.counts is None:
             return num_touched(self.num_experts, self.top_k, num_tokens)
-        return _touched(self.counts, self.top_k, round(num_tokens, 2))
+        if (tokens := round(num_tokens, 1)) not in self._touched:
+            self._touched[tokens] = _touched(self.counts, self.top_k, tokens)
+        return self._touched[tokens]
 
     def reached(self, num_tokens: float, groups: int) -> float:
         """Tokens that have an expert in one group, which it is sent: on average."""
@@ -64,15 +68,23 @@ class ExpertUse:
             return 1.0
         deviation = math.sqrt((groups - 1) / (num_tokens * self.top_k))
         by_chance = 1 + deviation * math.sqrt(2 * math.log(groups)) * _OF_TWO.get(groups, 1.0)
-        placed = 1.0 if self.counts is None else _balancedness(self.counts, groups)
-        return min(float(groups), by_chance / placed)
+        return min(float(groups), by_chance / self._balancedness(groups))
+
+    def _balancedness(self, groups: int) -> float:
+        """As a rebalance would leave it, without copies."""
+        if self.counts is None:
+            return 1.0
+        if groups not in self._placed:
+            now = contiguous_homes(len(self.counts), self.num_experts, groups)
+            homes = place(self.counts, now, groups, self.num_experts)
+            self._placed[groups] = balancedness(self.counts, homes, groups)
+        return self._placed[groups]
 
 
 # Of two groups one has as much more as the other one has less: the larger lies sqrt(2 / pi) deviations above the mean.
 _OF_TWO = {2: math.sqrt(2 / math.pi) / math.sqrt(2 * math.log(2))}
 
 
-@lru_cache(4096)
 def _touched(counts: tuple[tuple[int, ...], ...], top_k: int, num_tokens: float) -> float:
     found, layers = 0.0, 0
     for row in counts:
@@ -80,11 +92,3 @@ def _touched(counts: tuple[tuple[int, ...], ...], top_k: int, num_tokens: float)
             layers += 1
             found += sum(1 - (1 - min(1.0, top_k * n / total)) ** num_tokens for n in row)
     return found / layers if layers else num_touched(len(counts[0]), top_k, num_tokens)
-
-
-@lru_cache(64)
-def _balancedness(counts: tuple[tuple[int, ...], ...], groups: int) -> float:
-    """As a rebalance would leave it, without copies."""
-    num_experts = len(counts[0])
-    now = contiguous_homes(len(counts), num_experts, groups)
-    return balancedness(counts, place(counts, now, groups, num_experts), groups)

@@ -103,6 +103,10 @@ class HardwareProfile(_Strict):
             raise ValueError("rows must ascend: measure again with `outcrop probe`")
         return value
 
+    def __hash__(self) -> int:
+        """By the name: lanes are a mapping. Layouts, which have profiles, are keys."""
+        return hash(self.name)
+
     def lane(self, name: MeasuredLane) -> LaneSpeed:
         """Raises ConfigError if it was not measured."""
         if name not in self.lanes:

@@ -51,7 +51,7 @@ class StepModel:
 
     def step(self, batch: Batch) -> StepSeconds:
         """A step, while all fronts compute steps like it."""
-        layers = self.model.spec.num_expert_layers
+        layers = self._num_expert_layers
         front, head = self.front_half(batch), self.head(batch.sequences) + self.books(batch.sequences)
         answer, lane = self.answer(batch.tokens), self.lane(batch.tokens)
         waiting = 0.0
@@ -105,6 +105,10 @@ class StepModel:
         """To schedule a step, to sample, and to hand tokens on."""
         overheads = self.front_node.overheads
         return US * (overheads.step_us + num_sequences * overheads.sequence_us)
+
+    @cached_property
+    def _num_expert_layers(self) -> int:
+        return self.model.spec.num_expert_layers
 
     @cached_property
     def _matrices(self) -> int:

@@ -44,12 +44,16 @@ def offer(group: Object) -> Resources:
 
 def _demands(service: Object, at_most: bool) -> Iterator[tuple[str, Resources]]:
     config = serve_config.settings(service)
-    on_gpus = config.device == "cuda"
+    replicas = config.max_replicas if at_most else config.replicas
+    # On the lane local, fronts have the experts.
+    num_replicas = 0 if config.lane == "local" else config.groups * replicas
     for i in range(config.max_fronts if at_most else config.fronts):
-        gpus = (1.0 if config.gpus_per_front is None else config.gpus_per_front) if on_gpus else 0.0
+        gpus = 1.0 if config.gpus_per_front is None else config.gpus_per_front
+        gpus = gpus if config.device_of("front") == "cuda" else 0.0
         yield f"front-{i}", {"CPU": config.cpus_per_front or 0, "GPU": gpus} | config.front_resources
-    for i in range(config.groups * (config.max_replicas if at_most else config.replicas)):
-        gpus = (1.0 if config.gpus_per_replica is None else config.gpus_per_replica) if on_gpus else 0.0
+    for i in range(num_replicas):
+        gpus = 1.0 if config.gpus_per_replica is None else config.gpus_per_replica
+        gpus = gpus if config.device_of("expert") == "cuda" else 0.0
         yield f"expert-{i}", {"CPU": config.cpus_per_replica or 0, "GPU": gpus} | config.replica_resources
     for deployment in serve_config.parsed(service)["applications"][0]["deployments"]:
         options = deployment["ray_actor_options"]

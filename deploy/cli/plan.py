@@ -1,0 +1,233 @@
+"""`outcrop plan`: how many fronts, groups and replicas, on what, for this traffic; and what if one is lost."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import ConfigError, ModelError
+from cluster.models.family import spec_at
+from cluster.planning.expert_use import ExpertUse
+from cluster.planning.hardware import read_profile
+from cluster.planning.search import Fleet, Plan, pareto, search
+from cluster.planning.workload import Goals, ServedModel, Traffic
+from cluster.planning.written import helm_values, settings
+from cluster.validation import describe
+from deploy.cli.http import console, fail
+from deploy.demo import MODEL_DIR
+
+LaneChoice = Literal["unix", "zmq", "object_ref", "local"]
+
+
+def plan(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A config.json, a directory that has one, or `demo`.")],
+    hardware: Annotated[
+        list[str],
+        typer.Option(help="Profile of a kind of node, and how many devices of it: h100:8 or FILE:1; more than once."),
+    ],
+    input_len: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 1024,
+    output_len: Annotated[int, typer.Option(help="New tokens of an answer.", min=1)] = 256,
+    rate: Annotated[float | None, typer.Option(help="Requests per second, at random times.")] = None,
+    concurrency: Annotated[float | None, typer.Option(help="Requests at a time, instead of a rate.")] = None,
+    ttft: Annotated[float, typer.Option(help="Milliseconds to the first token, at most, on average.")] = 2000.0,
+    tpot: Annotated[float, typer.Option(help="Milliseconds between tokens, at most, on average.")] = 100.0,
+    survive: Annotated[int, typer.Option(help="Actors that may be lost at once.", min=0)] = 0,
+    cost_per_hour: Annotated[
+        list[str] | None, typer.Option(help="Price of a device: 2.5, or h100=2.5; more than once.")
+    ] = None,
+    expert_counts: Annotated[
+        Path | None, typer.Option(help="Answer of /v1/experts: how often experts were chosen; default: evenly.")
+    ] = None,
+    lane: Annotated[LaneChoice | None, typer.Option(help="Only layouts over this lane.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Type of weights and activations.")
+    ] = "bfloat16",
+    top: Annotated[int, typer.Option(help="Layouts to print.", min=1)] = 8,
+    serve_as: Annotated[str | None, typer.Option(help="Hub id or path that the files serve; default: MODEL.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the best layout for `outcrop serve --config`.")] = None,
+    helm_out: Annotated[
+        Path | None, typer.Option("--helm-values", help="Write the best layout as values of the Helm chart.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw throughput by time between tokens (SVG; wants the extra `bench`).")
+    ] = None,
+) -> None:
+    """Plan a layout for MODEL from its config.json alone: what it bears, what it costs, what is left after a loss."""
+    try:
+        spec = spec_at(MODEL_DIR if str(model) == "demo" else model)
+        served = ServedModel.of(spec, dtype, _use(spec, expert_counts))
+        fleets = [_fleet(each, cost_per_hour or []) for each in hardware]
+        traffic, goals = Traffic(input_len, output_len, rate, concurrency), Goals(ttft / 1e3, tpot / 1e3, survive)
+        if traffic.length > spec.max_context:
+            raise ConfigError(
+                f"input_len={input_len} and output_len={output_len} are more than the model's context of "
+                f"{spec.max_context} tokens: lower them"
+            )
+        plans = search(served, fleets, traffic, goals, lane)
+        _check(plans, served, fleets)
+        show(shown(plans, top))
+        for line in verdicts(plans, goals):
+            console.print(line, soft_wrap=True)
+        if plot:
+            _draw(pareto(plans, served, goals), plot)
+        if (out or helm_out) and not plans[0].holds:
+            raise ConfigError("no layout holds, so none is written: relax --ttft or --tpot, or name more --hardware")
+        name = serve_as or str(model)
+        for file, content in ((out, settings), (helm_out, helm_values)):
+            if file:
+                _write(file, content(plans[0], served, name))
+    except ValidationError as error:
+        raise fail(describe(error)) from None
+    except (ConfigError, ModelError) as error:
+        raise fail(str(error)) from None
+
+
+def _use(spec: Any, counts: Path | None) -> ExpertUse | None:
+    if counts is None:
+        return None
+    try:
+        content = json.loads(counts.read_text(encoding="utf-8"))
+        return ExpertUse.measured(spec, content["counts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"expert_counts={str(counts)!r} is no answer of /v1/experts: {error!r}") from None
+
+
+def _fleet(text: str, prices: list[str]) -> Fleet:
+    """From NAME or NAME:COUNT. Raises ConfigError."""
+    name, colon, count = text.rpartition(":")
+    if not colon:
+        name, count = text, "1"
+    if not count.isdecimal() or not int(count):
+        raise ConfigError(f"hardware={text!r}: write a profile and the number of its devices, such as h100:8")
+    node = read_profile(name)
+    for price in prices:
+        kind, equals, amount = price.rpartition("=")
+        try:
+            if not equals or kind == node.name:
+                node = node.model_copy(update={"cost_per_hour": float(amount)})
+        except ValueError:
+            raise ConfigError(f"cost_per_hour={price!r}: write 2.5, or h100=2.5") from None
+    return Fleet(node, int(count))
+
+
+def _check(plans: list[Plan], model: ServedModel, fleets: list[Fleet]) -> None:
+    """Raises ConfigError if nothing fits."""
+    if not plans:
+        memory = ", ".join(f"{each.devices} x {each.node.memory_gib:g} GiB ({each.node.name})" for each in fleets)
+        total = (model.sizes.front + model.sizes.experts) / 2**30
+        raise ConfigError(
+            f"hardware={memory}: no layout fits the {total:,.1f} GiB of weights and a sequence's KV cache: name more "
+            "devices or larger ones, or shorter sequences"
+        )
+
+
+def shown(plans: list[Plan], top: int) -> list[Plan]:
+    """The best ones, and the best one of the other kind beside them: with replicas, or without."""
+    others = (each for each in plans[top:] if each.layout.is_local != plans[0].layout.is_local)
+    is_alone = all(each.layout.is_local == plans[0].layout.is_local for each in plans[:top])
+    return plans[:top] + [each for each in [next(others, None)] if each and is_alone]
+
+
+def show(plans: list[Plan]) -> None:
+    table = Table("fronts + groups x replicas", "on", "holds", "TTFT", "TPOT", "busy", "most", "limit", "lost", "cost")
+    for each in plans:
+        table.add_row(*_row(each))
+    Console(width=max(132, console.width), highlight=False).print(table)
+    console.print(
+        "TTFT, TPOT (ms) and busy (front, experts, KV cache): at this traffic. most: new tokens/s within the goals, "
+        "and what limits them. lost: of these, without any one actor / node. cost: of a million new tokens",
+        soft_wrap=True,
+    )
+
+
+def _row(plan: Plan) -> tuple[str, ...]:
+    layout, now, each = plan.layout, plan.now, plan.traffic.output_len
+    shape = (
+        f"{layout.fronts} + {layout.groups} x {layout.replicas}" if layout.num_replicas else f"{layout.fronts} local"
+    )
+    devices = " ".join(f"{count} {name}" for name, count in layout.num_devices.items())
+    cost = plan.cost_per_million_tokens
+    lost = f"{plan.left_without_actor * each:,.0f} / {plan.left_without_node * each:,.0f}"
+    if now.limit and now.limit not in ("TPOT", "TTFT"):
+        seen = ("-", "-", now.limit)
+    else:
+        seen = (f"{1e3 * now.ttft_s:,.0f}", f"{1e3 * now.tpot_s:,.1f}", _busy(plan))
+    return (
+        f"{shape}, {layout.lane}" if layout.num_replicas else shape, devices, "yes" if plan.holds else "no", *seen,
+        f"{plan.tokens_per_second:,.0f}", f"{plan.most.limit}: {_slowest(plan)}", lost,
+        "-" if cost is None else f"{cost:,.2f}",
+    )  # fmt: skip
+
+
+def _busy(plan: Plan) -> str:
+    shares = plan.busy
+    return ", ".join(f"{100 * share:.0f} %" for share in (shares.front, shares.experts, shares.kv_cache))
+
+
+def _slowest(plan: Plan) -> str:
+    step = plan.most.step
+    parts = {"front": step.front + step.head, "experts": step.experts, "lane": step.lane, "waiting": step.waiting}
+    return max(parts, key=parts.__getitem__)
+
+
+def verdicts(plans: list[Plan], goals: Goals) -> list[str]:
+    """What follows from the table, in words."""
+    best = plans[0]
+    if not best.holds:
+        why = best.now.limit or f"not after {goals.survive} lost actors"
+        return [f"no layout holds the goals at this traffic (the best one fails by {why}): relax them, or add hardware"]
+    said = []
+    apart = next((each for each in plans if each.holds and each.layout.num_replicas), None)
+    if best.layout.is_local:
+        against = "no layout with replicas holds" if apart is None else f"with replicas {_compared(best, apart)}"
+        said.append(f"do not disaggregate: fronts that have all experts serve this traffic; {against}")
+    else:
+        local = next((each for each in plans if each.layout.is_local), None)
+        fits = "does not fit one device" if local is None else "would not hold, or costs more"
+        said.append(f"disaggregate: a front with all experts {fits}")
+    if best.layout.num_nodes == 1:
+        said.append("one machine is enough" + ("" if best.left_without_node else "; nothing is left if it is lost"))
+    kinds = {node.name for node in (best.layout.front_node, best.layout.replica_node) if node.source == "data sheet"}
+    if kinds:
+        said.append(f"{', '.join(sorted(kinds))}: figures of a data sheet, never measured: run `outcrop probe` there")
+    return said
+
+
+def _compared(best: Plan, apart: Plan) -> str:
+    mine, theirs = (sum(each.layout.num_devices.values()) for each in (best, apart))
+    return f"it takes {theirs} devices instead of {mine}" if theirs != mine else "it bears less on as many devices"
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    try:
+        file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} can't be written: {error}") from None
+    console.print(f"{file} is written")
+
+
+def _draw(points: list[tuple[float, float]], picture: Path) -> None:
+    """Raises ConfigError without matplotlib."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise ConfigError(f"plot={str(picture)!r} wants matplotlib: pip install 'outcrop[bench]'") from None
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    panel.plot([1e3 * tpot for tpot, _ in points], [tokens for _, tokens in points], marker="o")
+    panel.set_xscale("log")
+    panel.set_xlabel("milliseconds between tokens, at most")
+    panel.set_ylabel("new tokens per second, at most")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    figure.savefig(picture, format="svg", metadata={"Date": None})
+    console.print(f"{picture} is written")
