@@ -41,7 +41,9 @@ def read_trace(path: Path, seconds: float) -> Iterator[Arrival]:
     for number, line in enumerate(lines, 1):
         arrival = _read(line, f"trace={str(path)!r}, line {number}")
         if arrival.at < last:
-            raise ConfigError(f"trace={str(path)!r}, line {number}: at={arrival.at:g} is before the line above: sort it")
+            raise ConfigError(
+                f"trace={str(path)!r}, line {number}: at={arrival.at:g} is before the line above: sort it"
+            )
         last = arrival.at
         if arrival.at < seconds:
             yield arrival
