@@ -46,13 +46,13 @@ class Figure:
 
 
 @contextlib.contextmanager
-def serving(checkpoint: Path, groups: int, dtype: str) -> Iterator[str]:
+def serving(checkpoint: Path, groups: int, dtype: str, lane: str = "zmq") -> Iterator[str]:
     """`outcrop serve` as a process of its own; yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "deploy.cli.main", "serve", str(checkpoint), "--port", str(port), "--dtype", dtype]
-    command += ["--groups", str(groups), "--lane", "zmq", "--served-model-name", "bench", "--no-enable-prefix-caching"]
+    command += ["--groups", str(groups), "--lane", lane, "--served-model-name", "bench", "--no-enable-prefix-caching"]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OUTCROP_"))} | {"RAY_ADDRESS": "local"}
     server = subprocess.Popen(command, env=environ)
     try:
