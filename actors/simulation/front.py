@@ -13,6 +13,7 @@ from actors.dispatch.failover import Breaker, HedgeBudget, Latency
 from actors.engine.kv_cache import BlockAllocator
 from actors.engine.scheduler import Chunk, Scheduler
 from actors.engine.sequence import Sequence
+from actors.engine.step_budget import MEMORY
 from actors.simulation.outcome import Outcome, Request, Stall
 from actors.simulation.timeline import Event, Timeline
 from cluster.messages.requests import GenerationRequest, SamplingParams
@@ -22,7 +23,9 @@ from cluster.planning.workload import Batch
 class Steps(Protocol):
     """What a front asks of the cluster that it computes with."""
 
-    def seconds(self, batch: Batch) -> float: ...
+    def timed(self, batch: Batch) -> "Timed":
+        """A step that computes the batch."""
+
     def answer_seconds(self, num_tokens: float) -> float:
         """From a dispatch of one layer to its answer."""
 
@@ -30,7 +33,7 @@ class Steps(Protocol):
         """Replicas that are dead and still in the expert map."""
 
     def living(self, group: int) -> list[str]: ...
-    def note(self, batch: Batch, steps: int) -> int:
+    def note(self, batch: Batch, timed: "Timed", steps: int) -> int:
         """So many steps were computed; returns their messages."""
 
 
@@ -41,6 +44,14 @@ class Lost:
     is_silent: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Seconds of a step, and what the busiest group's experts compute in it."""
+
+    seconds: float
+    experts: float
+
+
 @dataclass(slots=True)
 class Run:
     """Steps that compute the same chunks, one token further each; `extra` is what failover adds to the first."""
@@ -48,25 +59,35 @@ class Run:
     chunks: list[Chunk]
     batch: Batch
     started: float
-    step_s: float
+    timed: Timed
     steps: int
     event: Event
     extra: float = 0.0
     is_cut: bool = False
 
     @property
+    def step_s(self) -> float:
+        return self.timed.seconds
+
+    @property
     def end(self) -> float:
         return self.started + self.extra + self.steps * self.step_s
 
+    def done(self, now: float) -> int:
+        """Steps that have ended."""
+        return int(max(0.0, now - self.started - self.extra) / self.step_s)
+
 
 class Front:
+    """`steps` is what it computes with; what becomes of its requests goes to `outcome`."""
+
     def __init__(
         self, name: str, scheduler: Scheduler, timeline: Timeline, steps: Steps, outcome: Outcome, hedge_share: float
     ) -> None:
         self.name = name
         self.scheduler = scheduler
         self.breaker = Breaker(timeline.clock)
-        self.outstanding = 0  # tokens that are still to come
+        self._owed = 0  # tokens that are still to come, when the run of steps began
         self.requests: dict[str, tuple[Sequence, Request]] = {}
         self.queue_waits: list[float] = []
         self._hedges = HedgeBudget(hedge_share)
@@ -74,8 +95,10 @@ class Front:
         self._run: Run | None = None
 
     @property
-    def is_idle(self) -> bool:
-        return self._run is None
+    def outstanding(self) -> int:
+        """Tokens that are still to come, as ingresses see it: steps of a run that have ended count."""
+        run = self._run
+        return self._owed - (run.done(self._timeline.now) * len(run.chunks) if run and run.steps > 1 else 0)
 
     def take(self, name: str, request: Request, prompt_len: int, emitted: int = 0) -> None:
         """A request, or one that another front has lost after so many tokens."""
@@ -83,7 +106,7 @@ class Front:
         asked = GenerationRequest(name, "", zeros(prompt_len), params, zeros(emitted))
         sequence = Sequence(asked, [0] * (prompt_len + emitted), arrived=self._timeline.now)
         self.requests[name] = sequence, request
-        self.outstanding += request.output_len - emitted
+        self._owed += request.output_len - emitted
         self.scheduler.add(sequence)
         self.cut()
         if self._run is None:
@@ -95,7 +118,7 @@ class Front:
         if run is None or run.is_cut:
             return
         run.is_cut = True
-        done = int(max(0.0, self._timeline.now - run.started - run.extra) / run.step_s)
+        done = run.done(self._timeline.now)
         if done + 1 < run.steps:
             run.steps = done + 1
             self._plan_end(run)
@@ -127,12 +150,12 @@ class Front:
         extra = sum(self._meet(lost, batch) for lost in self._steps.lost())
         are_alike = len(chunks) == len(self.scheduler.running) and not batch.prompt_tokens
         steps = min(map(_num_left, chunks)) if are_alike and not self.scheduler.waiting else 1
-        now, step_s = self._timeline.now, self._steps.seconds(batch)
+        now = self._timeline.now
         for chunk in chunks:
             if chunk.sequence.started is None:
                 chunk.sequence.started = now
                 self.queue_waits.append(now - chunk.sequence.arrived)
-        self._run = Run(chunks, batch, now, step_s, steps, Event(self._end_run), extra)
+        self._run = Run(chunks, batch, now, self._steps.timed(batch), steps, Event(self._end_run), extra)
         self._plan_end(self._run)
 
     def _end_run(self) -> None:
@@ -140,13 +163,14 @@ class Front:
         run, now = self._run, self._timeline.now
         assert run is not None
         self._run = None
-        self._hedges.earn(self._steps.note(run.batch, run.steps))
+        self._outcome.num_steps += run.steps
+        self._hedges.earn(self._steps.note(run.batch, run.timed, run.steps))
         for chunk in run.chunks:
             sequence = chunk.sequence
             if not sequence.blocks:  # preempted, to make room within the same schedule
                 continue
             self._advance(chunk, run, now)
-        if run.steps == 1:
+        for _ in range(min(run.steps, MEMORY)):  # more of the same change nothing
             self.scheduler.budget.observe(int(run.batch.tokens), run.step_s)
         self._begin()
 
@@ -157,7 +181,7 @@ class Front:
         if not completes:
             return
         sequence.token_ids.extend([0] * run.steps)
-        self.outstanding -= run.steps
+        self._owed -= run.steps
         if request.first is None:
             request.first = now - (run.steps - 1) * run.step_s
         request.last = now

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from actors.simulation.expert_traffic import ExpertTraffic
-from actors.simulation.front import Lost
+from actors.simulation.front import Lost, Timed
 from cluster.actor_id import ActorId
 from cluster.planning.layout import Layout
 from cluster.planning.step_time import StepModel
@@ -28,12 +28,13 @@ class Replicas:
         self.num_tokens = 0.0
         self._num_created = [layout.replicas] * layout.groups
         self._num_fronts = num_fronts
-        self._seconds: dict[tuple[int, int, int, int], float] = {}
+        self._num_layers = model.spec.num_expert_layers
+        self._timed: dict[tuple[int, int, int, int], Timed] = {}
         self._model = self._model_now()
 
     def change(self) -> None:
         """Somebody has come or gone, or experts have moved: steps take another time."""
-        self._seconds.clear()
+        self._timed.clear()
         self._model = self._model_now()
 
     def _model_now(self) -> StepModel:
@@ -42,33 +43,36 @@ class Replicas:
         least = int(min(living, default=1))
         return StepModel(self.model, replace(self.layout, fronts=max(1, self._num_fronts()), replicas=max(1, least)))
 
-    def seconds(self, batch: Batch) -> float:
-        """Of a step; batches that differ little take the same."""
+    def timed(self, batch: Batch) -> Timed:
+        """A step; batches that differ little take the same."""
         decodes, context = round(batch.decodes), round(batch.context / 64)
         key = decodes, context, round(batch.prompt_tokens / 16), round(batch.prompt_context / 64)
-        if key not in self._seconds:
-            rounded = Batch(decodes, 64 * context, 16 * key[2] if key[2] else batch.prompt_tokens, 64 * key[3])
-            step = self._model.step(rounded)
-            experts = (step.experts + step.waiting) / self.experts.balancedness
-            self._seconds[key] = step.front + experts + step.lane + step.head + self._computed_in_front(rounded)
-        return self._seconds[key]
+        if key not in self._timed:
+            prompt_tokens = 16 * key[2] if key[2] else batch.prompt_tokens
+            self._timed[key] = self._time(Batch(decodes, 64 * context, prompt_tokens, 64 * key[3]))
+        return self._timed[key]
+
+    def _time(self, batch: Batch) -> Timed:
+        step = self._model.step(batch)
+        experts = (step.experts + step.waiting) / self.experts.balancedness
+        seconds = step.front + experts + step.lane + step.head + self._computed_in_front(batch)
+        return Timed(seconds, step.experts / self.experts.balancedness)
 
     def _computed_in_front(self, batch: Batch) -> float:
         """What groups without a replica would have computed: the front's device does it, after all that is its own."""
-        if self.layout.is_local:
-            return 0.0
         empty = sum(not replicas for replicas in self.by_group)
+        if self.layout.is_local or not empty:
+            return 0.0
         local = StepModel(self.model, replace(self.layout, lane="local", groups=1))
-        return empty / self.layout.groups * self.model.spec.num_expert_layers * local.answer(batch.tokens)
+        return empty / self.layout.groups * self._num_layers * local.answer(batch.tokens)
 
     def answer_seconds(self, num_tokens: float) -> float:
         return self._model.lane(num_tokens) + self._model.answer(num_tokens) / self.experts.balancedness
 
-    def note(self, batch: Batch, steps: int) -> int:
-        layers = self.model.spec.num_expert_layers
-        self.busy_seconds += steps * layers * self._model.answer(batch.tokens) / self.experts.balancedness
+    def note(self, batch: Batch, timed: Timed, steps: int) -> int:
+        self.busy_seconds += steps * timed.experts
         self.num_tokens += steps * batch.tokens
-        return steps * layers * self.layout.groups
+        return steps * self._num_layers * self.layout.groups
 
     def lost(self) -> Iterable[Lost]:
         return tuple(self.gone.values())
