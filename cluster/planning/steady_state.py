@@ -74,7 +74,7 @@ class Serving:
             share = mine * prompt * tpot / piece
             if share > 1:
                 return self._operation(rate, tpot, running, 1.0, "prompts")
-            plain, full = self._step(running, 0).total, self._step(running, piece).total
+            plain, full = (self._step(running, each, share * piece).total for each in (0, piece))
             found = (1 - share) * plain + share * full + self._http(running)
             if abs(found - tpot) <= CLOSE * tpot:
                 return self._operation(rate, found, running, share, "")
@@ -84,7 +84,8 @@ class Serving:
     def _operation(self, rate: float, tpot: float, running: float, share: float, limit: str) -> Operation:
         room = max(1.0, self.step_tokens(running) - running)
         pieces = -(-self.traffic.input_len // room)
-        step = self._step(running, self.traffic.input_len / pieces)
+        piece = self.traffic.input_len / pieces
+        step = self._step(running, piece, share * piece)
         reading = pieces * step.total
         used = min(0.999, rate / self.layout.fronts * self.traffic.input_len / room * step.total)
         waiting = used / (2 * (1 - used)) * reading + tpot / 2
@@ -92,11 +93,16 @@ class Serving:
         cores = 1e-6 * self.layout.front_node.http.token_us * rate * self.traffic.output_len
         return Operation(rate, http + waiting + reading, tpot, running, step, share, cores, limit)
 
-    def _step(self, running: float, piece: float) -> StepSeconds:
+    def _step(self, running: float, piece: float, pieces_elsewhere: float = 0.0) -> StepSeconds:
+        """With so many prompt tokens, while other fronts have `pieces_elsewhere` on average."""
         # A step has a token; fewer than one on average are steps that are not computed.
-        prompt, running = self.traffic.input_len, max(1.0, running)
+        mine, others = self._batch(max(1.0, running), piece), self._batch(running, pieces_elsewhere)
+        return self.steps.step(mine, others)
+
+    def _batch(self, running: float, piece: float) -> Batch:
         # On average a piece of a prompt has half of the others before it.
-        return self.steps.step(Batch(running, self.traffic.mean_context, piece, (prompt + piece) / 2 if piece else 0))
+        context = (self.traffic.input_len + piece) / 2 if piece else 0.0
+        return Batch(running, self.traffic.mean_context, piece, context)
 
     def _http(self, running: float) -> float:
         """How much longer a step takes because ingress and proxies have the cores of a shared machine meanwhile."""

@@ -49,19 +49,26 @@ class StepModel:
     def replica_node(self) -> HardwareProfile:
         return self.layout.front_node if self.layout.is_local else self.layout.replica_node
 
-    def step(self, batch: Batch) -> StepSeconds:
-        """A step, while all fronts compute steps like it."""
+    def step(self, batch: Batch, others: Batch | None = None) -> StepSeconds:
+        """A step, while all other fronts compute steps of `others`; None: steps like it."""
         layers = self._num_expert_layers
         front, head = self.front_half(batch), self.head(batch.sequences) + self.books(batch.sequences)
-        answer, lane = self.answer(batch.tokens), self.lane(batch.tokens)
-        waiting = 0.0
+        answer, lane = layers * self.answer(batch.tokens), layers * self.lane(batch.tokens)
+        return StepSeconds(front, answer, lane, head, self._waiting(others or batch))
+
+    def _waiting(self, others: Batch) -> float:
+        """Of a step, for what other fronts have asked of replicas, or of the cores of a shared machine."""
+        number = self.layout.fronts - 1
+        if not number or not others.tokens or (self.layout.is_local and not self.layout.is_shared):
+            return 0.0
+        layers, answer = self._num_expert_layers, self.answer(others.tokens)
+        own = self.front_half(others) + self.head(others.sequences) + self.books(others.sequences)
+        busy = min(1.0, others.tokens)  # with fewer tokens than one, a front computes now and then
         if self.layout.is_shared:
-            # One machine's cores compute for all in turn.
-            waiting = (self.layout.fronts - 1) * (front + layers * answer + head)
-        elif not self.layout.is_local:
-            think = (front + head) / layers + lane
-            waiting = layers * (response(self.layout.fronts, think, answer, self.layout.replicas) - answer)
-        return StepSeconds(front, layers * answer, layers * lane, head, waiting)
+            return busy * number * (own + layers * answer)
+        servers = self.layout.replicas
+        queue = queue_length(number, own / layers + self.lane(others.tokens), answer, servers)
+        return busy * layers * queue * answer / servers
 
     def front_half(self, batch: Batch) -> float:
         """A front's half of all layers: attention, router, and MLPs of its own."""
@@ -129,14 +136,14 @@ class StepModel:
         return seconds
 
 
-def response(customers: int, think: float, service: float, servers: int) -> float:
-    """Seconds until an answer, with the wait for it, when so many fronts ask in turn after they have thought: mean
-    value analysis of a closed queue (Reiser and Lavenberg, 1980), several servers as in Seidmann et al. (1987). Service
-    times are taken as random: steady ones wait less.
+def queue_length(customers: int, think: float, service: float, servers: int) -> float:
+    """Dispatches that one more finds before it, waiting or in service, when so many fronts ask in turn after they have
+    thought: mean value analysis of a closed queue (Reiser and Lavenberg, 1980), several servers as in Seidmann et al.
+    (1987). Service times are taken as random: steady ones wait less.
     """
     demand, delay = service / servers, service * (servers - 1) / servers
-    queue, seconds = 0.0, demand
+    queue = 0.0
     for number in range(1, customers + 1):
         seconds = demand * (1 + queue)
         queue = number * seconds / (think + delay + seconds)
-    return delay + seconds
+    return queue

@@ -181,8 +181,8 @@ def verdicts(plans: list[Plan], goals: Goals) -> list[str]:
     """What follows from the table, in words."""
     best = plans[0]
     if not best.holds:
-        why = best.now.limit or f"not after {goals.survive} lost actors"
-        return [f"no layout holds the goals at this traffic (the best one fails by {why}): relax them, or add hardware"]
+        why = best.now.limit or f"what is left after {goals.survive} lost actors"
+        return [f"no layout holds the goals at this traffic (the first one fails by {why}): relax them, or add hardware"]
     said = []
     apart = next((each for each in plans if each.holds and each.layout.num_replicas), None)
     if best.layout.is_local:

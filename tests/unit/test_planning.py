@@ -12,7 +12,7 @@ from cluster.planning import cost
 from cluster.planning.expert_use import ExpertUse
 from cluster.planning.hardware import HardwareProfile, known_profiles, read_profile, roofline, speed_at
 from cluster.planning.layout import Layout, lane_between
-from cluster.planning.step_time import StepModel, response
+from cluster.planning.step_time import StepModel, queue_length
 from cluster.planning.workload import Batch, ServedModel, Traffic
 from tests.specs import spec_of
 from tests.unit.planning_profiles import profile
@@ -97,11 +97,19 @@ def test_replicas_of_a_group_help_only_where_fronts_wait_for_each_other() -> Non
 
 
 def test_fronts_wait_for_a_replica_as_closed_queues_do() -> None:
-    assert response(1, 5.0, 2.0, 1) == 2.0
-    # Two customers, no thinking: one is always in service, the other waits a whole service.
-    assert response(2, 0.0, 2.0, 1) == pytest.approx(4.0)
-    assert response(2, 1e9, 2.0, 1) == pytest.approx(2.0)
-    assert response(4, 1.0, 2.0, 2) < response(4, 1.0, 2.0, 1)
+    # One other that does not think is always in service, two of them one behind the other.
+    assert queue_length(0, 5.0, 2.0, 1) == 0
+    assert queue_length(1, 0.0, 2.0, 1) == 1
+    assert queue_length(2, 0.0, 2.0, 1) == 2
+    assert queue_length(1, 2.0, 2.0, 1) == 0.5
+    assert queue_length(3, 1e9, 2.0, 1) == pytest.approx(0, abs=1e-6)
+    assert queue_length(3, 1.0, 2.0, 2) < queue_length(3, 1.0, 2.0, 1)
+
+
+def test_a_front_waits_for_what_others_compute_not_for_what_it_does_itself() -> None:
+    model = StepModel(MODEL, layout(fronts=3))
+    busy, idle = (model.step(Batch(1, 100), others).waiting for others in (Batch(64, 100), Batch()))
+    assert busy > model.step(Batch(1, 100)).waiting > idle == 0
 
 
 def test_even_choices_touch_as_many_experts_as_chance_says() -> None:
