@@ -4,7 +4,8 @@
 
 64 groups, 94 layers of 128 experts, and members that are objects of this process (benchmarks/in_process.py), each with
 the report of one that has served. Arguments of calls are pickled and answers are read from their pickled form, as for
-Ray; what Ray itself spends comes on top. CPU of the members is not counted. Medians.
+Ray; what a call
+of Ray costs is measured beside it, with one real actor. CPU of the members is not counted. Medians.
 """
 
 import asyncio
@@ -30,10 +31,12 @@ from benchmarks.in_process import Actor, ActorsHere, Spec, WorkingActor
 from benchmarks.make_checkpoint import write_checkpoint
 from benchmarks.report import environment, table
 from cluster.config import ClusterConfig
+from cluster.control.ray_actors import RayActors
 from cluster.control.supervisor import Supervisor
 from cluster.control.watch import Watch
 from cluster.messages.actors import ActorReport, FrontSpec, Machine, ReplicaSpec
 from cluster.metrics import Metrics
+from deploy.cli.local_ray import own_ray
 from deploy.ingress import cluster_api
 from deploy.ingress.api import create_api
 from deploy.ingress.service import Service
@@ -236,6 +239,31 @@ async def measure(model: Path, fronts: int, replicas: int, profiled: str | None)
     return figures
 
 
+def of_ray() -> dict[str, float]:
+    """CPU in microseconds that a call costs its caller: without an answer, with a replica's report, with eight."""
+    with own_ray(num_cpus=1):
+        import ray
+
+        @ray.remote(num_cpus=0)
+        class Reporting:
+            def answer(self, given: Any) -> Any:
+                return given
+
+        actor = Reporting.remote()
+        report = Served(ReplicaSpec("expert-g0-r0", 0, "/m", "cpu", "float32", (), 1))._report()
+        actors = RayActors("benchmark")
+
+        async def spent(given: Any) -> float:
+            handed = ray.put(given)
+            for calls in (100, 1000):  # the first ones cost more
+                started = time.process_time()
+                await asyncio.gather(*(actors.call(actor, "answer", handed, timeout=60.0) for _ in range(calls)))
+            return 1e6 * (time.process_time() - started) / calls
+
+        asked = {"nothing": None, "a report": report, "eight reports": (report,) * 8}
+        return {what: asyncio.run(spent(given)) for what, given in asked.items()}
+
+
 def main(
     out: Annotated[Path | None, typer.Option(help="write the figures there as JSON")] = None,
     profile: Annotated[str | None, typer.Option(help="profile this work at the largest size")] = None,
@@ -246,10 +274,14 @@ def main(
         write_checkpoint(MODEL, Path(directory))
         sizes = SIZES[-1:] if profile else SIZES
         figures = [asyncio.run(measure(Path(directory), *size, profile)) for size in sizes]
+    calls = of_ray() if not profile else {}
     columns = list(figures[0])
     table(columns, [[f"{each[name]:.4g}" for name in columns] for each in figures])
+    table(("a call of Ray", "us of CPU"), [(what, f"{spent:.0f}") for what, spent in calls.items()])
     if out:
-        out.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=2) + "\n")
+        out.write_text(
+            json.dumps({"environment": environment(), "ray_call_us": calls, "figures": figures}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class Control:
         options = self._simulation.options
         return options.start_s + num_bytes / (1e9 * options.load_gb_per_second)
 
-    def lose_front(self, name: str) -> None:
+    def lose_front(self, name: str, is_silent: bool = False) -> None:
         """What it had is replayed once ingresses notice: prompt and what was emitted are computed again elsewhere."""
         self._pay()
         simulation = self._simulation
@@ -115,7 +115,8 @@ class Control:
         lost = front.end()
         simulation.outcome.num_preempted += front.scheduler.num_preemptions
         simulation.changed()
-        self.log(f"{name} is killed, with {len(lost)} requests")
+        self.log(f"{name} {'falls silent' if is_silent else 'is killed'}, with {len(lost)} requests")
+        noticed = HUNG_S if is_silent else RAY_NOTICES_S
 
         def replay() -> None:
             for sequence, request in lost:
@@ -123,8 +124,8 @@ class Control:
                 name = sequence.request.request_id
                 simulation.place(name, request, sequence.num_prompt, sequence.num_output, is_replay=True)
 
-        self._timeline.after(RAY_NOTICES_S, replay)
-        self._timeline.after(RAY_NOTICES_S + WATCH_PERIOD_S + FIRST_PAUSE_S, self._fill_fronts)
+        self._timeline.after(noticed, replay)
+        self._timeline.after(noticed + WATCH_PERIOD_S + FIRST_PAUSE_S, self._fill_fronts)
 
     def _fill_fronts(self) -> None:
         self._pay()

@@ -19,8 +19,9 @@ class Replicas:
         self, model: ServedModel, layout: Layout, experts: ExpertTraffic, num_fronts: Callable[[], int]
     ) -> None:
         self.model, self.layout, self.experts = model, layout, experts
+        there = 0 if layout.is_local else layout.replicas
         self.by_group: list[list[str]] = [
-            [str(ActorId(group, index)) for index in range(layout.replicas)] for group in range(layout.groups)
+            [str(ActorId(group, index)) for index in range(there)] for group in range(layout.groups)
         ]
         self.starting: Counter[int] = Counter()
         self.gone: dict[str, Lost] = {}

@@ -125,14 +125,25 @@ class Simulation:
             for name in self.dice.sample(sorted(self.fronts), min(failure.count, len(self.fronts))):
                 self.control.lose_front(name)
         elif failure.kind == "replicas":
-            everyone = self.replicas.everyone()
+            everyone = self.replicas.everyone()  # none on the lane `local`
             for name in self.dice.sample(everyone, min(failure.count, len(everyone))):
                 self.control.lose_replica(name, is_silent=False)
         else:
-            node = self.dice.randrange(max(1, self.replicas.num_nodes))
-            self.control.log(f"node {node} is lost")
-            for name in self.replicas.on_node(node):
-                self.control.lose_replica(name, is_silent=True)
+            self._lose_node()
+
+    def _lose_node(self) -> None:
+        """One of the expert replicas; on the lane `local`, where there are none, one of the fronts."""
+        layout = self.options.layout
+        if layout.is_local:
+            size = layout.front_node.devices
+            first = size * self.dice.randrange(-(-len(self.fronts) // size))
+            for name in sorted(self.fronts)[first : first + size]:
+                self.control.lose_front(name, is_silent=True)
+            return
+        node = self.dice.randrange(self.replicas.num_nodes)
+        self.control.log(f"node {node} is lost")
+        for name in self.replicas.on_node(node):
+            self.control.lose_replica(name, is_silent=True)
 
 
 def _cache(options: Options) -> float:

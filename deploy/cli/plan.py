@@ -182,7 +182,9 @@ def verdicts(plans: list[Plan], goals: Goals) -> list[str]:
     best = plans[0]
     if not best.holds:
         why = best.now.limit or f"what is left after {goals.survive} lost actors"
-        return [f"no layout holds the goals at this traffic (the first one fails by {why}): relax them, or add hardware"]
+        return [
+            f"no layout holds the goals at this traffic (the first one fails by {why}): relax them, or add hardware"
+        ]
     said = []
     apart = next((each for each in plans if each.holds and each.layout.num_replicas), None)
     if best.layout.is_local:
