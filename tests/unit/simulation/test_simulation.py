@@ -128,7 +128,7 @@ def test_a_lost_front_is_replayed_and_replaced() -> None:
 
 
 def test_fronts_with_all_experts_lose_no_replica_and_are_replaced_when_their_node_is_lost() -> None:
-    base = options("kill 3 replicas at 10 s; node at 30 s", fronts=3, groups=1, replicas=1, lane="local")
+    base = options("kill 3 replicas at 10 s; node at 30 s", fronts=3, groups=1, replicas=1, lane="local", rate=40.0)
     outcome = Simulation(dataclasses.replace(base, layout=dataclasses.replace(base.layout, lane="local"))).run()
     assert outcome.num_finished == outcome.num_requests
     assert [what.split(",")[0].split(" ", 1)[1] for _, what in outcome.events] == ["falls silent", "front serves"]
