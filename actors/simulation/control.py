@@ -71,14 +71,16 @@ class Control:
         prices = layout.front_node.cost_per_hour or 0.0, layout.replica_node.cost_per_hour or 0.0
         self._cost += hours * (fronts * prices[0] + replicas * prices[1])
 
-    def lose_replica(self, name: str, is_silent: bool) -> None:
+    def lose_replicas(self, names: list[str], is_silent: bool) -> None:
+        """All at once, as the processes of a node."""
         self._pay()
-        lost = self._replicas.lose(name, is_silent)
+        lost = [self._replicas.lose(name, is_silent) for name in names]
         for front in self._simulation.fronts.values():
             front.feel(lost)
-        self.log(f"{name} {'falls silent' if is_silent else 'is killed'}")
-        noticed = HUNG_S if is_silent else RAY_NOTICES_S
-        self._timeline.after(noticed + WATCH_PERIOD_S, lambda: self._bury(name, lost.group))
+        noticed = (HUNG_S if is_silent else RAY_NOTICES_S) + WATCH_PERIOD_S
+        for each in lost:
+            self.log(f"{each.replica_id} {'falls silent' if is_silent else 'is killed'}")
+            self._timeline.after(noticed, lambda each=each: self._bury(each.replica_id, each.group))  # type: ignore[misc]
 
     def _bury(self, name: str, group: int) -> None:
         """The next map is without it."""

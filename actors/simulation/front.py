@@ -4,6 +4,7 @@ A run of steps in which nothing changes is one event: it ends when a sequence en
 comes that the next step has to know of. Failover is the dispatcher's own rules: deadline, hedge budget, breaker.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -123,11 +124,11 @@ class Front:
             run.steps = done + 1
             self._plan_end(run)
 
-    def feel(self, lost: Lost) -> None:
-        """A replica dies while this front computes: a message of the step that runs was for it."""
+    def feel(self, lost: Iterable[Lost]) -> None:
+        """Replicas die while this front computes: messages of the step that runs were for them."""
         self.cut()
         if self._run is not None:
-            self._run.extra += self._meet(lost, self._run.batch)
+            self._run.extra += self._meet_all(lost, self._run.batch)
             self._plan_end(self._run)
 
     def end(self) -> list[tuple[Sequence, Request]]:
@@ -147,7 +148,7 @@ class Front:
             self._run = None
             return
         batch = batch_of(chunks)
-        extra = sum(self._meet(lost, batch) for lost in self._steps.lost())
+        extra = self._meet_all(self._steps.lost(), batch)
         are_alike = len(chunks) == len(self.scheduler.running) and not batch.prompt_tokens
         steps = min(map(_num_left, chunks)) if are_alike and not self.scheduler.waiting else 1
         now = self._timeline.now
@@ -189,6 +190,15 @@ class Front:
             self.scheduler.finish(sequence, "length")
             del self.requests[sequence.request.request_id]
             self._outcome.finish(request, now)
+
+    def _meet_all(self, lost: Iterable[Lost], batch: Batch) -> float:
+        """Seconds that a step takes longer: of a layer, messages to all groups wait side by side, but the next replica
+        of a group is met in a layer behind.
+        """
+        by_group: defaultdict[int, float] = defaultdict(float)
+        for each in lost:
+            by_group[each.group] += self._meet(each, batch)
+        return max(by_group.values(), default=0.0)
 
     def _meet(self, lost: Lost, batch: Batch) -> float:
         """Seconds that the first message to a dead replica costs; none where this front knows already."""

@@ -126,8 +126,8 @@ class Simulation:
                 self.control.lose_front(name)
         elif failure.kind == "replicas":
             everyone = self.replicas.everyone()  # none on the lane `local`
-            for name in self.dice.sample(everyone, min(failure.count, len(everyone))):
-                self.control.lose_replica(name, is_silent=False)
+            killed = self.dice.sample(everyone, min(failure.count, len(everyone)))
+            self.control.lose_replicas(killed, is_silent=False)
         else:
             self._lose_node()
 
@@ -142,8 +142,7 @@ class Simulation:
             return
         node = self.dice.randrange(self.replicas.num_nodes)
         self.control.log(f"node {node} is lost")
-        for name in self.replicas.on_node(node):
-            self.control.lose_replica(name, is_silent=True)
+        self.control.lose_replicas(self.replicas.on_node(node), is_silent=True)
 
 
 def _cache(options: Options) -> float:

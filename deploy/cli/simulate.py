@@ -14,7 +14,7 @@ from rich.table import Table
 from cluster.config import load_config
 from cluster.errors import ConfigError, ModelError
 from cluster.models.family import spec_at
-from cluster.planning.hardware import read_profile
+from cluster.planning.hardware import HardwareProfile, read_profile
 from cluster.planning.layout import Layout, PlannedLane, lane_between
 from cluster.planning.workload import ServedModel
 from deploy.cli.http import console, fail
@@ -43,6 +43,7 @@ def simulate(
     spread: Annotated[float, typer.Option(help="How unlike experts are: deviation of log popularity; 0: alike.")] = 0.5,
     start_s: Annotated[float, typer.Option(help="Seconds until a new process can read weights.")] = 10.0,
     load_gb_per_second: Annotated[float, typer.Option(help="How fast it reads them.")] = 1.0,
+    cost_per_hour: Annotated[float | None, typer.Option(help="Price of a device; default: the profile's.")] = None,
     lane: Annotated[
         Literal["unix", "zmq", "object_ref", "local"] | None, typer.Option(help="Default: the plan's.")
     ] = None,
@@ -55,8 +56,9 @@ def simulate(
     try:
         if hours <= 0 or rate <= 0:
             raise ConfigError(f"hours={hours:g} and rate={rate:g} must be more than 0")
+        traffic = _traffic(trace, rate, hours, input_len, output_len, seed)
         options = _options(
-            plan, hardware, lane, hours, failures, _traffic(trace, rate, hours, input_len, output_len, seed),
+            plan, _profiles(hardware, cost_per_hour), lane, hours, failures, traffic,
             seed=seed, spread=spread, start_s=start_s, load_gb_per_second=load_gb_per_second,
         )  # fmt: skip
         runs = list(comparison.variants(options, compare))
@@ -82,9 +84,18 @@ def _traffic(trace: str, rate: float, hours: float, input_len: int, output_len: 
     return lambda: iter(known)
 
 
+def _profiles(names: list[str], cost_per_hour: float | None) -> list[HardwareProfile]:
+    if len(names) > 2:
+        raise ConfigError(f"hardware={', '.join(names)}: name one profile, or one for fronts and one for replicas")
+    found = [read_profile(name) for name in names]
+    if cost_per_hour is None:
+        return found
+    return [profile.model_copy(update={"cost_per_hour": cost_per_hour}) for profile in found]
+
+
 def _options(
     plan: Path,
-    hardware: list[str],
+    profiles: list[HardwareProfile],
     lane: PlannedLane | None,
     hours: float,
     failures: str,
@@ -94,9 +105,7 @@ def _options(
     parsed = importlib.import_module("actors.simulation.failures").parse_failures(failures)
     config = expand_demo(load_config({}, plan))
     served = ServedModel.of(spec_at(Path(config.model)), "bfloat16" if config.dtype == "auto" else config.dtype)
-    if len(hardware) > 2:
-        raise ConfigError(f"hardware={hardware}: name one profile, or one for fronts and one for replicas")
-    front, replica = read_profile(hardware[0]), read_profile(hardware[-1])
+    front, replica = profiles[0], profiles[-1]
     actors = config.fronts + config.groups * config.replicas
     chosen = lane or (lane_between(front, replica, actors) if config.lane == "auto" else config.lane)
     is_shared = front.device == "cpu" and front.name == replica.name and chosen in ("unix", "local")
@@ -106,8 +115,8 @@ def _options(
 
 
 def _show(figures: dict[str, dict[str, Any]]) -> None:
-    head = ("policy", "finished", "refused", "tokens/s", "TTFT p50, p99 ms", "TPOT p50, p99 ms", "stalls, longest s")
-    table = Table(*head, "balancedness", "cost")
+    head = ("policy", "finished", "refused", "tokens/s", "TTFT p50 / p99", "TPOT p50 / p99", "stalls", "longest, s")
+    table = Table(*head, "balance", "cost", title="latencies in ms", title_justify="left")
     for name, each in figures.items():
         latencies = [
             " / ".join(f"{values[p]:,.0f}" for p in ("p50", "p99")) if values else "-"
@@ -115,8 +124,8 @@ def _show(figures: dict[str, dict[str, Any]]) -> None:
         ]
         cost = "-" if each["cost"] is None else f"{each['cost']:,.2f}"
         counts = [f"{each[key]:,.0f}" for key in ("finished", "refused", "tokens_per_second")]
-        stalls = f"{each['stalls']:,}, {each['longest_stall_s']:.2f}"
-        table.add_row(name, *counts, *latencies, stalls, f"{each['balancedness']:.3f}", cost)
+        stalls = f"{each['stalls']:,}", f"{each['longest_stall_s']:.2f}"
+        table.add_row(name, *counts, *latencies, *stalls, f"{each['balancedness']:.3f}", cost)
     console.print(table)
 
 

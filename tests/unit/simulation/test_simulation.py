@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,8 @@ def test_the_command_reads_a_plan_and_prints_what_it_says(tmp_path: Path) -> Non
     assert json.loads(out.read_text())["as planned"]["figures"]["finished"] > 200
     wrong = CliRunner().invoke(app, ["simulate", str(plan), *flags[:-1], "kill it"])
     assert wrong.exit_code != 0
+
+
+def test_a_simulation_loads_neither_torch_nor_ray() -> None:
+    code = "import actors.simulation.simulation, sys; print({'torch', 'ray'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"
