@@ -14,7 +14,7 @@ from cluster.control.rebalancing import Rebalancer
 from cluster.control.reports import collect
 from cluster.control.staffing import Staffing
 from cluster.control.tasks import Tasks
-from cluster.messages.state import RebalanceReport, State
+from cluster.messages.state import ExpertsReport, RebalanceReport, State
 from cluster.policy.expert_load import ExpertLoad
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class Watch:
         self._enter = enter
         self._collecting: asyncio.Task[None] | None = None
         self._is_over = False
+        self._num_collected = 0
+        self._experts: tuple[tuple[int, int], ExpertsReport] | None = None  # and what it was made of
 
     async def run(self) -> None:
         while not self._is_over:
@@ -81,6 +83,15 @@ class Watch:
         self.fleet.keep(self._exposition.take_gone())
         fronts = {m.spec.actor_id: m.report.expert_counts for m in self.fleet.of_kind("front") if m.report}
         self.expert_load.update(fronts, now())
+        self._num_collected += 1
+
+    async def experts(self) -> ExpertsReport:
+        """Load and placement by the newest reports; made once for all who have waited for the same ones."""
+        await self.collect()
+        made_of = (self._num_collected, self.fleet.expert_map.version)
+        if self._experts is None or self._experts[0] != made_of:
+            self._experts = made_of, self.expert_load.report(self.fleet.expert_map)
+        return self._experts[1]
 
     async def _publish(self) -> None:
         """Waits for no front: one that hangs must not hold up the others."""

@@ -1,6 +1,7 @@
 """The routes of operators: what the cluster is, which experts are busy, scale, rebalance."""
 
 import asyncio
+import re
 from collections.abc import Awaitable
 from dataclasses import asdict, fields
 from typing import Annotated, Any, TypeVar
@@ -82,18 +83,33 @@ async def experts(request: Request) -> JSONResponse:
     report = await seen(service_of(request).supervisor.experts())
     if report is None:
         raise errors.unavailable("The expert map is not known yet")
-    return JSONResponse(
-        {
-            "layers": len(report.placement),
-            "experts": len(report.placement[0]),
-            "counts": report.counts,
-            "recent_counts": report.recent_counts,
-            "window_seconds": report.window_seconds,
-            "balancedness": report.balancedness,
-            "map_version": report.map_version,
-            "placement": report.placement,
-        }
-    )
+    shown = _chosen_layers(request, len(report.placement))
+    answer = {
+        "layers": len(report.placement),
+        "experts": len(report.placement[0]),
+        "counts": report.counts[shown],
+        "recent_counts": report.recent_counts[shown],
+        "window_seconds": report.window_seconds,
+        "balancedness": report.balancedness,
+        "map_version": report.map_version,
+        "placement": report.placement[shown],
+    }
+    return JSONResponse(answer | ({"first_layer": shown.start} if shown.start is not None else {}))
+
+
+def _chosen_layers(request: Request, number: int) -> slice:
+    """Of a large model some may be asked for: layers=0-9. Raises APIError (400)."""
+    asked = request.query_params.get("layers")
+    if asked is None:
+        return slice(None)
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", asked)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last < number:
+        raise errors.invalid_request(
+            f"layers={asked!r} is not there: write one of 0 to {number - 1}, or several, such as 0-{number - 1}",
+            "layers",
+        )
+    return slice(first, last + 1)
 
 
 @cluster_routes.post("/cluster/scale")

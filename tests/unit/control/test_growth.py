@@ -1,5 +1,6 @@
 """What control does grows with the cluster, not with its square. Counted are calls of Python, not seconds."""
 
+import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -140,3 +141,14 @@ async def test_of_a_node_with_many_replicas_one_asks_the_others(checkpoint: Path
     assert [actor.name for actor in asked if actor.was_asked("reports")] == [asked[0].name]
     assert members[-1].state == "dead"
     assert all(m.report and m.state == "ready" for m in members[:-1])
+
+
+async def test_who_asks_for_experts_at_once_gets_one_answer(checkpoint: Path) -> None:
+    cluster = await Cluster(checkpoint, 16, 1, 2).bring_up()
+    answers = await asyncio.gather(*(cluster.supervisor.experts() for _ in range(5)))
+    assert len({id(answer) for answer in answers}) == 1
+    later = await cluster.supervisor.experts()
+    assert later is not answers[0], "fronts have counted on"
+    assert later
+    assert answers[0]
+    assert later.counts != answers[0].counts
