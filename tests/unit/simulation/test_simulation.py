@@ -138,9 +138,11 @@ def test_fronts_with_all_experts_lose_no_replica_and_are_replaced_when_their_nod
 
 
 def test_a_rebalance_brings_balance_back_after_an_expert_is_hot() -> None:
-    fail = "hot expert from 50 s"
+    fail = "hot expert from 90 s"
     kept = run(fail, seconds=600.0)
     moved = run(fail, seconds=600.0, rebalance_interval_s=60.0, redundant_experts=4, load_window_s=60.0)
+    (_, before), (_, after) = kept.balancedness[:2]
+    assert before > after + 0.05
     assert any("rebalanced" in what for _, what in moved.events)
     assert moved.balancedness[-1][1] > kept.balancedness[-1][1] + 0.05
 
