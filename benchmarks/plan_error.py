@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -101,9 +102,12 @@ def _http(model: ServedModel, node: HardwareProfile, streams: int) -> float:
 def measure(checkpoint: Path) -> dict[str, float]:
     """By the name of the case."""
     found: dict[str, float] = {}
-    for groups, replicas in LAYOUTS:
-        found |= _measure_engine(checkpoint, groups, replicas)
-    return found | _measure_http(checkpoint)
+    parts = [partial(_measure_engine, checkpoint, *layout) for layout in LAYOUTS]
+    for part in (*parts, partial(_measure_http, checkpoint)):
+        new = part()
+        print(", ".join(f"{case}: {value:.1f}" for case, value in new.items()), file=sys.stderr)
+        found |= new
+    return found
 
 
 def _measure_engine(checkpoint: Path, groups: int, replicas: int) -> dict[str, float]:
@@ -217,15 +221,20 @@ def main(
 ) -> None:
     """Compare plan and truth for CHECKPOINT, or its config.json with --measured."""
     model, node = ServedModel.of(spec_at(checkpoint)), read_profile(hardware)
-    if measured:
-        found = {each["case"]: each["measured"] for each in json.loads(measured.read_text())["figures"]}
-    else:
-        found = measure(checkpoint)
-    figures = compare(cases(model, node), found)
+    figures = compare(cases(model, node), read_measured(measured) if measured else measure(checkpoint))
     show(figures)
     if out:
-        content = {"environment": environment(), "hardware": node.name, "figures": [asdict(f) for f in figures]}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        out.write_text(as_json(node.name, figures))
+
+
+def read_measured(file: Path) -> dict[str, float]:
+    """From what as_json wrote."""
+    return {each["case"]: each["measured"] for each in json.loads(file.read_text())["figures"]}
+
+
+def as_json(hardware: str, figures: list[Figure]) -> str:
+    content = {"environment": environment(), "hardware": hardware, "figures": [asdict(f) for f in figures]}
+    return json.dumps(content, indent=1) + "\n"
 
 
 if __name__ == "__main__":

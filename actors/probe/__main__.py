@@ -1,5 +1,5 @@
-"""`python -m actors.probe SMALL_MODEL [THREADS]` prints what was measured, as JSON: the fields of a hardware profile
-that actors know. Takes about twenty seconds.
+"""`python -m actors.probe SMALL_MODEL [THREADS [SECONDS]]` prints what was measured, as JSON: the fields of a hardware
+profile that actors know. SECONDS are spent on each of its parts, three by default.
 """
 
 import json
@@ -18,10 +18,10 @@ REFERENCE = parse_config({
     "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 32,
     "num_experts_per_tok": 8, "attention_multiplier": 0.015625,
 })  # fmt: skip
-BUDGET_S = 3.0  # of each part
+BUDGET_S = 3.0
 
 
-def measure(small_model: Path, threads: int) -> dict[str, Any]:
+def measure(small_model: Path, threads: int, budget_s: float = BUDGET_S) -> dict[str, Any]:
     """Raises ConfigError or ModelError."""
     limit_threads(threads)
     from actors.compute import Compute, describe
@@ -33,7 +33,7 @@ def measure(small_model: Path, threads: int) -> dict[str, Any]:
 
     compute, gauge = Compute.choose("cpu", "bfloat16"), Gauge(threads)
     limits = [gauge.measure() for _ in range(10)]
-    lanes = lane_speeds(BUDGET_S)
+    lanes = lane_speeds(budget_s)
     return {
         "about": f"{_cpu()}, {threads} threads; {'; '.join(describe(compute, 'auto'))}",
         "device": "cpu",
@@ -41,9 +41,9 @@ def measure(small_model: Path, threads: int) -> dict[str, Any]:
         "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
         "read_gb_per_second": max(each.bytes_per_second for each in limits) / 1e9,
         "product_tflops": max(each.flops_per_second for each in limits) / 1e12,
-        "linears": [_dump(each) for each in linear_speeds(compute, BUDGET_S)],
-        "experts": [_dump(each) for each in expert_speeds(REFERENCE, compute, BUDGET_S)],
-        "attention": attention_speed(REFERENCE, compute, BUDGET_S).model_dump(),
+        "linears": [_dump(each) for each in linear_speeds(compute, budget_s)],
+        "experts": [_dump(each) for each in expert_speeds(REFERENCE, compute, budget_s)],
+        "attention": attention_speed(REFERENCE, compute, budget_s).model_dump(),
         "lanes": {name: each.model_dump() for name, each in lanes.items()},
         "overheads": _overheads(step_seconds(small_model, compute), spec_at(small_model).num_layers).model_dump(),
     }
@@ -70,5 +70,10 @@ def _dump(speed: Speed) -> dict[str, float]:
     return speed.model_dump()
 
 
+def main(small_model: str, threads: str = "", seconds: str = "") -> None:
+    found = measure(Path(small_model), int(threads or os.cpu_count() or 1), float(seconds or BUDGET_S))
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else os.cpu_count() or 1)))
+    main(*sys.argv[1:])

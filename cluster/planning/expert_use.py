@@ -44,7 +44,7 @@ class ExpertUse:
         """Experts of a layer that get one of so many tokens, on average over layers. At least top_k for one token."""
         if self.counts is None:
             return num_touched(self.num_experts, self.top_k, num_tokens)
-        if (tokens := round(num_tokens, 1)) not in self._touched:
+        if (tokens := float(f"{num_tokens:.3g}")) not in self._touched:
             self._touched[tokens] = _touched(self.counts, self.top_k, tokens)
         return self._touched[tokens]
 

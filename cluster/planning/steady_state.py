@@ -62,28 +62,31 @@ class Serving:
         if not self.most_running:
             return Operation(rate, 0, 0, 0, StepSeconds(0, 0, 0, 0), 0, 0, limit="memory")
         mine, prompt = rate / self.layout.fronts, self.traffic.input_len
-        tpot = self._step(1, 0).total
+        tpot, running, share = self._step(1, 0).total, 0.0, 0.0
         for _ in range(ROUNDS):
             running = mine * self.traffic.output_len * tpot
             if running > self.most_running:
-                kv_binds = self.most_running < MAX_NUM_SEQS
-                return self._operation(rate, tpot, running, 1.0, "KV cache" if kv_binds else "sequences")
-            room = max(1.0, self.step_tokens(running) - running)
-            pieces = -(-prompt // room)
+                what = "KV cache" if self.most_running < MAX_NUM_SEQS else "sequences"
+                return self._operation(rate, tpot, running, 1.0, what)
+            room, pieces = self._room(running)
             piece = min(room, max(prompt / pieces, mine * prompt * tpot))
             share = mine * prompt * tpot / piece
             if share > 1:
-                return self._operation(rate, tpot, running, 1.0, "prompts")
+                break
             plain, full = (self._step(running, each, share * piece).total for each in (0, piece))
             found = (1 - share) * plain + share * full + self._http(running)
             if abs(found - tpot) <= CLOSE * tpot:
                 return self._operation(rate, found, running, share, "")
             tpot = (tpot + found) / 2
-        return self._operation(rate, tpot, running, share, "prompts")
+        return self._operation(rate, tpot, running, min(1.0, share), "prompts")
+
+    def _room(self, running: float) -> tuple[float, int]:
+        """Prompt tokens that fit into a step beside running sequences, and the steps that a prompt takes."""
+        room = max(1.0, self.step_tokens(running) - running)
+        return room, int(-(-self.traffic.input_len // room))
 
     def _operation(self, rate: float, tpot: float, running: float, share: float, limit: str) -> Operation:
-        room = max(1.0, self.step_tokens(running) - running)
-        pieces = -(-self.traffic.input_len // room)
+        room, pieces = self._room(running)
         piece = self.traffic.input_len / pieces
         step = self._step(running, piece, share * piece)
         reading = pieces * step.total

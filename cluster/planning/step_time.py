@@ -14,6 +14,7 @@ from cluster.planning.cost import attention_cost, expert_weights, head_weights, 
 from cluster.planning.hardware import HardwareProfile, speed_at
 from cluster.planning.layout import Layout
 from cluster.planning.workload import Batch, ServedModel
+from cluster.policy.resources import NATIVE_SHARES
 
 GATE_BYTES, ID_BYTES = 2, 2  # of each choice, in a dispatch
 US = 1e-6
@@ -80,18 +81,27 @@ class StepModel:
         return matrices + decodes + prompts + overhead
 
     def answer(self, num_tokens: float) -> float:
-        """What the slowest group's replica takes for one layer of a batch of so many tokens. Replicas that share a
-        machine take turns on its cores, as long as all their work.
-        """
-        use, spec, groups = self.model.experts, self.model.spec, self.layout.groups
+        """What the slowest group's replica takes for one layer of a batch of so many tokens."""
+        use, spec = self.model.experts, self.model.spec
         touched = use.touched(num_tokens)
         rows = num_tokens * spec.top_k / touched
-        share = touched
-        if not (self.layout.is_shared or self.layout.is_local):
-            share = min(spec.num_experts / groups, touched / groups * use.imbalance(num_tokens, groups))
-        weights = share * expert_weights(spec) * self.model.itemsize
+        weights = self._share(touched, num_tokens) * expert_weights(spec) * self.model.itemsize
         overhead = 0.0 if self.layout.is_local else US * self.replica_node.overheads.dispatch_us
         return weights / speed_at(self.replica_node.experts, rows) + overhead
+
+    def _share(self, touched: float, num_tokens: float) -> float:
+        """Of the experts of a layer that have tokens, those that a step waits for. Replicas that share a machine take
+        all its cores for all of them, unless the busiest one has not enough threads for that.
+        """
+        groups, layout = self.layout.groups, self.layout
+        if layout.is_local:
+            return touched
+        busiest = touched / groups * self.model.experts.imbalance(num_tokens, groups)
+        if not layout.is_shared:
+            return min(self.model.spec.num_experts / groups, busiest)
+        cores = self.replica_node.cores
+        threads = max(1, min(cores, NATIVE_SHARES * cores // layout.num_replicas))  # as plan_resources gives them
+        return max(touched, busiest * cores / threads)
 
     def lane(self, num_tokens: float) -> float:
         """Dispatch and combine of one layer, without the arithmetic."""

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from cluster.errors import ConfigError, ModelError
 from cluster.models.family import spec_at
+from cluster.models.spec import ModelSpec
 from cluster.planning.expert_use import ExpertUse
 from cluster.planning.hardware import read_profile
 from cluster.planning.search import Fleet, Plan, pareto, search
@@ -59,35 +60,57 @@ def plan(
 ) -> None:
     """Plan a layout for MODEL from its config.json alone: what it bears, what it costs, what is left after a loss."""
     try:
-        spec = spec_at(MODEL_DIR if str(model) == "demo" else model)
-        served = ServedModel.of(spec, dtype, _use(spec, expert_counts))
+        served = _served(model, dtype, expert_counts)
         fleets = [_fleet(each, cost_per_hour or []) for each in hardware]
         traffic, goals = Traffic(input_len, output_len, rate, concurrency), Goals(ttft / 1e3, tpot / 1e3, survive)
-        if traffic.length > spec.max_context:
-            raise ConfigError(
-                f"input_len={input_len} and output_len={output_len} are more than the model's context of "
-                f"{spec.max_context} tokens: lower them"
-            )
-        plans = search(served, fleets, traffic, goals, lane)
-        _check(plans, served, fleets)
+        plans = _searched(served, fleets, traffic, goals, lane)
         show(shown(plans, top))
         for line in verdicts(plans, goals):
             console.print(line, soft_wrap=True)
         if plot:
             _draw(pareto(plans, served, goals), plot)
-        if (out or helm_out) and not plans[0].holds:
-            raise ConfigError("no layout holds, so none is written: relax --ttft or --tpot, or name more --hardware")
-        name = serve_as or str(model)
         for file, content in ((out, settings), (helm_out, helm_values)):
             if file:
-                _write(file, content(plans[0], served, name))
+                _write(file, content(_best(plans), served, serve_as or str(model)))
     except ValidationError as error:
         raise fail(describe(error)) from None
     except (ConfigError, ModelError) as error:
         raise fail(str(error)) from None
 
 
-def _use(spec: Any, counts: Path | None) -> ExpertUse | None:
+def _served(model: Path, dtype: str, counts: Path | None) -> ServedModel:
+    """Raises ConfigError or ModelError."""
+    spec = spec_at(MODEL_DIR if str(model) == "demo" else model)
+    return ServedModel.of(spec, dtype, _use(spec, counts))
+
+
+def _searched(
+    model: ServedModel, fleets: list[Fleet], traffic: Traffic, goals: Goals, lane: LaneChoice | None
+) -> list[Plan]:
+    """At least one. Raises ConfigError."""
+    if traffic.length > model.spec.max_context:
+        raise ConfigError(
+            f"input_len={traffic.input_len} and output_len={traffic.output_len} are more than the model's context of "
+            f"{model.spec.max_context} tokens: lower them"
+        )
+    if plans := search(model, fleets, traffic, goals, lane):
+        return plans
+    memory = ", ".join(f"{each.devices} x {each.node.memory_gib:g} GiB ({each.node.name})" for each in fleets)
+    total = (model.sizes.front + model.sizes.experts) / 2**30
+    raise ConfigError(
+        f"hardware={memory}: no layout fits the {total:,.1f} GiB of weights and a sequence's KV cache: name more "
+        "devices or larger ones, or shorter sequences"
+    )
+
+
+def _best(plans: list[Plan]) -> Plan:
+    """Raises ConfigError."""
+    if not plans[0].holds:
+        raise ConfigError("no layout holds, so none is written: relax --ttft or --tpot, or name more --hardware")
+    return plans[0]
+
+
+def _use(spec: ModelSpec, counts: Path | None) -> ExpertUse | None:
     if counts is None:
         return None
     try:
@@ -115,17 +138,6 @@ def _fleet(text: str, prices: list[str]) -> Fleet:
         except ValueError:
             raise ConfigError(f"cost_per_hour={price!r}: write 2.5, or h100=2.5") from None
     return Fleet(node, int(count))
-
-
-def _check(plans: list[Plan], model: ServedModel, fleets: list[Fleet]) -> None:
-    """Raises ConfigError if nothing fits."""
-    if not plans:
-        memory = ", ".join(f"{each.devices} x {each.node.memory_gib:g} GiB ({each.node.name})" for each in fleets)
-        total = (model.sizes.front + model.sizes.experts) / 2**30
-        raise ConfigError(
-            f"hardware={memory}: no layout fits the {total:,.1f} GiB of weights and a sequence's KV cache: name more "
-            "devices or larger ones, or shorter sequences"
-        )
 
 
 def shown(plans: list[Plan], top: int) -> list[Plan]:

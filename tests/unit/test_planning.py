@@ -92,6 +92,12 @@ def test_more_hardware_takes_less() -> None:
     assert seconds(busy, is_shared=True) > seconds(busy)
 
 
+def test_a_replica_with_few_threads_holds_up_a_shared_machine() -> None:
+    """Eight cores: two replicas may have all of them, eight have two each, of which two groups work at a time."""
+    two, eight = (StepModel(MODEL, layout(replicas=n, is_shared=True)).answer(8) for n in (1, 4))
+    assert eight == pytest.approx(two * 8 / (2 * 2) * MODEL.experts.imbalance(8, 2))
+
+
 def test_replicas_of_a_group_help_only_where_fronts_wait_for_each_other() -> None:
     assert seconds(Batch(8, 100), replicas=3) == pytest.approx(seconds(Batch(8, 100), replicas=1))
 
