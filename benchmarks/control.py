@@ -15,6 +15,8 @@ import logging
 import pickle
 import pstats
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -31,12 +33,10 @@ from benchmarks.in_process import Actor, ActorsHere, Spec, WorkingActor
 from benchmarks.make_checkpoint import write_checkpoint
 from benchmarks.report import environment, table
 from cluster.config import ClusterConfig
-from cluster.control.ray_actors import RayActors
 from cluster.control.supervisor import Supervisor
 from cluster.control.watch import Watch
 from cluster.messages.actors import ActorReport, FrontSpec, Machine, ReplicaSpec
 from cluster.metrics import Metrics
-from deploy.cli.local_ray import own_ray
 from deploy.ingress import cluster_api
 from deploy.ingress.api import create_api
 from deploy.ingress.service import Service
@@ -240,28 +240,10 @@ async def measure(model: Path, fronts: int, replicas: int, profiled: str | None)
 
 
 def of_ray() -> dict[str, float]:
-    """CPU in microseconds that a call costs its caller: without an answer, with a replica's report, with eight."""
-    with own_ray(num_cpus=1):
-        import ray
-
-        @ray.remote(num_cpus=0)
-        class Reporting:
-            def answer(self, given: Any) -> Any:
-                return given
-
-        actor = Reporting.remote()
-        report = Served(ReplicaSpec("expert-g0-r0", 0, "/m", "cpu", "float32", (), 1))._report()
-        actors = RayActors("benchmark")
-
-        async def spent(given: Any) -> float:
-            handed = ray.put(given)
-            for calls in (100, 1000):  # the first ones cost more
-                started = time.process_time()
-                await asyncio.gather(*(actors.call(actor, "answer", handed, timeout=60.0) for _ in range(calls)))
-            return 1e6 * (time.process_time() - started) / calls
-
-        asked = {"nothing": None, "a report": report, "eight reports": (report,) * 8}
-        return {what: asyncio.run(spent(given)) for what, given in asked.items()}
+    """In a process of its own: Ray reads its settings when it is imported."""
+    command = [sys.executable, "-m", "benchmarks.ray_calls"]
+    found: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return found
 
 
 def main(

@@ -238,8 +238,9 @@ def control() -> str:
         "CPU of the supervisor, ms",
         *(f"{each['fronts']} fronts, {each['replicas']:,} replicas" for each in figures),
     ]
-    calls = [[f"a call that brings {what}", number(spent)] for what, spent in content["ray_call_us"].items()]
-    return table(head, rows) + "\n" + table(["on Ray", "CPU of the caller, us"], calls) + source("control")
+    calls = [[f"a call that brings {what}", number(spent)] for what, spent in content.get("ray_call_us", {}).items()]
+    on_ray = "\n" + table(["on Ray", "CPU of the caller, us"], calls) if calls else ""
+    return table(head, rows) + on_ray + source("control")
 
 
 def chaos() -> str:
