@@ -26,7 +26,11 @@ Tensors = list[tuple[str, tuple[int, ...]]]
 
 
 def make_checkpoint(shape: str, out: Path, layers: int | None = None, seed: int = 0) -> None:
-    raw = cut(SHAPES[shape], layers) if layers else SHAPES[shape]
+    write_checkpoint(cut(SHAPES[shape], layers) if layers else SHAPES[shape], out, seed)
+
+
+def write_checkpoint(raw: dict[str, Any], out: Path, seed: int = 0) -> None:
+    """Of the content of a config.json."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(raw, indent=2))
     write_tokenizer(out, raw["vocab_size"])

@@ -216,6 +216,33 @@ def scaling() -> str:
     return table(["what varies", "value: milliseconds a step"], rows, "---") + source("scaling")
 
 
+CONTROL = {
+    "watch": "a watch round",
+    "publish": "a new map to all fronts",
+    "metrics": "`/metrics`",
+    "cluster": "`/v1/cluster`",
+    "experts": "`/v1/experts`",
+    "plan": "planning a rebalance",
+    "rebalance": "moving all layers",
+    "takeover_cpu": "a takeover",
+}
+
+
+def control() -> str:
+    """CPU by the size of the cluster; and what a call of Ray costs on top."""
+    content = result("control")
+    figures = content["figures"]
+    rows = [[title, *(number(each[key]) for each in figures)] for key, title in CONTROL.items()]
+    rows.append(["a takeover, seconds that pass", *(number(each["takeover_seconds"]) for each in figures)])
+    head = [
+        "CPU of the supervisor, ms",
+        *(f"{each['fronts']} fronts, {each['replicas']:,} replicas" for each in figures),
+    ]
+    calls = [[f"a call that brings {what}", number(spent)] for what, spent in content.get("ray_call_us", {}).items()]
+    on_ray = "\n" + table(["on Ray", "CPU of the caller, us"], calls) if calls else ""
+    return table(head, rows) + on_ray + source("control")
+
+
 def chaos() -> str:
     rows = [[each["fault"], f"{each['stall_seconds']:.2f}"] for each in result("chaos")["figures"]]
     return table(["fault", "longest stall, s"], rows) + source("chaos")
@@ -285,6 +312,7 @@ TABLES: dict[str, Table] = {
     "quality": quality,
     "masks": masks,
     "scaling": scaling,
+    "control": control,
     "chaos": chaos,
     "chaos-1b-a400m": chaos_large,
     "chaos-long": chaos_long,

@@ -84,6 +84,11 @@ class ClusterConfig(BaseModel):
     )
     rebalance_interval_s: float | None = Field(None, description="Rebalance this often; default: on demand.", gt=0)
     rebalance_threshold: float = Field(0.9, description="Balancedness that needs no rebalance.", ge=0, le=1)
+    rebalance_mib_per_s: float | None = Field(
+        None,
+        description="MiB of experts that a replica loads in a second during a rebalance; default: no bound.",
+        gt=0,
+    )
     load_window_s: float = Field(300.0, description="Age up to which expert load counts for balance.", gt=0)
     ingress_replicas: int = Field(1, description="HTTP ingress replicas.", ge=1, le=64)
     lane: Lane = Field(

@@ -12,6 +12,8 @@ FIRST_DEADLINE_S = 5.0
 # token to hundreds comes to minutes.
 GUESSED_DEADLINE_S = 1.0
 SMOOTHING = 0.2
+# Computing a part in the front costs more than waiting a little longer for the last replica that may answer.
+LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
 REPROBE_S = (0.25, 5.0)  # first and longest pause between probes of a replica that was given up
 # A replica that is given up again so soon after it was taken back is left alone for longer.
 RELAPSE_S = 10.0
@@ -54,6 +56,11 @@ class Latency:
             return FIRST_DEADLINE_S
         return max(DEADLINE_FLOOR_S, DEADLINE_FACTOR * min(_expected(one, num_tokens) for one in known))
 
+    def patience(self, replica_ids: Iterable[str], num_tokens: int, may_hedge: bool) -> float:
+        """Seconds after which a message counts as late; longer for one that is not to be sent to another replica."""
+        deadline = self.deadline(replica_ids, num_tokens)
+        return deadline if may_hedge else max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
+
     def keep_only(self, replica_ids: set[str]) -> None:
         for replica_id in self._seconds.keys() - replica_ids:
             del self._seconds[replica_id]
@@ -72,15 +79,16 @@ def _expected(seconds: dict[int, float], num_tokens: int) -> float:
 class HedgeBudget:
     """How many messages may now be sent a second time. False when none may."""
 
-    def __init__(self) -> None:
-        self._left = HEDGE_BURST
+    def __init__(self, share: float = HEDGE_SHARE) -> None:
+        self._share = share
+        self._left = HEDGE_BURST if share else 0.0
 
     def __bool__(self) -> bool:
         return self._left >= 1
 
     def earn(self, times: int = 1) -> None:
         """So many messages were sent for the first time."""
-        self._left = min(HEDGE_BURST, self._left + times * HEDGE_SHARE)
+        self._left = min(HEDGE_BURST, self._left + times * self._share)
 
     def spend(self) -> None:
         self._left -= 1

@@ -27,8 +27,6 @@ from cluster.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# Computing a part in the front costs more than waiting a little longer for the last replica that may answer.
-LAST_DEADLINE_S, LAST_DEADLINE_FACTOR = 1.0, 3.0
 # So many replicas of a group tell how long an answer takes the fastest.
 MOST_COMPARED = 16
 # An answer that is read faster had come before it was waited for.
@@ -208,8 +206,8 @@ class RemoteDispatcher(Dispatcher):
     def _deadline(self, group: int, num_tokens: int, may_hedge: bool) -> float:
         """Seconds after which a message counts as late."""
         live = [replica.replica_id for replica in islice(self._live(group), MOST_COMPARED)]
-        deadline = self._latency.deadline(live or [r.replica_id for r in self._routes.of_group(group)], num_tokens)
-        return deadline if may_hedge else max(LAST_DEADLINE_S, LAST_DEADLINE_FACTOR * deadline)
+        known = live or [r.replica_id for r in self._routes.of_group(group)]
+        return self._latency.patience(known, num_tokens, may_hedge)
 
     def _give_up_late(self, part: Part) -> None:
         """All replicas that the part was sent to: what is known is that they take at least as long as this."""

@@ -34,15 +34,18 @@ class Routes:
 
         A map is taken even if not all of its replicas can be reached: by an older one, less would be.
         """
-        expert_map.check_integrity()
         with self._connecting:
             if expert_map.version <= self.version:
                 return
+            known, tables = self._map, self._homes
+            expert_map.check_integrity(known)
             try:
                 self._lane.connect(expert_map.replicas)  # may wait for a handshake: dispatches go on meanwhile
             except Exception:
                 logger.exception("map %d is taken, though its replicas could not be connected", expert_map.version)
-            homes = [HomeTable(layer) for layer in expert_map.homes]
+            # Most layers stay where they are: their tables are kept.
+            old = {id(layer): table for layer, table in zip(known.homes, tables, strict=True)} if known else {}
+            homes = [old.get(id(layer)) or HomeTable(layer) for layer in expert_map.homes]
             by_group: dict[int, list[ReplicaAddress]] = defaultdict(list)
             for replica in expert_map.replicas:
                 by_group[replica.group].append(replica)

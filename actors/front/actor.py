@@ -15,7 +15,7 @@ from actors.process.limits import gently, limit_threads
 from actors.process.orphan import watch_for_orphanhood
 from actors.process.place import where_am_i
 from actors.process.readiness import show_ready
-from cluster.expert_map import ExpertMap
+from cluster.expert_map import ExpertMap, MapChange, newest
 from cluster.logs import set_up_logs
 from cluster.messages.actors import ActorReport, FrontSpec, Identity, Legacy, LoadProgress, ReadyReport
 from cluster.messages.requests import Delivery, GenerationRequest, Submitted
@@ -62,10 +62,10 @@ class FrontActor:
             return None
         return Identity(self.spec, self.ready, self.expert_map, self.legacy, self.loop.is_draining)
 
-    async def set_expert_map(self, expert_map: ExpertMap, legacy: Legacy | None = None) -> None:
-        """`legacy` is kept for a successor of the supervisor."""
-        if self.expert_map is None or expert_map.version >= self.expert_map.version:  # calls may overtake each other
-            self.expert_map = expert_map
+    async def set_expert_map(self, news: ExpertMap | MapChange, legacy: Legacy | None = None) -> None:
+        """`legacy` is kept for a successor of the supervisor. Raises ValueError if what changes is not the map here."""
+        expert_map = newest(self.expert_map, news)
+        self.expert_map = expert_map
         self.legacy = legacy or self.legacy
         await asyncio.to_thread(self.loop.set_expert_map, expert_map)
 

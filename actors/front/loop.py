@@ -275,7 +275,7 @@ class FrontLoop:
             version,
             int(engine.expert_counts[0].sum()) // engine.model.spec.top_k,
             self.metrics.samples(),
-            tuple(tuple(layer) for layer in engine.expert_counts.tolist()),
+            engine.expert_counts.numpy().copy(),
             self.remote.lane_names() if self.remote else "local",
             len(self._lease_of) + self.mailboxes.num_outputs,
             self.stuck_seconds,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from actors.lanes.lane import Lane, LaneError, LaneTimeout
-from actors.process.limits import raise_file_limit
+from actors.process.limits import file_limit, lacking_files, raise_file_limit
 from cluster.expert_map import ReplicaAddress
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,8 @@ class LinkedLane(Lane, Generic[AnyLink]):
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         """send() to a replica that does not shake hands raises LaneError until it answers a probe."""
         replicas, known = tuple(replicas), dict(self._links)
+        if lacking := lacking_files(len(replicas), file_limit()):
+            logger.error("some replicas will be reached by object_ref only: %s", lacking)
         new: dict[str, AnyLink] = {}
         for replica in replicas:
             link = known.get(replica.replica_id)

@@ -16,6 +16,8 @@ LOW_PRIORITY = 5
 # So long may others keep all cores for themselves. Then the work gets its share: the dead must be replaced.
 IDLE_S = 5.0
 MAX_FILES = 65536
+# A front has two for each replica, and what Ray, torch and a checkpoint open.
+FILES_PER_LINK, OTHER_FILES = 2, 256
 
 
 def limit_threads(num_threads: int) -> None:
@@ -102,6 +104,21 @@ def raise_file_limit() -> None:
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def lacking_files(num_links: int, limit: int) -> str | None:
+    """What to do where so many links need more files than this process may open; None where they fit."""
+    needed = FILES_PER_LINK * num_links + OTHER_FILES
+    if limit == resource.RLIM_INFINITY or needed <= limit:
+        return None
+    return (
+        f"{num_links} replicas need about {needed} open files, and this process may have {limit}: raise the hard limit "
+        f"of Ray's node (`ulimit -Hn {needed}` before `ray start`, or LimitNOFILE of its service)"
+    )
+
+
+def file_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def release_free_memory() -> None:

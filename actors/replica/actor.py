@@ -15,6 +15,7 @@ from actors.process.limits import gently, limit_threads, release_free_memory, us
 from actors.process.orphan import watch_for_orphanhood
 from actors.process.place import where_am_i
 from actors.process.readiness import show_ready
+from actors.replica.peers import Peers
 from cluster.logs import set_up_logs
 from cluster.messages.actors import ActorReport, Identity, LoadProgress, ReadyReport, ReplicaSpec
 from cluster.metrics import Metrics
@@ -38,6 +39,7 @@ class ExpertActor:
         self.replica: Replica | None = None
         self.servers: list[LaneServer] = []
         self.ready: ReadyReport | None = None
+        self._peers = Peers(namespace)
         self._loaded = 0
         self._total = 0
         self.supervision = watch_for_orphanhood(namespace, self._close)
@@ -124,7 +126,12 @@ class ExpertActor:
         if self.replica:
             self.replica.publish_counters()
         self.metrics.raise_to("lane_dropped_messages_total", sum(server.num_dropped for server in self.servers))
-        return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.samples(), stuck_seconds=stuck)
+        return ActorReport(self.spec.actor_id, 0, tokens, self.metrics.recorded(), stuck_seconds=stuck)
+
+    @ray.method(concurrency_group="control")
+    def reports(self, names: tuple[str, ...]) -> tuple[ActorReport | None, ...]:
+        """Those of other replicas on this node: see Peers.reports."""
+        return self._peers.reports(names)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

@@ -49,14 +49,14 @@ class Autoscaler:
         if last is None:
             return fleet.wanted
         fronts = self._decide_fronts(fleet, last, totals)
-        groups = range(len(fleet.wanted.replicas))
-        return Wanted(fronts, tuple(self._decide_group(fleet, group, last, totals) for group in groups))
+        there, groups = fleet.ready_by_group(), enumerate(fleet.wanted.replicas)
+        replicas = (self._decide_group(group, wanted, there.get(group, []), last, totals) for group, wanted in groups)
+        return Wanted(fronts, tuple(replicas))
 
-    def _decide_group(self, fleet: Fleet, group: int, last: _Totals, totals: _Totals) -> int:
-        wanted = fleet.wanted.replicas[group]
+    def _decide_group(self, group: int, wanted: int, members: list[Member], last: _Totals, totals: _Totals) -> int:
         if wanted == 0:  # the local lane has none
             return 0
-        ready = [m.spec.actor_id for m in fleet.replicas(group, "ready")]
+        ready = [m.spec.actor_id for m in members]
         busy = sum(totals.busy_seconds.get(r, 0.0) - last.busy_seconds.get(r, 0.0) for r in ready)
         utilisation = min(1.0, max(0.0, busy / (totals.at - last.at) / max(1, len(ready))))
         limits = Limits(self.config.min_replicas, max(self.config.max_replicas, self.config.replicas))

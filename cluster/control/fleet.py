@@ -9,9 +9,10 @@ import itertools
 import logging
 from collections.abc import Iterator
 
-from cluster.control.actors import ActorError, Actors, first_line
+from cluster.control.actors import ActorError, Actors, DeadActorError, Handle, first_line
 from cluster.control.clock import now
 from cluster.control.members import Member
+from cluster.expert_map import ExpertMap, MapChange, change_between
 from cluster.messages.actors import ActorKind, FrontSpec, Legacy, ReplicaSpec, Sample, Wanted
 from cluster.metrics import Metrics, cumulative, merge
 from cluster.policy.blueprint import Blueprint
@@ -35,6 +36,7 @@ class Fleet:
         self.members: list[Member] = []
         self.expert_map = blueprint.expert_map
         self.wanted = blueprint.wanted
+        self._change: MapChange | None = None  # from the version before
         self.gone: tuple[Sample, ...] = ()  # what those that are no more have counted
         # Held while a replica enters the map or a layer moves: nobody joins with experts that have just moved on.
         self.placing = asyncio.Lock()
@@ -48,6 +50,13 @@ class Fleet:
 
     def replicas(self, group: int, state: str | None = None) -> list[Member]:
         return [m for m in self.of_kind("expert", state) if m.group == group]
+
+    def ready_by_group(self) -> dict[int, list[Member]]:
+        """Of expert replicas; in one pass, however many groups there are."""
+        found: dict[int, list[Member]] = {group: [] for group in range(self.expert_map.num_groups)}
+        for member in self.of_kind("expert", "ready"):
+            found.setdefault(member.group or 0, []).append(member)
+        return found
 
     def set_wanted(self, wanted: Wanted) -> tuple[list[Member], list[Member]]:
         """Add members that are missing, without starting them; returns (added, surplus)."""
@@ -124,13 +133,13 @@ class Fleet:
         live = tuple(address for address in found if address)
         if self.expert_map.version and live == self.expert_map.replicas:
             return False
-        self.expert_map = self.expert_map.with_replicas(live)
+        self._change_map(self.expert_map.with_replicas(live))
         logger.info("expert map version %d: %d replicas", self.expert_map.version, len(live))
         return True
 
     async def publish_homes(self, layer: int, homes: tuple[tuple[int, ...], ...]) -> None:
         """The next version of the map, with other homes for a layer; returns when no front uses an older one."""
-        self.expert_map = self.expert_map.with_homes(layer, homes)
+        self._change_map(self.expert_map.with_homes(layer, homes))
         logger.info("expert map version %d: layer %d has moved", self.expert_map.version, layer)
         await self.tell_fronts()
         await self.settle()
@@ -139,20 +148,41 @@ class Fleet:
         """Fronts that compute."""
         return [*self.of_kind("front", "ready"), *self.of_kind("front", "draining")]
 
+    def _change_map(self, new: ExpertMap) -> None:
+        new.check_integrity(self.expert_map)
+        self._change = change_between(self.expert_map, new)
+        self.expert_map = new
+
     async def tell_fronts(self) -> None:
-        self.expert_map.check_integrity()
         await asyncio.gather(*(self.tell(front) for front in self.listening()))
 
     async def tell(self, front: Member) -> None:
-        """Hand a front the newest map, and the legacy. If that fails, it is late: see late_fronts."""
+        """Bring a front's map to the newest version, and hand it the legacy. If that fails, it is late: see
+        late_fronts.
+        """
         front.told_at, legacy, handle = now(), self.legacy, front.handle
         if handle is None:  # it has died meanwhile
             return
         try:
-            await self.actors.call(handle, "set_expert_map", self.expert_map, legacy, timeout=MAP_TIMEOUT_S)
+            await self._hand_over(front, handle, None if front.told == legacy else legacy)
             front.told = legacy
         except (TimeoutError, ActorError) as error:
             logger.warning("%s did not take the expert map: %s", front.spec.actor_id, first_line(error))
+
+    async def _hand_over(self, front: Member, handle: Handle, legacy: Legacy | None) -> None:
+        """What has changed, to a front that has the version before; the whole map to any other. Raises as call."""
+        whole, change = self.expert_map, self._change
+        if change and (change.base, change.version) == (front.map_version, whole.version):
+            try:
+                await self.actors.call(handle, "set_expert_map", change, legacy, timeout=MAP_TIMEOUT_S)
+                front.map_version = whole.version
+                return
+            except DeadActorError:
+                raise
+            except ActorError as error:  # its map is not the one that it was thought to have
+                logger.info("%s gets the whole expert map: %s", front.spec.actor_id, first_line(error))
+        await self.actors.call(handle, "set_expert_map", whole, legacy, timeout=MAP_TIMEOUT_S)
+        front.map_version = whole.version
 
     def late_fronts(self) -> list[Member]:
         """Fronts that report an older map, or have an older legacy, although the newest has had the time to arrive. A

@@ -56,7 +56,7 @@ async def _start_front(fleet: Fleet, member: Member) -> None:
     others = tuple(ready.kv_cache_bytes for ready in fronts if ready.node == member.ready.node)
     ready = await fleet.actors.call(member.handle, "start", fleet.expert_map, legacy, others)
     member.become_ready(ready)
-    member.told = legacy
+    member.told, member.map_version = legacy, version
     if (fleet.expert_map.version, fleet.legacy) != (version, legacy):  # it was not among those that heard of the new
         await fleet.tell(member)
 

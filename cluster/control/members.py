@@ -37,6 +37,7 @@ class Member:
     silent_since: float | None = None
     told_at: float = -math.inf  # when a front was last handed the expert map
     told: Legacy | None = None  # what it has then taken
+    map_version: int = 0  # of the map that it has then taken
     work: asyncio.Task[None] | None = None  # what is bringing it up or draining it
     _pause: float = FIRST_PAUSE_S
     _entered: float = 0.0  # when it entered its state
@@ -128,6 +129,7 @@ class Member:
         self.spec = dataclasses.replace(self.spec, actor_id=str(name))
         self.restart_at, self.silent_since = None, None
         self.ready, self.progress = None, LoadProgress()
+        self.told, self.map_version = None, 0
         self.enter("starting", f"restart {self.num_restarts}")
 
     def info(self, lane: str, map_version: int) -> ActorInfo:

@@ -19,7 +19,8 @@ ENTRYPOINTS: dict[ActorKind, str] = {
 CONCURRENCY: dict[ActorKind, dict[str, Any]] = {
     # Each ingress keeps a poll open. Calls wait in vain where more come than that: the supervisor's would, too.
     "front": {"max_concurrency": 10_000},
-    "expert": {"concurrency_groups": {"control": 2}},
+    # One asks the others of its node, one loads experts, and one answers.
+    "expert": {"concurrency_groups": {"control": 3}},
 }
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from dataclasses import replace
 
 from cluster.config import ClusterConfig
@@ -17,6 +18,8 @@ from cluster.policy.expert_load import ExpertLoad
 from cluster.policy.placement import RebalancePlan, plan_rebalance
 
 logger = logging.getLogger(__name__)
+
+MIB = 2**20
 
 
 class RebalanceError(RuntimeError):
@@ -53,7 +56,7 @@ class Rebalancer:
             plan = self._plan(fleet, force)
             if plan.is_worthwhile:
                 try:
-                    await carry_out(plan, fleet)
+                    await carry_out(plan, fleet, self._config.rebalance_mib_per_s)
                 except RebalanceError as failure:
                     error = str(failure)
             return replace(_report(plan, fleet), error=error, seconds=now() - started)
@@ -64,9 +67,17 @@ class Rebalancer:
             fleet.expert_map.homes,
             slots_per_layer=fleet.blueprint.slots_per_layer,
             bytes_per_expert=fleet.blueprint.bytes_per_expert,
-            replicas=[len(fleet.replicas(group, "ready")) for group in range(fleet.expert_map.num_groups)],
+            replicas=[len(members) for members in fleet.ready_by_group().values()],
             **({"threshold": 1.0, "min_gain": 0.0} if force else {"threshold": self._config.rebalance_threshold}),
         )
+
+
+def most_loaded(plan: RebalancePlan) -> Counter[int]:
+    """By layer, how many experts the group that gets the most has to load."""
+    most = Counter[int]()
+    for (layer, _), count in Counter((move.layer, move.group) for move in plan.moves).items():
+        most[layer] = max(most[layer], count)
+    return most
 
 
 def _report(plan: RebalancePlan, fleet: Fleet, is_dry_run: bool = False) -> RebalanceReport:
@@ -82,12 +93,18 @@ def _report(plan: RebalancePlan, fleet: Fleet, is_dry_run: bool = False) -> Reba
     )
 
 
-async def carry_out(plan: RebalancePlan, fleet: Fleet) -> None:
-    """Raises RebalanceError when a replica can't load its experts; every expert is served all the time."""
-    started = now()
+async def carry_out(plan: RebalancePlan, fleet: Fleet, mib_per_s: float | None = None) -> None:
+    """A replica that loads serves more slowly meanwhile: each loads no more than so many MiB in a second, over a layer
+    or more. Raises RebalanceError when a replica can't load its experts; every expert is served all the time.
+    """
+    started = rested = now()
+    most = most_loaded(plan)
     for layer in plan.changed_layers:
         async with fleet.placing:
             await _move_layer(fleet, layer, plan.homes[layer])
+        if mib_per_s:  # others may join meanwhile
+            rested = max(now(), rested + most[layer] * fleet.blueprint.bytes_per_expert / (MIB * mib_per_s))
+            await asyncio.sleep(rested - now())
     seconds = now() - started
     fleet.metrics.inc("rebalances_total")
     fleet.metrics.observe("rebalance_seconds", seconds)

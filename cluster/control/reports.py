@@ -1,6 +1,7 @@
 """How members are: each that serves is asked for a report, and one that is dead, hung or stuck is given up."""
 
 import asyncio
+from collections import defaultdict
 
 from cluster.control.actors import ActorError, DeadActorError, UnreachableActorError, first_line
 from cluster.control.fleet import Fleet
@@ -14,9 +15,41 @@ HUNG_S = 15.0
 STUCK_S = 120.0
 
 
+# A call costs a supervisor about as much as it takes to read ten reports: of a node with more replicas than this, one
+# replica asks the others.
+MOST_ASKED_APART = 4
+
+
 async def collect(fleet: Fleet) -> None:
-    """Ask every member that serves for its report; bury those that are dead."""
-    await asyncio.gather(*(ask(fleet, m) for m in fleet.members if m.state in ("ready", "draining")))
+    """Hear of every member that serves; bury those that are dead."""
+    apart, by_node = list[Member](), defaultdict[str, list[Member]](list)
+    for member in fleet.members:
+        if member.state == "ready" and member.kind == "expert" and member.ready and member.silent_since is None:
+            by_node[member.ready.node].append(member)
+        elif member.state in ("ready", "draining"):
+            apart.append(member)
+    together = [members for members in by_node.values() if len(members) > MOST_ASKED_APART]
+    apart += [m for members in by_node.values() if len(members) <= MOST_ASKED_APART for m in members]
+    await asyncio.gather(*(ask(fleet, m) for m in apart), *(_ask_node(fleet, members) for members in together))
+
+
+async def _ask_node(fleet: Fleet, members: list[Member]) -> None:
+    """The first replica of a node asks the others. Who has not answered it, and it itself, is asked as ever: what is to
+    become of a member is decided in one place.
+    """
+    speaker, others = members[0], members[1:]
+    handles, names = [m.handle for m in others], tuple(m.spec.actor_id for m in others)
+    try:
+        reports = await fleet.actors.call(speaker.handle, "reports", names, timeout=REPORT_TIMEOUT_S)
+    except (TimeoutError, ActorError):
+        reports = [None] * len(others)
+    missing = [speaker]
+    for member, handle, report in zip(others, handles, reports, strict=True):
+        if report is None:
+            missing.append(member)
+        elif member.handle is handle:
+            _hear(fleet, member, report)
+    await asyncio.gather(*(ask(fleet, m) for m in missing))
 
 
 async def ask(fleet: Fleet, member: Member) -> None:

@@ -215,10 +215,7 @@ class Supervisor:
 
     async def experts(self) -> ExpertsReport | None:
         """None while it is not known who holds which experts."""
-        if (watch := self._watch) is None:
-            return None
-        await watch.collect()
-        return watch.expert_load.report(watch.fleet.expert_map)
+        return await self._watch.experts() if self._watch else None
 
     async def exposition(self, ingress_id: str, samples: tuple[Sample, ...]) -> bytes:
         """Prometheus text over all processes; the asking ingress brings its own newest samples.

@@ -144,7 +144,9 @@ def _newer(ours: ExpertMap, known: ExpertMap) -> ExpertMap:
 def _holds_enough(member: Member, expert_map: ExpertMap) -> bool:
     assert isinstance(member.spec, ReplicaSpec)
     homes, held = expert_map.experts_of(member.spec.group), member.spec.experts
-    return len(homes) == len(held) and all(set(home) <= set(here) for home, here in zip(homes, held, strict=True))
+    return homes == held or (
+        len(homes) == len(held) and all(set(home) <= set(here) for home, here in zip(homes, held, strict=True))
+    )
 
 
 async def settle(fleet: Fleet, member: Member) -> bool:

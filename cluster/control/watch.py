@@ -14,7 +14,7 @@ from cluster.control.rebalancing import Rebalancer
 from cluster.control.reports import collect
 from cluster.control.staffing import Staffing
 from cluster.control.tasks import Tasks
-from cluster.messages.state import RebalanceReport, State
+from cluster.messages.state import ExpertsReport, RebalanceReport, State
 from cluster.policy.expert_load import ExpertLoad
 
 logger = logging.getLogger(__name__)
@@ -48,17 +48,21 @@ class Watch:
         self._enter = enter
         self._collecting: asyncio.Task[None] | None = None
         self._is_over = False
+        self._num_collected = 0
+        self._experts: tuple[tuple[int, int], ExpertsReport] | None = None  # and what it was made of
 
     async def run(self) -> None:
-        """Each part on its own: an error in one must not keep the others from their work."""
-        parts = (self.collect, self._publish, self._heal, self._autoscale, self._rebalance_if_due, self.judge)
         while not self._is_over:
-            for part in parts:
-                try:
-                    await part()
-                except Exception:
-                    logger.exception("watching goes on after an unexpected error")
+            await self.round()
             await asyncio.sleep(WATCH_PERIOD_S)
+
+    async def round(self) -> None:
+        """Each part on its own: an error in one must not keep the others from their work."""
+        for part in (self.collect, self._publish, self._heal, self._autoscale, self._rebalance_if_due, self.judge):
+            try:
+                await part()
+            except Exception:
+                logger.exception("watching goes on after an unexpected error")
 
     def end(self) -> None:
         self._is_over = True
@@ -79,6 +83,15 @@ class Watch:
         self.fleet.keep(self._exposition.take_gone())
         fronts = {m.spec.actor_id: m.report.expert_counts for m in self.fleet.of_kind("front") if m.report}
         self.expert_load.update(fronts, now())
+        self._num_collected += 1
+
+    async def experts(self) -> ExpertsReport:
+        """Load and placement by the newest reports; made once for all who have waited for the same ones."""
+        await self.collect()
+        made_of = (self._num_collected, self.fleet.expert_map.version)
+        if self._experts is None or self._experts[0] != made_of:
+            self._experts = made_of, self.expert_load.report(self.fleet.expert_map)
+        return self._experts[1]
 
     async def _publish(self) -> None:
         """Waits for no front: one that hangs must not hold up the others."""

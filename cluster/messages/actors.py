@@ -1,8 +1,11 @@
 """Fronts and expert replicas: what the supervisor starts them with, and what they tell it. Sizes are bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.expert_map import ExpertMap
 from cluster.logs import Format, Level
@@ -185,7 +188,7 @@ class ActorReport:
     map_version: int
     tokens: int
     samples: tuple[Sample, ...] = ()
-    expert_counts: tuple[tuple[int, ...], ...] = ()
+    expert_counts: Sequence[Sequence[int]] | NDArray[np.int64] = field(default=(), compare=False)
     lane: str = ""
     num_requests: int = 0
     stuck_seconds: float = 0.0

@@ -2,12 +2,16 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import cast
 
-from cluster.expert_map import ExpertMap, Homes
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.expert_map import ExpertMap, Homes, LayerHomes
 from cluster.messages.state import ExpertsReport
 
 Counts = Sequence[Sequence[int]]
-LayerHomes = tuple[tuple[int, ...], ...]
+Array = NDArray[np.int64]  # the same
 
 NUM_STEPS = 30
 
@@ -40,35 +44,34 @@ class ExpertLoad:
     """
 
     def __init__(self, num_layers: int, num_experts: int, window_s: float = 300.0) -> None:
-        self.counts = [[0] * num_experts for _ in range(num_layers)]
+        self._counts: Array = np.zeros((num_layers, num_experts), np.int64)
         self.window_s = window_s
-        self._last: dict[str, Counts] = {}
+        self._last: dict[str, Array] = {}
         # (time, counts), oldest first: what recent counts are counted from, and the next ones to count from.
-        self._marks: deque[tuple[float, Counts]] = deque()
+        self._marks: deque[tuple[float, Array]] = deque()
+
+    @property
+    def counts(self) -> list[list[int]]:
+        return cast("list[list[int]]", self._counts.tolist())
 
     @property
     def recent(self) -> list[list[int]]:
         """Counts of about the last `window_s` seconds; it slides in steps of a thirtieth."""
-        if not self._marks:
-            return self.counts
-        base = self._marks[0][1]
-        return [[n - b for n, b in zip(row, rest, strict=True)] for row, rest in zip(self.counts, base, strict=True)]
+        recent = self._counts - self._marks[0][1] if self._marks else self._counts
+        return cast("list[list[int]]", recent.tolist())
 
-    def update(self, reports: Mapping[str, Counts], now: float) -> None:
+    def update(self, reports: Mapping[str, Counts | Array], now: float) -> None:
         """Add what each front has counted since its last report. A restarted front counts from zero again.
 
         `now` is any clock in seconds that does not jump.
         """
         self._mark(now)
-        for front, counts in reports.items():
-            if not counts:
+        for front, reported in reports.items():
+            if len(reported) == 0:
                 continue
-            last = self._last.get(front)
-            restarted = last is None or sum(counts[0]) < sum(last[0])
-            for layer, row in enumerate(counts):
-                before = [0] * len(row) if restarted or last is None else last[layer]
-                for expert, count in enumerate(row):
-                    self.counts[layer][expert] += count - before[expert]
+            counts, last = np.asarray(reported, np.int64), self._last.get(front)
+            restarted = last is None or counts[0].sum() < last[0].sum()
+            self._counts += counts if restarted or last is None else counts - last
             self._last[front] = counts
 
     def balancedness(self, expert_map: ExpertMap) -> float:
@@ -87,7 +90,7 @@ class ExpertLoad:
 
     def _mark(self, now: float) -> None:
         if not self._marks or now - self._marks[-1][0] >= self.window_s / NUM_STEPS:
-            self._marks.append((now, _frozen(self.counts)))
+            self._marks.append((now, self._counts.copy()))
         while len(self._marks) > 1 and now - self._marks[1][0] >= self.window_s:
             self._marks.popleft()
 

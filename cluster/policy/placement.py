@@ -5,13 +5,15 @@ copies, then the copies are packed onto groups of equal size. Our rules on top o
 experts stay at home where that costs no balance, and a layer changes only if it gets better.
 """
 
+import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import permutations
 
 from cluster.errors import ConfigError
-from cluster.expert_map import Homes
-from cluster.policy.expert_load import Counts, LayerHomes, balancedness, layer_balancedness
+from cluster.expert_map import Homes, LayerHomes
+from cluster.policy.expert_load import Counts, balancedness, layer_balancedness
 
 # Trying all permutations of more groups than this takes longer than a greedy match is worth.
 MAX_GROUPS_EXACT = 5
@@ -131,7 +133,8 @@ def check_slots(num_experts: int, num_groups: int, slots_per_layer: int) -> None
 
 def can_hold(homes: LayerHomes, num_groups: int, slots_per_layer: int) -> bool:
     """True if no group needs more than its share of the slots."""
-    return all(sum(g in groups for groups in homes) <= slots_per_layer // num_groups for g in range(num_groups))
+    held = Counter(group for groups in homes for group in groups)
+    return all(count <= slots_per_layer // num_groups for count in held.values())
 
 
 def moves_between(old: Homes, new: Homes) -> tuple[Move, ...]:
@@ -149,7 +152,10 @@ def place_layer(load: Sequence[float], current: LayerHomes, num_groups: int, slo
     copies = replicate(load, slots, num_groups)
     packs = pack([count / n for count, n in zip(load, copies, strict=True)], copies, num_groups, slots // num_groups)
     group_of = match_packs(packs, current)
-    homes = [[group_of[p] for p, pack in enumerate(packs) if expert in pack] for expert in range(len(load))]
+    homes: list[list[int]] = [[] for _ in load]
+    for group, experts in zip(group_of, packs, strict=True):
+        for expert in experts:
+            homes[expert].append(group)
     _settle_equals(load, homes, current)
     # Preferred first: where the expert was preferred before, as its weights are there already.
     return tuple(
@@ -164,11 +170,15 @@ def replicate(load: Sequence[float], num_slots: int, max_copies: int) -> list[in
     An expert without load gets no second copy: loading it would cost bytes and gain nothing.
     """
     copies = [1] * len(load)
+    hot = [(-count, expert) for expert, count in enumerate(load) if count and max_copies > 1]
+    heapq.heapify(hot)
     for _ in range(num_slots - len(load)):
-        hot = [expert for expert, n in enumerate(copies) if n < max_copies and load[expert]]
         if not hot:
             break
-        copies[max(hot, key=lambda expert: load[expert] / copies[expert])] += 1
+        _, expert = heapq.heappop(hot)
+        copies[expert] += 1
+        if copies[expert] < max_copies:
+            heapq.heappush(hot, (-load[expert] / copies[expert], expert))
     return copies
 
 
@@ -219,14 +229,18 @@ def match_packs(packs: Sequence[Sequence[int]], current: LayerHomes) -> list[int
     The most that is possible for up to MAX_GROUPS_EXACT groups, greedily the largest overlap first for more.
     """
     numbers = range(len(packs))
-    stay = [[sum(group in current[expert] for expert in pack) for group in numbers] for pack in packs]
+    stay = [Counter(group for expert in pack for group in current[expert]) for pack in packs]
     if len(packs) <= MAX_GROUPS_EXACT:
         return list(max(permutations(numbers), key=lambda order: sum(stay[p][g] for p, g in enumerate(order))))
     group_of: dict[int, int] = {}
-    for p, group in sorted(product(numbers, numbers), key=lambda pair: -stay[pair[0]][pair[1]]):
-        if p not in group_of and group not in group_of.values():
+    taken: set[int] = set()
+    overlaps = [(-count, p, group) for p, counts in enumerate(stay) for group, count in counts.items()]
+    for _, p, group in sorted(overlaps):
+        if p not in group_of and group not in taken:
             group_of[p] = group
-    return [group_of[p] for p in numbers]
+            taken.add(group)
+    rest = (group for group in numbers if group not in taken)
+    return [group_of[p] if p in group_of else next(rest) for p in numbers]
 
 
 def _settle_equals(load: Sequence[float], homes: list[list[int]], current: LayerHomes) -> None:

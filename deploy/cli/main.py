@@ -1,4 +1,4 @@
-"""`outcrop serve | chat | status | scale | rebalance | bench | check | plan | probe`."""
+"""`outcrop serve | chat | status | scale | rebalance | bench | check | plan | probe | simulate`."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from deploy.cli.flags import with_config_flags
 from deploy.cli.http import DEFAULT_URL, Key, Url, connect, console, fail, message_of
 from deploy.cli.plan import plan
 from deploy.cli.probe import probe
+from deploy.cli.simulate import simulate
 from deploy.demo import expand_demo
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -115,7 +116,7 @@ def _stream_chat(client: httpx.Client, messages: list[dict[str, str]]) -> Iterat
         raise fail(f"{client.base_url} does not answer: {error}") from None
 
 
-for command in (status, scale, rebalance, bench, plan, probe):
+for command in (status, scale, rebalance, bench, plan, probe, simulate):
     app.command()(command)
 
 

@@ -1,17 +1,20 @@
 """The routes of operators: what the cluster is, which experts are busy, scale, rebalance."""
 
 import asyncio
+import re
 from collections.abc import Awaitable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator, model_validator
 from ray.exceptions import RayActorError
 
 from cluster.config import ClusterConfig
 from cluster.errors import NotRunning
 from cluster.messages.actors import Wanted
+from cluster.messages.state import ActorInfo
 from deploy.ingress.http import read_body, read_request, require_key, service_of
 from deploy.ingress.openai import errors
 from deploy.ingress.openai.fields import refuse
@@ -19,6 +22,9 @@ from deploy.ingress.openai.strict import Strict
 from deploy.ingress.service import REFRESH_TIMEOUT_S, Service
 
 T = TypeVar("T")
+# Answers that may have a thousand rows, or a number for each expert of each layer, are plain JSON already: FastAPI
+# would look at each number.
+ROW = tuple(field.name for field in fields(ActorInfo))
 cluster_routes = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
 
 
@@ -51,40 +57,59 @@ class RebalanceRequest(Strict):
 
 
 @cluster_routes.get("/cluster")
-async def cluster(request: Request) -> dict[str, Any]:
+async def cluster(request: Request) -> JSONResponse:
     service = service_of(request)
     await service.refresh()
     state = service.state
-    rows = [asdict(actor) for actor in state.actors]
-    return {
-        "model": service.config.model_name,
-        "state": state.state,
-        "phase": state.phase,
-        "error": state.error,
-        "started": state.started,
-        "map_version": state.map_version,
-        "kv_cache_tokens": state.kv_cache_tokens,
-        "wanted": asdict(state.wanted) if state.wanted else None,
-        "fronts": [row for row in rows if row["kind"] == "front"],
-        "replicas": [row for row in rows if row["kind"] == "expert"],
-    }
+    rows = [{name: getattr(actor, name) for name in ROW} for actor in state.actors]
+    return JSONResponse(
+        {
+            "model": service.config.model_name,
+            "state": state.state,
+            "phase": state.phase,
+            "error": state.error,
+            "started": state.started,
+            "map_version": state.map_version,
+            "kv_cache_tokens": state.kv_cache_tokens,
+            "wanted": asdict(state.wanted) if state.wanted else None,
+            "fronts": [row for row in rows if row["kind"] == "front"],
+            "replicas": [row for row in rows if row["kind"] == "expert"],
+        }
+    )
 
 
 @cluster_routes.get("/experts")
-async def experts(request: Request) -> dict[str, Any]:
+async def experts(request: Request) -> JSONResponse:
     report = await seen(service_of(request).supervisor.experts())
     if report is None:
         raise errors.unavailable("The expert map is not known yet")
-    return {
+    shown = _chosen_layers(request, len(report.placement))
+    answer = {
         "layers": len(report.placement),
         "experts": len(report.placement[0]),
-        "counts": report.counts,
-        "recent_counts": report.recent_counts,
+        "counts": report.counts[shown],
+        "recent_counts": report.recent_counts[shown],
         "window_seconds": report.window_seconds,
         "balancedness": report.balancedness,
         "map_version": report.map_version,
-        "placement": report.placement,
+        "placement": report.placement[shown],
     }
+    return JSONResponse(answer | ({"first_layer": shown.start} if shown.start is not None else {}))
+
+
+def _chosen_layers(request: Request, number: int) -> slice:
+    """Of a large model some may be asked for: layers=0-9. Raises APIError (400)."""
+    asked = request.query_params.get("layers")
+    if asked is None:
+        return slice(None)
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", asked)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last < number:
+        raise errors.invalid_request(
+            f"layers={asked!r} is not there: write one of 0 to {number - 1}, or several, such as 0-{number - 1}",
+            "layers",
+        )
+    return slice(first, last + 1)
 
 
 @cluster_routes.post("/cluster/scale")

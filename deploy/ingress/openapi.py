@@ -96,6 +96,7 @@ class Told(NamedTuple):
     is_keyed: bool = True
     types: tuple[str, ...] = (JSON,)
     others: tuple[int, ...] = ()
+    query: tuple[tuple[str, str], ...] = ()  # names, and what they may be
 
 
 GENERATES = (400, 404, 413, 415, 429, 500, 503)
@@ -120,7 +121,9 @@ ROUTES: dict[tuple[str, str], Told] = {
         "Text of tokens", _object(prompt=TEXT), DetokenizeRequest, others=(400, 404, 413, 415)
     ),
     ("GET", "/v1/cluster"): Told("Fronts and expert replicas", CLUSTER),
-    ("GET", "/v1/experts"): Told("The load of every expert, and where it is", EXPERTS, others=(503,)),
+    ("GET", "/v1/experts"): Told(
+        "The load of every expert, and where it is", EXPERTS, others=(400, 503), query=(("layers", "such as 0-9"),)
+    ),
     ("POST", "/v1/cluster/scale"): Told(
         "Change the numbers of fronts and replicas", _object(wanted=ANY), ScaleRequest, others=(400, 503)
     ),
@@ -166,6 +169,10 @@ def _operation(path: str, told: Told, schemas: Schema) -> Schema:
     operation: Schema = {"summary": told.summary, "responses": answers}
     if "{" in path:
         operation["parameters"] = [{"name": "model_id", "in": "path", "required": True, "schema": TEXT}]
+    if told.query:
+        operation["parameters"] = [
+            {"name": name, "in": "query", "description": what, "schema": TEXT} for name, what in told.query
+        ]
     if told.is_keyed:
         operation["security"] = [{"key": []}, {}]
     if told.body:

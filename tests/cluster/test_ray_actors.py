@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import ray
 
+from actors.replica.peers import Peers
 from cluster.config import ClusterConfig
 from cluster.control.actors import ActorError, DeadActorError
 from cluster.control.ray_actors import RayActors, _share
 from cluster.errors import ConfigError
-from cluster.messages.actors import ActorKind
+from cluster.messages.actors import ActorKind, ActorReport
 from cluster.policy.resources import plan_resources
 
 
@@ -71,6 +72,38 @@ async def test_those_of_the_namespace_that_live_are_found_and_ended(actors: RayA
     async with asyncio.timeout(10):
         while actors.named():
             await asyncio.sleep(0.1)
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
+class Reporting:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def report(self) -> ActorReport:
+        if self.name == "hung":
+            await asyncio.Event().wait()
+        return ActorReport(self.name, 0, 7)
+
+
+async def test_a_replica_asks_the_others_of_its_node_and_waits_for_none_that_is_silent_or_dead(
+    actors: RayActors,
+) -> None:
+    handles = {
+        name: Reporting.options(name=name, namespace=actors.namespace, lifetime="detached").remote(name)  # type: ignore[attr-defined]
+        for name in ("one", "hung", "two", "dead")
+    }
+    for name in ("one", "two", "dead"):
+        assert (await actors.call(handles[name], "report", timeout=60)).actor_id == name
+    peers = Peers(actors.namespace)
+    everyone = ("one", "hung", "two", "dead", "nobody")
+    found = await asyncio.to_thread(peers.reports, everyone)
+    assert [report and report.actor_id for report in found] == ["one", None, "two", "dead", None]
+    actors.end(handles["dead"])
+    async with asyncio.timeout(10):
+        while (await asyncio.to_thread(peers.reports, ("one", "dead")))[1] is not None:
+            await asyncio.sleep(0.1)
+    for handle in handles.values():
+        actors.end(handle)
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from actors.process import limits as process
-from actors.process.limits import LOW_PRIORITY, gently, may_leave_idle
+from actors.process.limits import LOW_PRIORITY, gently, lacking_files, may_leave_idle
 
 
 def priority() -> tuple[int, int]:
@@ -80,3 +80,16 @@ def test_the_limit_of_open_files_is_raised_as_far_as_a_user_may() -> None:
     assert hard == resource.RLIM_INFINITY or hard >= 512
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["512", "512"]
+
+
+@pytest.mark.parametrize(("num_links", "limit"), [(1000, 65536), (1, 1024), (10_000, resource.RLIM_INFINITY)])
+def test_links_that_fit_need_no_word(num_links: int, limit: int) -> None:
+    assert lacking_files(num_links, limit) is None
+
+
+def test_a_limit_that_is_too_low_for_the_links_is_named_with_the_one_that_would_do() -> None:
+    told = lacking_files(2000, 4096)
+    assert told is not None
+    assert "2000 replicas" in told
+    assert "may have 4096" in told
+    assert "ulimit -Hn 4256" in told

@@ -89,6 +89,27 @@ async def test_operators_see_load_and_placement_of_experts(open_api: Open, monke
     }
 
 
+@pytest.mark.parametrize(
+    ("asked", "first", "shown"), [("1-2", 1, [[1], [2]]), ("2", 2, [[2]]), ("0-2", 0, [[0], [1], [2]])]
+)
+async def test_operators_may_ask_for_some_layers(
+    open_api: Open, monkeypatch: pytest.MonkeyPatch, asked: str, first: int, shown: list[list[int]]
+) -> None:
+    async def experts() -> ExpertsReport:
+        return ExpertsReport(((0,), (1,), (2,)), ((0,), (1,), (2,)), 300.0, 1.0, 7, (((0,),),) * 3)
+
+    http = await open_api()
+    monkeypatch.setattr(http.service.supervisor, "experts", experts, raising=False)  # type: ignore[attr-defined]
+    answer = (await http.get("/v1/experts", params={"layers": asked})).json()
+    assert (answer["layers"], answer["first_layer"]) == (3, first)
+    assert answer["counts"] == answer["recent_counts"] == shown
+    assert len(answer["placement"]) == len(shown)
+    for wrong in ("3", "2-1", "x", "-1", "0-3", "1-"):
+        refused = await http.get("/v1/experts", params={"layers": wrong})
+        assert refused.status_code == 400
+        assert f"layers={wrong!r} is not there: write one of 0 to 2" in refused.json()["error"]["message"]
+
+
 async def test_operators_hear_from_a_supervisor_that_takes_over_to_ask_again() -> None:
     async def refuse() -> None:
         told = NotRunning("the cluster is recovering: config.json is missing")

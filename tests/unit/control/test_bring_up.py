@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.in_process import Actor, Spec, WorkingActor, ready
 from cluster.control.actors import DeadActorError
 from cluster.control.bring_up import MAX_DEATHS
 from cluster.control.fleet import Fleet
@@ -13,7 +14,7 @@ from cluster.control.lives import join
 from cluster.errors import ConfigError
 from cluster.messages.actors import ReadyReport
 from cluster.metrics import Metrics
-from tests.unit.control.fake_actors import Actor, FakeActors, Spec, WorkingActor, ready, supervising, until
+from tests.unit.control.fake_actors import FakeActors, supervising, until
 
 
 async def test_all_load_side_by_side_and_the_first_map_is_complete(actors: FakeActors) -> None:

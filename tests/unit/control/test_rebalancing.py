@@ -4,10 +4,12 @@ import asyncio
 
 import pytest
 
+from benchmarks.in_process import WorkingActor
 from cluster.control.actors import ActorError, DeadActorError, UnreachableActorError
+from cluster.control.rebalancing import MIB, carry_out, most_loaded
 from cluster.control.supervisor import Supervisor
 from cluster.messages.state import ExpertsReport
-from tests.unit.control.fake_actors import FakeActors, WorkingActor, fleet_of, supervising, until, watch_of
+from tests.unit.control.fake_actors import FakeActors, fleet_of, supervising, until, watch_of
 
 # By expert, in every layer: groups of 0-3 and 4-7 are far from balance.
 HOT = (90, 80, 70, 60, 1, 2, 3, 4)
@@ -142,3 +144,18 @@ async def test_unasked_nothing_is_ever_due(actors: FakeActors) -> None:
         await asyncio.sleep(300)
         assert not watch_of(supervisor).rebalancer.is_due
         assert supervisor.state().map_version == 1
+
+
+async def test_a_bound_on_what_is_loaded_spreads_the_layers_over_time(actors: FakeActors) -> None:
+    actors.make = WorkingActor
+    async with supervising(actors) as supervisor:
+        await under_load(actors, supervisor)
+        fleet = fleet_of(supervisor)
+        plan = watch_of(supervisor).rebalancer._plan(fleet, force=True)
+        most = most_loaded(plan)
+        assert all(0 < most[layer] <= len(plan.moves) for layer in plan.changed_layers)
+        loaded = sum(most.values()) * fleet.blueprint.bytes_per_expert
+        started = asyncio.get_running_loop().time()
+        await carry_out(plan, fleet, mib_per_s=loaded / 60 / MIB)
+        assert asyncio.get_running_loop().time() - started == pytest.approx(60.0), "the event loop's own time"
+        assert fleet.expert_map.homes == plan.homes

@@ -3,16 +3,10 @@
 import asyncio
 from dataclasses import replace
 
+from benchmarks.in_process import WorkingActor
 from cluster.messages.actors import Wanted
 from cluster.metrics import Metrics
-from tests.unit.control.fake_actors import (
-    FakeActors,
-    WorkingActor,
-    fleet_of,
-    loading_for_ever,
-    supervising,
-    until,
-)
+from tests.unit.control.fake_actors import FakeActors, fleet_of, loading_for_ever, supervising, until
 
 
 def ids(actors: FakeActors, kind: str) -> list[str]:

@@ -20,8 +20,8 @@ class OneGroup:
     def of_kind(self, kind: str, state: str | None = None) -> list[Member]:
         return [self.member] if kind == "expert" else []
 
-    def replicas(self, group: int, state: str | None = None) -> list[Member]:
-        return [self.member]
+    def ready_by_group(self) -> dict[int, list[Member]]:
+        return {0: [self.member]}
 
     def has_computed(self, seconds: float) -> None:
         sample = ("outcrop_expert_compute_seconds_sum", (("group", "0"),), seconds)

@@ -7,20 +7,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.in_process import Actor
 from cluster.control.actors import ActorError, DeadActorError
 from cluster.control.reports import STUCK_S
 from cluster.control.tasks import Tasks
 from cluster.messages.actors import Wanted
 from cluster.messages.state import RebalanceReport
-from tests.unit.control.fake_actors import (
-    FOUR,
-    Actor,
-    FakeActors,
-    fleet_of,
-    supervising,
-    until,
-    watch_of,
-)
+from tests.unit.control.fake_actors import FOUR, FakeActors, fleet_of, supervising, until, watch_of
 
 
 async def test_a_map_that_was_lost_on_its_way_is_sent_again(actors: FakeActors) -> None:

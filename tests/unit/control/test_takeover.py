@@ -5,20 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.in_process import WorkingActor
 from cluster.control import takeover
 from cluster.expert_map import ExpertMap
 from cluster.messages.actors import Machine, Wanted
 from cluster.models import hub
-from tests.unit.control.fake_actors import (
-    FOUR,
-    THEN,
-    FakeActors,
-    WorkingActor,
-    fleet_of,
-    supervising,
-    until,
-    with_addresses,
-)
+from tests.unit.control.fake_actors import FOUR, THEN, FakeActors, fleet_of, supervising, until, with_addresses
 
 
 async def test_what_lives_serves_on_while_the_checkpoint_cannot_be_read(actors: FakeActors) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.in_process import WorkingActor
 from cluster.actor_id import ActorId, slot_of
 from cluster.control.supervisor import Supervisor
 from cluster.messages.actors import Wanted
 from tests.checkpoints import TinyModel, write_checkpoint
-from tests.unit.control.fake_actors import FakeActors, WorkingActor, fleet_of, supervising, until
+from tests.unit.control.fake_actors import FakeActors, fleet_of, supervising, until
 
 GROUPS, REPLICAS, FRONTS = 256, 4, 8
 MANY = TinyModel({"num_local_experts": GROUPS, "num_hidden_layers": 1})
