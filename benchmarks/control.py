@@ -41,26 +41,12 @@ from deploy.ingress import cluster_api
 from deploy.ingress.api import create_api
 from deploy.ingress.service import Service
 
-LAYERS, EXPERTS, GROUPS = 94, 128, 64
+GROUPS = 64
 # (fronts, replicas of each group): with 64 groups 128, 320 and 1,024 replicas.
 SIZES = ((6, 2), (16, 5), (50, 16))
 # The real number of layers and experts; all else as small as a checkpoint may be.
-MODEL = {
-    "model_type": "granitemoe",
-    "num_hidden_layers": LAYERS,
-    "num_local_experts": EXPERTS,
-    "num_experts_per_tok": 8,
-    "hidden_size": 8,
-    "intermediate_size": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 264,
-    "max_position_embeddings": 4096,
-    "attention_multiplier": 0.5,
-    "bos_token_id": 256,
-    "eos_token_id": 256,
-    "pad_token_id": 256,
-}
+MODEL: dict[str, Any] = json.loads(Path(__file__).with_name("control_model.json").read_text())
+LAYERS, EXPERTS = MODEL["num_hidden_layers"], MODEL["num_local_experts"]
 
 Work = Callable[[], Awaitable[Any]]
 

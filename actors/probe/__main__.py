@@ -13,11 +13,7 @@ from cluster.models.family import parse_config, spec_at
 from cluster.planning.hardware import Overheads, Speed
 
 # A layer of a model of a billion weights: what probes of matrices, experts and attention compute.
-REFERENCE = parse_config({
-    "model_type": "granitemoe", "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 512,
-    "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 32,
-    "num_experts_per_tok": 8, "attention_multiplier": 0.015625,
-})  # fmt: skip
+REFERENCE = parse_config(json.loads(Path(__file__).with_name("reference.json").read_text()))
 BUDGET_S = 3.0
 
 

@@ -19,8 +19,9 @@ from tests.checkpoints import TinyModel, write_checkpoint
 from tests.unit.control.fake_actors import fleet_of, until, watch_of
 
 EXPERTS = 128
-# Four times the members may take four times the calls and a little more, not sixteen times.
-LINEAR = 6
+# Four times the members may take four times the calls and a little more, not sixteen times. A takeover waits for the
+# clock too, and whoever waits is called meanwhile.
+LINEAR = {"take_over": 10}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ async def test_four_times_the_groups_and_fronts_take_four_times_the_calls(checkp
         }
         await work[what]()
         found.append(await calls(work[what]))
-    assert found[1] <= LINEAR * found[0], found
+    assert found[1] <= LINEAR.get(what, 6) * found[0], found
 
 
 async def test_fronts_get_what_has_changed_and_know_the_whole_map(checkpoint: Path) -> None:
