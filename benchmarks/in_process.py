@@ -86,7 +86,7 @@ class WorkingActor(Actor):
         self.answers |= {
             "load": self.ready,
             "progress": LoadProgress(5, 5),
-            "start": lambda news, legacy, _: self._take(news, legacy),
+            "start": lambda news, legacy, _: self._take(news, legacy) and self.ready,
             "set_expert_map": self._take,
             "set_experts": self._hold,
             "drain": self._drain,
@@ -95,9 +95,9 @@ class WorkingActor(Actor):
             "identity": lambda: Identity(self.spec, self.ready, self.expert_map, self.legacy, self.is_draining),
         }
 
-    def _take(self, news: ExpertMap | MapChange, legacy: Legacy | None) -> ReadyReport:
+    def _take(self, news: ExpertMap | MapChange, legacy: Legacy | None) -> int:
         self.expert_map, self.legacy = newest(self.expert_map, news), legacy or self.legacy
-        return self.ready
+        return self.expert_map.version
 
     def _hold(self, layer: int, experts: tuple[int, ...]) -> int:
         assert isinstance(self.spec, ReplicaSpec)

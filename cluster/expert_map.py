@@ -109,13 +109,13 @@ def change_between(old: ExpertMap, new: ExpertMap) -> MapChange | None:
 
 
 def newest(known: ExpertMap | None, news: ExpertMap | MapChange) -> ExpertMap:
-    """What a front goes by that knows a map and is handed another, or a change: calls may overtake each other. Raises
-    ValueError if the change is not one of the map that it knows.
+    """What a front goes by that knows a map and is handed another, or a change: a supervisor that has a successor may
+    still call. Raises ValueError if the change is not one of the map that it knows.
     """
     if isinstance(news, MapChange):
         if known is None:
             raise ValueError(f"this changes version {news.base} of the expert map, and none is known")
-        return known if known.version >= news.version else news.applied_to(known)
+        return news.applied_to(known)
     return known if known and known.version > news.version else news
 
 

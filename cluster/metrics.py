@@ -2,6 +2,7 @@
 the text that GET /metrics answers, so each ingress replica gives the same cluster-wide numbers.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -96,6 +97,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._metrics = {d.name: _create(d, self._registry) for d in TABLE}
+        self._raising = threading.Lock()
 
     def inc(self, name: str, amount: float = 1, **labels: str) -> None:
         self._child(name, labels).inc(amount)  # type: ignore[attr-defined]
@@ -116,7 +118,8 @@ class Metrics:
     def raise_to(self, name: str, value: float, **labels: str) -> None:
         """Bring a counter to a total that is counted elsewhere."""
         child = self._child(name, labels)
-        child.inc(value - child._value.get())  # type: ignore[attr-defined]
+        with self._raising:  # two reports at a time must not add the same twice
+            child.inc(max(0.0, value - child._value.get()))  # type: ignore[attr-defined]
 
     def _child(self, name: str, labels: dict[str, str]) -> MetricWrapperBase:
         metric = self._metrics[name]

@@ -62,12 +62,15 @@ class FrontActor:
             return None
         return Identity(self.spec, self.ready, self.expert_map, self.legacy, self.loop.is_draining)
 
-    async def set_expert_map(self, news: ExpertMap | MapChange, legacy: Legacy | None = None) -> None:
-        """`legacy` is kept for a successor of the supervisor. Raises ValueError if what changes is not the map here."""
+    async def set_expert_map(self, news: ExpertMap | MapChange, legacy: Legacy | None = None) -> int:
+        """The version that counts now. `legacy` is kept for a successor of the supervisor. Raises ValueError if what
+        changes is not the map here.
+        """
         expert_map = newest(self.expert_map, news)
         self.expert_map = expert_map
         self.legacy = legacy or self.legacy
         await asyncio.to_thread(self.loop.set_expert_map, expert_map)
+        return expert_map.version
 
     async def settle(self) -> None:
         """Return once the step that is running has ended: from then on nothing is routed by an older map."""

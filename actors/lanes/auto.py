@@ -26,9 +26,11 @@ class AutoLane(Lane):
         # To replicas that their fast lane does not reach: the last greeting, and when.
         self._greetings: dict[str, tuple[LinkedLane[Any], Any]] = {}
         self._greeted_at: dict[str, float] = {}
+        self._known: frozenset[str] = frozenset()  # replicas of the newest map; the others leave
 
     def connect(self, replicas: Iterable[ReplicaAddress]) -> None:
         replicas = tuple(replicas)
+        self._known = frozenset(replica.replica_id for replica in replicas)
         fast_of = {replica.replica_id: lane for replica in replicas if (lane := self._choose(replica))}
         try:
             for lane in self.fast:
@@ -48,7 +50,7 @@ class AutoLane(Lane):
     def send(self, replica: ReplicaAddress, message: bytes) -> Ticket:
         self.close_retired()
         lane = self._lane(replica)
-        if lane is self.fallback and (fast := self._choose(replica)):
+        if lane is self.fallback and replica.replica_id in self._known and (fast := self._choose(replica)):
             self._greet(fast, replica)
             lane = self._lane(replica)
         return lane, lane.send(replica, message)

@@ -109,7 +109,9 @@ class LinkedLane(Lane, Generic[AnyLink]):
         new: dict[str, AnyLink] = {}
         for replica in replicas:
             link = known.get(replica.replica_id)
-            if not (link and link.is_connected) and (link := self._open(replica)):
+            # A name may come back, for a process that listens elsewhere.
+            is_there = link is not None and link.is_connected and link.endpoint in dict(replica.endpoints).values()
+            if not is_there and (link := self._open(replica)):
                 new[replica.replica_id] = link
         self._shake_hands(new)
         for name, link in new.items():

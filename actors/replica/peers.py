@@ -1,5 +1,6 @@
 """The other replicas of a node, asked for their reports by one of them: the supervisor makes one call for all."""
 
+import threading
 from typing import Any
 
 import ray
@@ -15,9 +16,20 @@ class Peers:
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
         self._handles: dict[str, Any] = {}
+        self._asking = threading.Lock()
 
     def reports(self, names: tuple[str, ...]) -> tuple[ActorReport | None, ...]:
-        """In the order of `names`; None for one that is dead, or has not answered in time. Waits."""
+        """In the order of `names`; None for one that is dead, or has not answered in time. Waits: to find an actor by
+        its name takes as long as Ray's control store is away. One thread waits for that, not all that there are.
+        """
+        if not self._asking.acquire(blocking=False):
+            return (None,) * len(names)
+        try:
+            return self._ask(names)
+        finally:
+            self._asking.release()
+
+    def _ask(self, names: tuple[str, ...]) -> tuple[ActorReport | None, ...]:
         self._handles = {name: handle for name in names if (handle := self._find(name))}
         asked = {name: handle.report.remote() for name, handle in self._handles.items()}
         answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=PEER_TIMEOUT_S)

@@ -160,6 +160,10 @@ class Fleet:
         """Bring a front's map to the newest version, and hand it the legacy. If that fails, it is late: see
         late_fronts.
         """
+        async with front.telling:
+            await self._tell(front)
+
+    async def _tell(self, front: Member) -> None:
         front.told_at, legacy, handle = now(), self.legacy, front.handle
         if handle is None:  # it has died meanwhile
             return
@@ -174,15 +178,16 @@ class Fleet:
         whole, change = self.expert_map, self._change
         if change and (change.base, change.version) == (front.map_version, whole.version):
             try:
-                await self.actors.call(handle, "set_expert_map", change, legacy, timeout=MAP_TIMEOUT_S)
-                front.map_version = whole.version
+                held = await self.actors.call(handle, "set_expert_map", change, legacy, timeout=MAP_TIMEOUT_S)
+                front.map_version = held
                 return
             except DeadActorError:
                 raise
             except ActorError as error:  # its map is not the one that it was thought to have
                 logger.info("%s gets the whole expert map: %s", front.spec.actor_id, first_line(error))
-        await self.actors.call(handle, "set_expert_map", whole, legacy, timeout=MAP_TIMEOUT_S)
-        front.map_version = whole.version
+        held = await self.actors.call(handle, "set_expert_map", whole, legacy, timeout=MAP_TIMEOUT_S)
+        # A newer one is not ours: of a supervisor before this one. Until ours is as new, it is told whole maps.
+        front.map_version = held if held == whole.version else 0
 
     def late_fronts(self) -> list[Member]:
         """Fronts that report an older map, or have an older legacy, although the newest has had the time to arrive. A

@@ -38,6 +38,8 @@ class Member:
     told_at: float = -math.inf  # when a front was last handed the expert map
     told: Legacy | None = None  # what it has then taken
     map_version: int = 0  # of the map that it has then taken
+    telling: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # what it is told must not be overtaken
+    speaks_from: float = -math.inf  # when a replica may be asked for the reports of others on its node
     work: asyncio.Task[None] | None = None  # what is bringing it up or draining it
     _pause: float = FIRST_PAUSE_S
     _entered: float = 0.0  # when it entered its state

@@ -56,6 +56,8 @@ class RayActors:
             return await asyncio.wait_for(_result(getattr(handle, method).remote(*args)), timeout)
         except GetTimeoutError:
             raise TimeoutError from None
+        except AttributeError as error:  # an actor of another build, which a supervisor has found
+            raise ActorError(str(error)) from None
         except RayError as error:
             raise _in_our_terms(error) from None
 

@@ -4,6 +4,7 @@ import asyncio
 from collections import defaultdict
 
 from cluster.control.actors import ActorError, DeadActorError, UnreachableActorError, first_line
+from cluster.control.clock import now
 from cluster.control.fleet import Fleet
 from cluster.control.members import Member
 from cluster.messages.actors import ActorReport
@@ -18,6 +19,9 @@ STUCK_S = 120.0
 # A call costs a supervisor about as much as it takes to read ten reports: of a node with more replicas than this, one
 # replica asks the others.
 MOST_ASKED_APART = 4
+# It waits half a second for the others. One that has failed at it is spared for a while: what it can't do is no reason
+# to wait for it in every round.
+NODE_TIMEOUT_S, SPARED_S = 1.0, 30.0
 
 
 async def collect(fleet: Fleet) -> None:
@@ -34,15 +38,20 @@ async def collect(fleet: Fleet) -> None:
 
 
 async def _ask_node(fleet: Fleet, members: list[Member]) -> None:
-    """The first replica of a node asks the others. Who has not answered it, and it itself, is asked as ever: what is to
+    """One replica of a node asks the others. Who has not answered it, and it itself, is asked as ever: what is to
     become of a member is decided in one place.
     """
-    speaker, others = members[0], members[1:]
+    speaker = next((m for m in members if m.speaks_from <= now()), None)
+    if speaker is None:
+        await asyncio.gather(*(ask(fleet, m) for m in members))
+        return
+    others = [m for m in members if m is not speaker]
     handles, names = [m.handle for m in others], tuple(m.spec.actor_id for m in others)
     try:
-        reports = await fleet.actors.call(speaker.handle, "reports", names, timeout=REPORT_TIMEOUT_S)
+        reports = await fleet.actors.call(speaker.handle, "reports", names, timeout=NODE_TIMEOUT_S)
     except (TimeoutError, ActorError):
         reports = [None] * len(others)
+        speaker.speaks_from = now() + SPARED_S
     missing = [speaker]
     for member, handle, report in zip(others, handles, reports, strict=True):
         if report is None:
