@@ -1,6 +1,7 @@
 """Who asks for what, and when: at random by a rate, or as a trace has recorded it."""
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def read_trace(path: Path, seconds: float) -> Iterator[Arrival]:
     last = 0.0
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace={str(path)!r} can't be read: {error}") from None
     for number, line in enumerate(lines, 1):
         arrival = _read(line, f"trace={str(path)!r}, line {number}")
@@ -53,8 +54,8 @@ def _read(line: str, where: str) -> Arrival:
     try:
         raw = json.loads(line)
         arrival = Arrival(float(raw["at"]), int(raw["input_len"]), int(raw["output_len"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ConfigError(f'{where}: {error!r}; write {{"at": 0.5, "input_len": 700, "output_len": 120}}') from None
-    if arrival.at < 0 or min(arrival.input_len, arrival.output_len) < 1:
+    if not math.isfinite(arrival.at) or arrival.at < 0 or min(arrival.input_len, arrival.output_len) < 1:
         raise ConfigError(f"{where}: at must be 0 or more, and lengths 1 or more")
     return arrival

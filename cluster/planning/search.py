@@ -11,6 +11,9 @@ from cluster.planning.steady_state import Operation, Serving
 from cluster.planning.workload import Goals, ServedModel, Traffic
 
 MAX_ACTORS = 256  # of a kind, as ClusterConfig has it
+# Up to so many actors of a kind each number is tried; beyond, each is half as much again: plans that differ by one
+# actor in fifty differ by less than the model errs, and there would be hundreds of thousands.
+EACH_TRIED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,17 @@ class Plan:
         )
 
 
+def numbers(most: int) -> list[int]:
+    """Of actors of a kind, of which there can be so many."""
+    most = min(most, MAX_ACTORS)
+    if most <= EACH_TRIED:
+        return list(range(1, most + 1))
+    found = list(range(1, 9))
+    while found[-1] < most:
+        found.append(min(most, found[-1] * 3 // 2))
+    return found
+
+
 def layouts(model: ServedModel, fleets: Sequence[Fleet], lane: PlannedLane | None = None) -> Iterator[Layout]:
     """All that fit into memory. `lane`: only those over it; None: the best one for each."""
     for fleet in fleets:
@@ -82,7 +96,7 @@ def layouts(model: ServedModel, fleets: Sequence[Fleet], lane: PlannedLane | Non
 def _local(fleet: Fleet, lane: PlannedLane | None) -> Iterator[Layout]:
     """Fronts that have all experts, each on a device of its own."""
     if lane in (None, "local"):
-        for fronts in range(1, min(fleet.devices, MAX_ACTORS) + 1):
+        for fronts in numbers(fleet.devices):
             is_shared = fleet.node.device == "cpu" and fronts == 1
             yield Layout(fronts, 1, 1, "local", fleet.node, fleet.node, is_shared)
 
@@ -92,11 +106,11 @@ def _apart(model: ServedModel, fronts: Fleet, experts: Fleet, lane: PlannedLane 
         return
     is_same = fronts.node.name == experts.node.name
     groups = [n for n in range(1, model.spec.num_experts + 1) if model.spec.num_experts % n == 0]
-    for group, replicas in product(groups, range(1, MAX_ACTORS + 1)):
+    for group, replicas in product(groups, numbers(experts.devices)):
         if group * replicas > experts.devices - is_same:
             continue
         most = fronts.devices - (group * replicas if is_same else 0)
-        for number in range(1, min(most, MAX_ACTORS) + 1):
+        for number in numbers(most):
             chosen = lane or lane_between(fronts.node, experts.node, number + group * replicas)
             yield Layout(number, group, replicas, chosen, fronts.node, experts.node)
     if is_same and fronts.node.device == "cpu":

@@ -1,11 +1,19 @@
 """What is served: the model, what clients send, and what they are promised."""
 
+import math
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
 from cluster.models.sizes import ITEM_BYTES, Sizes
 from cluster.models.spec import ModelSpec
 from cluster.planning.expert_use import ExpertUse
+
+
+def check_positive(**values: float | None) -> None:
+    """Raises ConfigError for one that is not a number above 0; None is absent."""
+    for name, value in values.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name}={value:g}: choose more than 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +56,7 @@ class Traffic:
                 f"rate={self.rate} and concurrency={self.concurrency}: give one of them, requests per second or "
                 "requests at a time"
             )
-        for name in ("rate", "concurrency"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ConfigError(f"{name}={value:g}: choose more than 0")
+        check_positive(rate=self.rate, concurrency=self.concurrency)
 
     @property
     def length(self) -> int:
@@ -69,6 +75,10 @@ class Goals:
     ttft_s: float = 2.0
     tpot_s: float = 0.1
     survive: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        check_positive(ttft=self.ttft_s, tpot=self.tpot_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def settings(plan: Plan, model: ServedModel, name: str) -> Json:
     longest = min(model.spec.max_context, int(cache // model.sizes.kv_per_token))
     found: Json = {
         "model": name,
-        "lane": "auto" if layout.lane in ("unix", "zmq") else layout.lane,
+        "lane": "auto" if layout.lane in ("unix", "zmq") and not layout.is_shared else layout.lane,
         "dtype": model.dtype,
         "fronts": layout.fronts,
         "groups": layout.groups,

@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from cluster.errors import ConfigError, ModelError
 from cluster.models.family import spec_at
@@ -16,10 +14,11 @@ from cluster.models.spec import ModelSpec
 from cluster.planning.expert_use import ExpertUse
 from cluster.planning.hardware import read_profile
 from cluster.planning.search import Fleet, Plan, pareto, search
-from cluster.planning.workload import Goals, ServedModel, Traffic
+from cluster.planning.workload import Goals, ServedModel, Traffic, check_positive
 from cluster.planning.written import helm_values, settings
 from cluster.validation import describe
 from deploy.cli.http import console, fail
+from deploy.cli.plan_table import show, shown, verdicts
 from deploy.demo import MODEL_DIR
 
 LaneChoice = Literal["unix", "zmq", "object_ref", "local"]
@@ -61,7 +60,7 @@ def plan(
     """Plan a layout for MODEL from its config.json alone: what it bears, what it costs, what is left after a loss."""
     try:
         served = _served(model, dtype, expert_counts)
-        fleets = [_fleet(each, cost_per_hour or []) for each in hardware]
+        fleets = _fleets(hardware, cost_per_hour or [])
         traffic, goals = Traffic(input_len, output_len, rate, concurrency), Goals(ttft / 1e3, tpot / 1e3, survive)
         plans = _searched(served, fleets, traffic, goals, lane)
         show(shown(plans, top))
@@ -106,7 +105,9 @@ def _searched(
 def _best(plans: list[Plan]) -> Plan:
     """Raises ConfigError."""
     if not plans[0].holds:
-        raise ConfigError("no layout holds, so none is written: relax --ttft or --tpot, or name more --hardware")
+        raise ConfigError(
+            "no layout holds, so none is written: relax --ttft, --tpot or --survive, or name more --hardware"
+        )
     return plans[0]
 
 
@@ -120,6 +121,19 @@ def _use(spec: ModelSpec, counts: Path | None) -> ExpertUse | None:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"expert_counts={str(counts)!r} is no answer of /v1/experts: {error!r}") from None
+
+
+def _fleets(hardware: list[str], prices: list[str]) -> list[Fleet]:
+    """Raises ConfigError."""
+    fleets = [_fleet(each, prices) for each in hardware]
+    names = [fleet.node.name for fleet in fleets]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(
+            f"hardware={', '.join(hardware)}: two are named {twice!r}: name all its devices in one, h100:8"
+        )
+    if strange := next((p for p in prices if "=" in p and p.partition("=")[0] not in names), None):
+        raise ConfigError(f"cost_per_hour={strange!r}: no --hardware has this name, only {', '.join(names)}")
+    return fleets
 
 
 def _fleet(text: str, prices: list[str]) -> Fleet:
@@ -137,86 +151,8 @@ def _fleet(text: str, prices: list[str]) -> Fleet:
                 node = node.model_copy(update={"cost_per_hour": float(amount)})
         except ValueError:
             raise ConfigError(f"cost_per_hour={price!r}: write 2.5, or h100=2.5") from None
+        check_positive(cost_per_hour=node.cost_per_hour)
     return Fleet(node, int(count))
-
-
-def shown(plans: list[Plan], top: int) -> list[Plan]:
-    """The best ones, and the best one of the other kind beside them: with replicas, or without."""
-    others = (each for each in plans[top:] if each.layout.is_local != plans[0].layout.is_local)
-    is_alone = all(each.layout.is_local == plans[0].layout.is_local for each in plans[:top])
-    return plans[:top] + [each for each in [next(others, None)] if each and is_alone]
-
-
-def show(plans: list[Plan]) -> None:
-    table = Table("fronts + groups x replicas", "on", "holds", "TTFT", "TPOT", "busy", "most", "limit", "lost", "cost")
-    for each in plans:
-        table.add_row(*_row(each))
-    Console(width=max(132, console.width), highlight=False).print(table)
-    console.print(
-        "TTFT, TPOT (ms) and busy (front, experts, KV cache): at this traffic. most: new tokens/s within the goals, "
-        "and what limits them. lost: of these, without any one actor / node. cost: of a million new tokens",
-        soft_wrap=True,
-    )
-
-
-def _row(plan: Plan) -> tuple[str, ...]:
-    layout, now, each = plan.layout, plan.now, plan.traffic.output_len
-    shape = (
-        f"{layout.fronts} + {layout.groups} x {layout.replicas}" if layout.num_replicas else f"{layout.fronts} local"
-    )
-    devices = " ".join(f"{count} {name}" for name, count in layout.num_devices.items())
-    cost = plan.cost_per_million_tokens
-    lost = f"{plan.left_without_actor * each:,.0f} / {plan.left_without_node * each:,.0f}"
-    if now.limit and now.limit not in ("TPOT", "TTFT"):
-        seen = ("-", "-", now.limit)
-    else:
-        seen = (f"{1e3 * now.ttft_s:,.0f}", f"{1e3 * now.tpot_s:,.1f}", _busy(plan))
-    return (
-        f"{shape}, {layout.lane}" if layout.num_replicas else shape, devices, "yes" if plan.holds else "no", *seen,
-        f"{plan.tokens_per_second:,.0f}", f"{plan.most.limit}: {_slowest(plan)}", lost,
-        "-" if cost is None else f"{cost:,.2f}",
-    )  # fmt: skip
-
-
-def _busy(plan: Plan) -> str:
-    shares = plan.busy
-    return ", ".join(f"{100 * share:.0f} %" for share in (shares.front, shares.experts, shares.kv_cache))
-
-
-def _slowest(plan: Plan) -> str:
-    step = plan.most.step
-    parts = {"front": step.front + step.head, "experts": step.experts, "lane": step.lane, "waiting": step.waiting}
-    return max(parts, key=parts.__getitem__)
-
-
-def verdicts(plans: list[Plan], goals: Goals) -> list[str]:
-    """What follows from the table, in words."""
-    best = plans[0]
-    if not best.holds:
-        why = best.now.limit or f"what is left after {goals.survive} lost actors"
-        return [
-            f"no layout holds the goals at this traffic (the first one fails by {why}): relax them, or add hardware"
-        ]
-    said = []
-    apart = next((each for each in plans if each.holds and each.layout.num_replicas), None)
-    if best.layout.is_local:
-        against = "no layout with replicas holds" if apart is None else f"with replicas {_compared(best, apart)}"
-        said.append(f"do not disaggregate: fronts that have all experts serve this traffic; {against}")
-    else:
-        local = next((each for each in plans if each.layout.is_local), None)
-        fits = "does not fit one device" if local is None else "would not hold, or costs more"
-        said.append(f"disaggregate: a front with all experts {fits}")
-    if best.layout.num_nodes == 1:
-        said.append("one machine is enough" + ("" if best.left_without_node else "; nothing is left if it is lost"))
-    kinds = {node.name for node in (best.layout.front_node, best.layout.replica_node) if node.source == "data sheet"}
-    if kinds:
-        said.append(f"{', '.join(sorted(kinds))}: figures of a data sheet, never measured: run `outcrop probe` there")
-    return said
-
-
-def _compared(best: Plan, apart: Plan) -> str:
-    mine, theirs = (sum(each.layout.num_devices.values()) for each in (best, apart))
-    return f"it takes {theirs} devices instead of {mine}" if theirs != mine else "it bears less on as many devices"
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
@@ -243,5 +179,8 @@ def _draw(points: list[tuple[float, float]], picture: Path) -> None:
     panel.set_ylabel("new tokens per second, at most")
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
-    figure.savefig(picture, format="svg", metadata={"Date": None})
+    try:
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    except OSError as error:
+        raise ConfigError(f"plot={str(picture)!r} can't be written: {error}") from None
     console.print(f"{picture} is written")

@@ -16,7 +16,8 @@ from cluster.errors import ConfigError, ModelError
 from cluster.models.family import spec_at
 from cluster.planning.hardware import HardwareProfile, read_profile
 from cluster.planning.layout import Layout, PlannedLane, lane_between
-from cluster.planning.workload import ServedModel
+from cluster.planning.memory import most_sequences
+from cluster.planning.workload import ServedModel, check_positive
 from deploy.cli.http import console, fail
 from deploy.demo import expand_demo
 
@@ -39,9 +40,16 @@ def simulate(
     compare: Annotated[
         str, typer.Option(help="Policies beside the plan: 'rebalance_interval_s=60,300; hedge_share=0,0.1'")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
-    spread: Annotated[float, typer.Option(help="How unlike experts are: deviation of log popularity; 0: alike.")] = 0.5,
-    start_s: Annotated[float, typer.Option(help="Seconds until a new process can read weights.")] = 10.0,
+    model: Annotated[
+        Path | None, typer.Option(help="A config.json or its directory, where the plan names a Hub id.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.", min=0)] = 0,
+    spread: Annotated[
+        float, typer.Option(help="How unlike experts are: deviation of log popularity; 0: alike.", min=0.0, max=10.0)
+    ] = 0.5,
+    start_s: Annotated[
+        float, typer.Option(help="Seconds until a new process can read weights.", min=0.0, max=86400.0)
+    ] = 10.0,
     load_gb_per_second: Annotated[float, typer.Option(help="How fast it reads them.")] = 1.0,
     cost_per_hour: Annotated[float | None, typer.Option(help="Price of a device; default: the profile's.")] = None,
     lane: Annotated[
@@ -54,11 +62,10 @@ def simulate(
     simulation = importlib.import_module("actors.simulation.simulation")
     comparison = importlib.import_module("actors.simulation.comparison")
     try:
-        if hours <= 0 or rate <= 0:
-            raise ConfigError(f"hours={hours:g} and rate={rate:g} must be more than 0")
+        check_positive(hours=hours, rate=rate, load_gb_per_second=load_gb_per_second, cost_per_hour=cost_per_hour)
         traffic = _traffic(trace, rate, hours, input_len, output_len, seed)
         options = _options(
-            plan, _profiles(hardware, cost_per_hour), lane, hours, failures, traffic,
+            plan, model, _profiles(hardware, cost_per_hour), lane, hours, failures, traffic,
             seed=seed, spread=spread, start_s=start_s, load_gb_per_second=load_gb_per_second,
         )  # fmt: skip
         runs = list(comparison.variants(options, compare))
@@ -72,7 +79,11 @@ def simulate(
     console.print(f"{len(runs)} x {hours:g} h, {steps:,} steps of fronts, simulated in {spent:.1f} s of CPU")
     _show_events(planned.events)
     if json_file:
-        json_file.write_text(json.dumps({n: o.everything() for n, o in outcomes.items()}, indent=1) + "\n")
+        content = json.dumps({n: o.everything() for n, o in outcomes.items()}, indent=1) + "\n"
+        try:
+            json_file.write_text(content)
+        except OSError as error:
+            raise fail(f"json={str(json_file)!r} can't be written: {error}") from None
 
 
 def _traffic(trace: str, rate: float, hours: float, input_len: int, output_len: int, seed: int) -> Callable[[], Any]:
@@ -95,6 +106,7 @@ def _profiles(names: list[str], cost_per_hour: float | None) -> list[HardwarePro
 
 def _options(
     plan: Path,
+    model: Path | None,
     profiles: list[HardwareProfile],
     lane: PlannedLane | None,
     hours: float,
@@ -103,13 +115,21 @@ def _options(
     **given: Any,
 ) -> Any:
     parsed = importlib.import_module("actors.simulation.failures").parse_failures(failures)
-    config = expand_demo(load_config({}, plan))
-    served = ServedModel.of(spec_at(Path(config.model)), "bfloat16" if config.dtype == "auto" else config.dtype)
+    config = expand_demo(load_config({}, plan, environ={}))  # a plan says all: not what is exported in some shell
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    served = ServedModel.of(spec_at(model or Path(config.model)), dtype)
     front, replica = profiles[0], profiles[-1]
     actors = config.fronts + config.groups * config.replicas
     chosen = lane or (lane_between(front, replica, actors) if config.lane == "auto" else config.lane)
-    is_shared = front.device == "cpu" and front.name == replica.name and chosen in ("unix", "local")
-    layout = Layout(config.fronts, config.groups, config.replicas, chosen, front, replica, is_shared)
+    is_local = chosen == "local"
+    is_shared = front.device == "cpu" and front.name == replica.name
+    is_shared = is_shared and (config.fronts == 1 if is_local else chosen == "unix")
+    groups, replicas = (1, 1) if is_local else (config.groups, config.replicas)
+    layout = Layout(config.fronts, groups, replicas, chosen, front, replica, is_shared)
+    if most_sequences(served, layout, 1) == 0:
+        raise ConfigError(
+            f"plan={str(plan)!r} does not fit the memory of {front.name} and {replica.name}: see `outcrop plan`"
+        )
     options = importlib.import_module("actors.simulation.options")
     return options.Options(config, served, layout, arrivals, 3600 * hours, parsed, **given)
 

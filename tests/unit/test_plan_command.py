@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from cluster.config import load_config
 from cluster.planning.hardware import HttpSpeed, read_profile
+from cluster.planning.search import numbers
 from deploy.cli import probe
 from deploy.cli.main import app
 
@@ -82,6 +83,13 @@ def test_a_picture_is_drawn(config: Path, tmp_path: Path) -> None:
         (("--hardware", "h100", "--rate", "1", "--input-len", "50000"), "more than the model's context of 40960"),
         (("--hardware", "h100", "--rate", "1e4", "--out", "x.yaml"), "no layout holds, so none is written"),
         (("--hardware", "h100", "--rate", "1", "--expert-counts", "none.json"), "expert_counts='none.json'"),
+        (("--hardware", "h100:8", "--rate", "nan"), "rate=nan: choose more than 0"),
+        (("--hardware", "h100:8", "--rate", "inf"), "rate=inf: choose more than 0"),
+        (("--hardware", "h100:8", "--rate", "1", "--ttft", "nan"), "ttft=nan: choose"),
+        (("--hardware", "h100:8", "--rate", "1", "--tpot", "-5"), "tpot=-0.005: choose"),
+        (("--hardware", "h100:8", "--rate", "1", "--cost-per-hour", "-2"), "cost_per_hour=-2: choose"),
+        (("--hardware", "h100:8", "--rate", "1", "--cost-per-hour", "h1000=2"), "no --hardware has this name"),
+        (("--hardware", "h100:4", "--hardware", "h100:4", "--rate", "1"), "two are named 'h100'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -89,6 +97,12 @@ def test_what_is_wrong_is_told_with_the_way_out(config: Path, asked: tuple[str, 
     done = plan(config, *asked)
     assert done.exit_code == 1
     assert told in " ".join(done.output.split())
+
+
+def test_hundreds_of_devices_are_searched_in_few_steps() -> None:
+    assert numbers(8) == list(range(1, 9))
+    assert numbers(10**9)[-1] == 256
+    assert len(numbers(10**9)) < 20
 
 
 def test_what_was_measured_becomes_a_profile_that_a_plan_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,40 @@ def test_the_command_reads_a_plan_and_prints_what_it_says(tmp_path: Path) -> Non
     assert wrong.exit_code != 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("--rate", "nan"), "rate=nan: choose more than 0"),
+        (("--hours", "inf"), "hours=inf: choose more than 0"),
+        (("--load-gb-per-second", "0"), "load_gb_per_second=0: choose"),
+        (("--compare", "lane=zmq"), "lane is the same for all that are compared"),
+        (("--compare", "spread=-1"), "must be a number, and not below 0"),
+        (("--json", "/"), "json='/' can't be written"),
+    ],
+)
+def test_what_is_wrong_is_told(tmp_path: Path, asked: tuple[str, ...], told: str) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("model: demo\nfronts: 1\ngroups: 2\nreplicas: 2\n")
+    flags = ("--hardware", "h100", "--hours", "0.01")
+    done = CliRunner().invoke(app, ["simulate", str(plan), *flags, *asked])
+    assert done.exit_code == 1, done.output
+    assert told in " ".join(done.output.split())
+
+
+def test_a_plan_that_does_not_fit_is_not_simulated_and_the_shell_changes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, config = tmp_path / "plan.yaml", tmp_path / "config.json"
+    published = json.loads((Path(__file__).parents[2] / "published_configs.json").read_text())
+    config.write_text(json.dumps(published["Qwen/Qwen3-235B-A22B"]))
+    plan.write_text("model: Qwen/Qwen3-235B-A22B\nfronts: 1\ngroups: 2\nreplicas: 1\n")
+    monkeypatch.setenv("OUTCROP_GROUPS", "64")
+    flags = ("--hardware", "l4", "--hours", "0.01", "--model", str(config))
+    done = CliRunner().invoke(app, ["simulate", str(plan), *flags])
+    assert done.exit_code == 1, done.output
+    assert "does not fit the memory of l4" in " ".join(done.output.split())
+
+
 def test_a_simulation_loads_neither_torch_nor_ray() -> None:
     code = "import actors.simulation.simulation, sys; print({'torch', 'ray'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"
