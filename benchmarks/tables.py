@@ -280,8 +280,7 @@ TABLES: dict[str, Table] = {
         {
             "vllm": VLLM,
             "outcrop": "Outcrop",
-            "outcrop, local": "Outcrop, lane local",
-            "outcrop, oneDNN": "Outcrop with oneDNN",
+            "outcrop-local": "Outcrop, lane local",
         },
     ),
     "peers-amx": lambda: peers(
