@@ -13,6 +13,7 @@ import pytest
 from benchmarks.control import Apart, Served
 from benchmarks.in_process import Spec
 from cluster.config import ClusterConfig
+from cluster.control.actors import ActorError
 from cluster.control.supervisor import Supervisor
 from cluster.expert_map import ExpertMap, MapChange
 from tests.checkpoints import TinyModel, write_checkpoint
@@ -142,6 +143,32 @@ async def test_of_a_node_with_many_replicas_one_asks_the_others(checkpoint: Path
     assert [actor.name for actor in asked if actor.was_asked("reports")] == [asked[0].name]
     assert members[-1].state == "dead"
     assert all(m.report and m.state == "ready" for m in members[:-1])
+
+
+async def test_a_replica_that_can_not_ask_for_others_is_spared_and_another_one_asked(checkpoint: Path) -> None:
+    cluster = await Cluster(checkpoint, 16, 1, 1).bring_up()
+    members = fleet_of(cluster.supervisor).of_kind("expert")
+    for member in members:
+        assert member.ready
+        member.ready = replace(member.ready, node="one")
+    asked = [cluster.actors[m.spec.actor_id] for m in members]
+    asked[0].answers["reports"] = ActorError("it does not reach the control store")
+    for _ in range(3):
+        await watch_of(cluster.supervisor).collect()
+    assert [actor.was_asked("reports") for actor in asked[:3]] == [1, 2, 0]
+    assert all(m.report and m.state == "ready" for m in members), "whoever fails at it is heard all the same"
+
+
+async def test_a_front_with_the_map_of_another_supervisor_gets_the_whole_one(checkpoint: Path) -> None:
+    """Its version may be as high, or higher: a change would be one of another map."""
+    cluster = await Cluster(checkpoint, 16, 1, 1).bring_up()
+    fleet = fleet_of(cluster.supervisor)
+    front = cluster.actors[fleet.of_kind("front")[0].spec.actor_id]
+    strange = replace(fleet.expert_map, version=fleet.expert_map.version + 1, replicas=fleet.expert_map.replicas[1:])
+    front.expert_map = strange  # type: ignore[attr-defined]
+    for _ in range(3):
+        await cluster.publish()
+    assert front.expert_map == fleet.expert_map  # type: ignore[attr-defined]
 
 
 async def test_who_asks_for_experts_at_once_gets_one_answer(checkpoint: Path) -> None:
