@@ -164,7 +164,7 @@ async def test_a_front_with_the_map_of_another_supervisor_gets_the_whole_one(che
     cluster = await Cluster(checkpoint, 16, 1, 1).bring_up()
     fleet = fleet_of(cluster.supervisor)
     front = cluster.actors[fleet.of_kind("front")[0].spec.actor_id]
-    strange = replace(fleet.expert_map, version=fleet.expert_map.version + 1, replicas=fleet.expert_map.replicas[1:])
+    strange = replace(fleet.expert_map, version=fleet.expert_map.version + 1, replicas=fleet.expert_map.replicas[:-1])
     front.expert_map = strange  # type: ignore[attr-defined]
     for _ in range(3):
         await cluster.publish()
