@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.report import environment, table
+from benchmarks.report import save, table
 from benchmarks.serving import NAME, free_port, serving, wait_until_ready
 
 OURS, PEER = "outcrop", "vllm"
@@ -131,8 +131,7 @@ def main(
     )
     if out:
         settings = {"prompt": prompt, "tokens": tokens, "groups": groups, "dtype": dtype, "rounds": rounds}
-        content = {"environment": environment(), "settings": settings, "figures": [asdict(f) for f in figures]}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        save(out, figures, settings=settings)
 
 
 def figure(

@@ -7,12 +7,11 @@ answers, zeros in their place); all groups get all tokens. The lanes over socket
 that exchange as many bytes in the same run.
 """
 
-import json
 import os
 import statistics
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ import zmq
 
 from benchmarks.floor import BareSockets, BareStreams, bare_sockets, bare_streams
 from benchmarks.lanes import NAMESPACE, Cluster
-from benchmarks.report import environment, table
+from benchmarks.report import save, table
 from cluster.expert_map import ExpertMap, ReplicaAddress
 from cluster.messages.actors import LaneKeys
 
@@ -148,8 +147,7 @@ def main(
     columns = ("payload", "lane", "p50 us", "p95 us", "p99 us", "p50 of floor", "aim")
     table(columns, [_row(f, figures) for f in figures])
     if out:
-        content = {"environment": environment(), "groups": groups, "figures": [asdict(f) for f in figures]}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        save(out, figures, groups=groups)
 
 
 def over_unix(cluster: Cluster, kib: int) -> Any:

@@ -9,7 +9,6 @@ proxy is HAProxy. Prints milliseconds a token of one stream, and tokens per seco
 
 import asyncio
 import contextlib
-import json
 import multiprocessing
 import os
 import socket
@@ -18,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import httpx
 import typer
 
-from benchmarks.report import environment, table
+from benchmarks.report import save, table
 from benchmarks.serving import prompt_of, wait_until_ready
 from cluster.config import ClusterConfig, load_config
 from cluster.messages.requests import SamplingParams
@@ -183,8 +182,7 @@ def main(
     rows = [(f.hop, str(f.streams), f"{f.ms_a_token:.1f}", f"{f.tokens_per_second:.0f}") for f in figures]
     table(("up to", "streams", "ms a token", "tokens/s"), rows)
     if out:
-        content = {"environment": environment(), "settings": {"model": model, "tokens": tokens, "rounds": rounds}}
-        out.write_text(json.dumps(content | {"figures": [asdict(f) for f in figures]}, indent=1) + "\n")
+        save(out, figures, settings={"model": model, "tokens": tokens, "rounds": rounds})
 
 
 def _url(port: int) -> str:

@@ -6,7 +6,6 @@ Shape of 1b-a400m: 32 experts of width 512, hidden 1024, top-8 of random routing
 are measured in the same run (limits.py): a plain parallel read, a large product. Medians; all take turns.
 """
 
-import json
 import os
 import statistics
 import time
@@ -26,7 +25,7 @@ from actors.experts.store import ExpertStore
 from actors.kernels import native
 from actors.probe.limits import Gauge
 from benchmarks.make_checkpoint import SHAPES
-from benchmarks.report import environment, table
+from benchmarks.report import save, table
 from cluster.models.family import parse_config
 from cluster.planning.cost import experts_cost
 
@@ -76,8 +75,7 @@ def main(
         ],
     )  # fmt: skip
     if out:
-        content = {"environment": environment(), "threads": threads, "limits": asdict(gauge.median)}
-        out.write_text(json.dumps(content | {"figures": [asdict(f) for f in figures]}, indent=1) + "\n")
+        save(out, figures, threads=threads, limits=asdict(gauge.median))
 
 
 def _store(plain: LayerExperts, choice: Any) -> ExpertStore:

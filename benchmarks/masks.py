@@ -97,7 +97,7 @@ def _figure(
 def _step_ms() -> float:
     figures = json.loads(STEP_OF.read_text())["figures"]
     speeds = {each["engine"]: each["tokens_per_second"] for each in figures if each["case"] == "decode 32"}
-    return 1e3 * 32 / float(speeds["outcrop, local"])
+    return 1e3 * 32 / float(speeds["outcrop-local"])
 
 
 def _model_dir(directory: Path, vocabulary: int) -> Path:

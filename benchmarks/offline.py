@@ -6,7 +6,6 @@ Every figure is a median over rounds in which the lanes take turns; ratios are m
 round also measures what the machine can do at all (actors/probe/limits.py).
 """
 
-import json
 import os
 import statistics
 import time
@@ -22,7 +21,7 @@ import typer
 from actors.probe.limits import Gauge, Limits
 from benchmarks.cases import BUDGET, Case, make_cases
 from benchmarks.lanes import INT8, LANES, expert_cluster, local_dispatcher, make_engine
-from benchmarks.report import environment, table
+from benchmarks.report import save, table
 from cluster.models.checkpoint import Checkpoint
 
 # What `unix` is to reach of `local`, by the number of groups.
@@ -157,8 +156,7 @@ def main(
     show(figures, AIMS.get(groups, {}))
     if out:
         settings = {"groups": groups, "replicas": replicas, "context": context, "threads": threads, "dtype": dtype}
-        content = {"environment": environment(), "settings": settings, "limits": asdict(gauge.median)}
-        out.write_text(json.dumps(content | {"figures": [asdict(f) for f in figures]}, indent=1) + "\n")
+        save(out, figures, settings=settings, limits=asdict(gauge.median))
 
 
 def numbers(text: str) -> list[int]:

@@ -13,13 +13,13 @@ import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.report import environment, table
+from benchmarks.report import save, table
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 OURS = "outcrop"
@@ -104,8 +104,7 @@ def main(
         [(f.case, f.engine, f"{f.tokens_per_second:.1f}", f"{f.ratio:.2f}") for f in figures],
     )
     if out:
-        content = {"environment": environment(), "dtype": dtype, "figures": [asdict(f) for f in figures]}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        save(out, figures, dtype=dtype)
 
 
 def measure(case: str, run: Any, workers: dict[str, Worker], rounds: int) -> list[Figure]:

@@ -1,10 +1,12 @@
 """How results are shown: a table in the terminal, and what machine they come from."""
 
+import json
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +39,12 @@ def environment() -> dict[str, Any]:
         "ray": version("ray"),
         "outcrop": version("outcrop"),
     }
+
+
+def save(out: Path, figures: Sequence[Any], **settings: Any) -> None:
+    """A results file: where it comes from, how it was measured, and the figures (dataclasses)."""
+    content = {"environment": environment(), **settings, "figures": [asdict(figure) for figure in figures]}
+    out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _cpuinfo() -> list[str]:

@@ -5,11 +5,10 @@
 One thing varies, the others stay at batch 8, context 128, two groups, one replica each. Medians over a few short runs.
 """
 
-import json
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ import typer
 
 from benchmarks.cases import BUDGET, decode
 from benchmarks.lanes import expert_cluster, make_engine
-from benchmarks.report import environment, table
+from benchmarks.report import save, table
 from cluster.models.checkpoint import Checkpoint
 
 VALUES = {
@@ -92,8 +91,7 @@ def main(
         [(f.axis, str(f.value), f"{f.milliseconds:.0f}", f"{f.tokens_per_second:.1f}") for f in figures],
     )
     if out:
-        content = {"environment": environment(), "dtype": dtype, "figures": [asdict(f) for f in figures]}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        save(out, figures, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ offline engine's.
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import statistics
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ import httpx
 import typer
 
 from benchmarks.lanes import expert_cluster, make_engine
-from benchmarks.report import environment, table
+from benchmarks.report import save, table
 from cluster.models.checkpoint import Checkpoint
 from deploy.cli.load_test import Results, percentile, stream_all
 
@@ -155,8 +154,7 @@ def main(
     )
     if out:
         settings = {"prompt": prompt, "tokens": tokens, "groups": groups, "dtype": dtype}
-        content = {"environment": environment(), "settings": settings, "figures": [asdict(f) for f in figures]}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        save(out, figures, settings=settings)
 
 
 if __name__ == "__main__":
